@@ -1,0 +1,136 @@
+r"""Sharing a network's budget of active weights among its layers, in exact integers.
+
+Layer :math:`l` has :math:`n_l` weights and a score :math:`r_l`. Its budget is :math:`b_l = \min(n_l, \epsilon\, r_l n_l)`
+with the one :math:`\epsilon` for which :math:`\sum_l b_l = b`: a layer that would exceed 100 % is dense and
+:math:`\epsilon` is solved again for the others. The fractions are rounded by largest remainder, so the sum is exact.
+
+Erdős–Rényi:        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity
+                    inspired by network science", Nature Communications 2018.
+Erdős–Rényi–Kernel: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, §3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+__all__ = ["erdos_renyi", "erdos_renyi_kernel", "num_active", "uniform"]
+
+Shape = Sequence[int]
+
+
+def num_active(sparsity: float, numel: int) -> int:
+    r"""The budget of ``numel`` weights at a sparsity: :math:`\lfloor (1 - s)\, n \rfloor`.
+
+    The sparsity is taken as the decimal that is written: ``num_active(0.9, 10)`` is 1, though ``(1 - 0.9) * 10`` is
+    0.9999… in floating point.
+
+    Args:
+        sparsity: Fraction of zeros, from 0 up to 1.
+        numel: Number of weights.
+
+    Example:
+        >>> num_active(0.9, 10), num_active(0.9999, 21_265_088)
+        (1, 2126)
+    """
+    return math.floor((1 - Fraction(str(float(sparsity)))) * numel)
+
+
+def uniform(
+    shapes: Sequence[Shape], total: int, *, capacities: Sequence[int] | None = None, min_active: int = 0
+) -> list[int]:
+    """The same sparsity in every layer.
+
+    Args:
+        shapes: Shape of each layer's weight.
+        total: Active weights of all layers together.
+        capacities: The most that each layer may hold; by default its number of weights.
+        min_active: The least that each layer must hold (or all of it, where it is smaller).
+
+    Returns:
+        One budget for each layer; they sum to ``total``.
+
+    Raises:
+        ValueError: ``total`` is below the sum of the minima or above the sum of the capacities.
+
+    Example:
+        >>> uniform([(10, 20), (10, 10)], total=30)
+        [20, 10]
+    """
+    return _share([1.0] * len(shapes), shapes, total, capacities, min_active)
+
+
+def erdos_renyi(
+    shapes: Sequence[Shape], total: int, *, capacities: Sequence[int] | None = None, min_active: int = 0
+) -> list[int]:
+    r"""Erdős–Rényi: :math:`r_l = (n_{in} + n_{out}) / (n_{in}\, n_{out})`. See :func:`uniform` for the arguments.
+
+    Example:
+        >>> erdos_renyi([(10, 20), (10, 10)], total=50)
+        [30, 20]
+    """
+    scores = [(shape[0] + _fan(shape)) / (shape[0] * _fan(shape)) for shape in shapes]
+    return _share(scores, shapes, total, capacities, min_active)
+
+
+def erdos_renyi_kernel(
+    shapes: Sequence[Shape], total: int, *, capacities: Sequence[int] | None = None, min_active: int = 0
+) -> list[int]:
+    r"""Erdős–Rényi–Kernel (ERK): :math:`r_l = \sum_d \mathrm{shape}_d / \prod_d \mathrm{shape}_d`.
+
+    See :func:`uniform` for the arguments.
+
+    Example:
+        >>> erdos_renyi_kernel([(4, 3, 3, 3), (8, 4, 3, 3)], total=62)  # 13 to 18
+        [26, 36]
+    """
+    scores = [sum(shape) / math.prod(shape) for shape in shapes]
+    return _share(scores, shapes, total, capacities, min_active)
+
+
+def _fan(shape: Shape) -> int:
+    return shape[1] if len(shape) > 1 else 1
+
+
+def _share(
+    scores: Sequence[float], shapes: Sequence[Shape], total: int, capacities: Sequence[int] | None, min_active: int
+) -> list[int]:
+    sizes = [math.prod(shape) for shape in shapes]
+    high = sizes if capacities is None else list(capacities)
+    low = [min(min_active, capacity) for capacity in high]
+    if not sum(low) <= total <= sum(high):
+        raise ValueError(
+            f"A budget of {total} active weights cannot be shared: the layers must hold at least {sum(low)} and can"
+            f" hold at most {sum(high)} of {sum(sizes)} weights. The largest feasible sparsity is"
+            f" {1 - sum(low) / sum(sizes):.6f}; ask for less, or lower min_active ({min_active})."
+        )
+    slopes = [score * size for score, size in zip(scores, sizes, strict=True)]
+    return _round(_fill(slopes, low, high, total), high, total)
+
+
+def _fill(slopes: Sequence[float], low: Sequence[int], high: Sequence[int], total: int) -> list[float]:
+    """Budgets ``clip(ε · slope, low, high)`` with the ε at which they sum to ``total``.
+
+    The sum is piecewise linear and increasing in ε; its kinks are where a layer leaves ``low`` or reaches ``high``.
+    """
+
+    def budgets(epsilon: float) -> list[float]:
+        return [min(max(epsilon * s, lo), hi) for s, lo, hi in zip(slopes, low, high, strict=True)]
+
+    kinks = sorted({bound / slope for slope, lo, hi in zip(slopes, low, high, strict=True) for bound in (lo, hi)})
+    above = next((kink for kink in kinks if sum(budgets(kink)) >= total), kinks[-1])
+    below = max((kink for kink in kinks if kink < above), default=0.0)
+    start, end = sum(budgets(below)), sum(budgets(above))
+    share = (total - start) / (end - start) if end > start else 0.0
+    return budgets(below + share * (above - below))
+
+
+def _round(budgets: Sequence[float], high: Sequence[int], total: int) -> list[int]:
+    """Largest remainder: round down, then give one each to the largest fractions; equal ones in the order of layers."""
+    rounded = [math.floor(budget + 1e-9) for budget in budgets]
+    open_layers = [layer for layer, capacity in enumerate(high) if rounded[layer] < capacity]
+    by_remainder = sorted(open_layers, key=lambda layer: rounded[layer] - budgets[layer])
+    for layer in by_remainder[: total - sum(rounded)]:
+        rounded[layer] += 1
+    return rounded

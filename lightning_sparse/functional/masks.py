@@ -1,0 +1,188 @@
+"""Masks: choosing exactly k entries, zeroing the others, one bit a weight on disk.
+
+A mask is a ``bool`` tensor, ``True`` = active. Selection never sorts: a partition finds the k-th score in linear time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["kth_smallest", "largest", "pack", "smallest", "unpack", "zero_pruned_"]
+
+# Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
+_CHUNK = 1 << 17
+
+_INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of ``values``, in linear time.
+
+    Args:
+        values: Any shape, floating point. NaN counts as larger than everything.
+        k: Rank, from 1 to ``values.numel()``.
+
+    Returns:
+        A tensor of shape ``()`` on the device of ``values``.
+
+    Raises:
+        ValueError: ``k`` is out of range.
+
+    Example:
+        >>> kth_smallest(torch.tensor([3.0, 1.0, 2.0]), 2)
+        tensor(2.)
+    """
+    if not 1 <= k <= values.numel():
+        raise ValueError(f"k is {k}, but {values.numel()} values have ranks 1 to {values.numel()}.")
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()  # exact; a half has no fast comparison on the CPU
+    if values.is_cpu:
+        # numpy's introselect takes a sixth of the time of torch.kthvalue on 25 M values.
+        partitioned = values.detach().flatten().clone().numpy()
+        partitioned.partition(k - 1)
+        return torch.from_numpy(partitioned[k - 1 : k]).squeeze(0)
+    return values.flatten().kthvalue(k).values
+
+
+def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
+    """The mask of the ``k`` smallest scores among the eligible entries; exactly ``k`` are ``True``.
+
+    Equal scores are taken in the order of ``scores.flatten()``, so that every device and rank chooses the same ones.
+
+    Args:
+        scores: Floating point, any shape.
+        k: How many to choose, at least 0.
+        among: ``bool``, the shape of ``scores``: the entries that may be chosen.
+
+    Returns:
+        ``bool``, the shape of ``scores``.
+
+    Raises:
+        ValueError: Fewer than ``k`` entries are eligible.
+
+    Example:
+        >>> scores = torch.tensor([4.0, 1.0, 2.0, 1.0])
+        >>> smallest(scores, 2, among=torch.tensor([True, False, True, True]))
+        tensor([False, False,  True,  True])
+    """
+    if k == 0:
+        return torch.zeros_like(among)
+    if k < 0:
+        raise ValueError(f"Cannot choose {k} entries; k must be at least 0.")
+    # Order is expressed with infinity: max + epsilon equals max from 256 upward in float32.
+    candidates = scores.masked_fill(~among, torch.inf)
+    threshold = kth_smallest(candidates, min(k, candidates.numel()))
+    chosen = candidates < threshold
+    ties = (candidates == threshold).logical_and_(among)
+    missing = k - int(chosen.count_nonzero())
+    num_ties = int(ties.count_nonzero())
+    if missing > num_ties:
+        raise ValueError(f"Cannot choose {k} entries: only {int(among.count_nonzero())} are eligible.")
+    if missing < num_ties:
+        first = ties.flatten().nonzero().squeeze(1)[:missing]
+        ties = torch.zeros_like(ties).flatten().index_fill_(0, first, True).view_as(chosen)
+    return chosen.logical_or_(ties)
+
+
+def largest(scores: Tensor, k: int, among: Tensor) -> Tensor:
+    """The mask of the ``k`` largest scores among the eligible entries; see :func:`smallest`.
+
+    Example:
+        >>> largest(torch.tensor([4.0, 1.0, 2.0, 1.0]), 2, among=torch.ones(4, dtype=torch.bool))
+        tensor([ True, False,  True, False])
+    """
+    return smallest(-scores, k, among)
+
+
+def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Zero the pruned entries of ``tensor`` in place: ``tensor ← tensor ⊙ mask``, with inf and NaN zeroed too.
+
+    Multiplying the bit patterns, read as integers, by 0 or 1 is exact for every float and costs a quarter of
+    ``masked_fill_`` on a CPU.
+
+    Args:
+        tensor: Floating point, any shape and strides.
+        mask: ``bool``, the shape of ``tensor``; ``True`` = active.
+
+    Returns:
+        ``tensor``.
+
+    Example:
+        >>> zero_pruned_(torch.tensor([1.0, float("nan"), -3.0]), torch.tensor([True, False, True]))
+        tensor([ 1.,  0., -3.])
+    """
+    bits = tensor.detach().view(_INTEGER_OF_WIDTH[tensor.element_size()])
+    keep = mask.view(torch.int8)
+    if bits.is_cpu and bits.numel() > _CHUNK and bits.stride() == keep.stride():
+        order = memory_order(keep)
+        if bits.permute(order).is_contiguous():
+            _multiply_in_chunks_(bits.permute(order).view(-1), keep.permute(order).view(-1))
+            return tensor
+    bits.mul_(keep)
+    return tensor
+
+
+def _multiply_in_chunks_(bits: Tensor, keep: Tensor) -> None:
+    buffer = torch.empty(_CHUNK, dtype=bits.dtype)
+    for chunk, keep_chunk in zip(bits.split(_CHUNK), keep.split(_CHUNK), strict=True):
+        chunk.mul_(buffer[: chunk.numel()].copy_(keep_chunk))
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of ``tensor`` from the outermost in memory to the innermost.
+
+    Example:
+        >>> memory_order(torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        [0, 2, 3, 1]
+    """
+    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+
+
+def pack(mask: Tensor) -> Tensor:
+    """One bit a weight: eight entries of ``mask.flatten()`` to a byte, the first in the lowest bit.
+
+    Args:
+        mask: ``bool``, any shape.
+
+    Returns:
+        ``uint8`` of ``⌈mask.numel() / 8⌉`` entries, on the CPU.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    flat = mask.detach().cpu().contiguous().flatten().view(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = padded[:, 0].clone()
+    for bit in range(1, 8):
+        packed |= padded[:, bit] << bit
+    return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The mask that :func:`pack` packed.
+
+    Args:
+        packed: ``uint8``, one-dimensional.
+        shape: The shape of the mask.
+
+    Returns:
+        ``bool``, of ``shape``, on the device of ``packed``.
+
+    Raises:
+        ValueError: ``packed`` does not hold one bit for each entry of ``shape``.
+
+    Example:
+        >>> unpack(torch.tensor([5], dtype=torch.uint8), (3,))
+        tensor([ True, False,  True])
+    """
+    shape = torch.Size(shape)
+    numel = shape.numel()
+    if packed.dtype != torch.uint8 or packed.shape != (-(-numel // 8),):
+        raise ValueError(
+            f"A mask of shape {tuple(shape)} is packed into {-(-numel // 8)} bytes (uint8), but a {packed.dtype} tensor"
+            f" of shape {tuple(packed.shape)} was given. The file may be cut short or belong to another network."
+        )
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) >> bits) & 1).flatten()[:numel].view(torch.bool).reshape(shape)

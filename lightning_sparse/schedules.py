@@ -1,0 +1,244 @@
+"""When, and how much, over training.
+
+A :class:`Schedule` gives a value at a progress in [0, 1]. :class:`UpdateTimes` says at which optimizer steps masks are
+updated. Both are frozen dataclasses and can be written in YAML.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "Linear",
+    "Polynomial",
+    "Schedule",
+    "Timetable",
+    "UpdateTimes",
+    "check_fraction",
+]
+
+Duration = int | float
+"""``int``: a number of optimizer steps. ``float`` in [0, 1]: a fraction of training."""
+
+
+class Schedule(ABC):
+    """A value over training: ``schedule(progress)`` with progress from 0 (first) to 1 (last)."""
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """The value at ``progress`` in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same value throughout.
+
+    Example:
+        >>> Constant(0.5)(0.3)
+        0.5
+    """
+
+    value: float
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        return self.value
+
+
+@dataclass(frozen=True)
+class Polynomial(Schedule):
+    r"""From ``initial`` to ``final``, fast first: :math:`v(p) = v_f + (v_i - v_f)(1 - p)^e`.
+
+    With ``exponent`` 3 and values of sparsity it is the cubic schedule of gradual magnitude pruning.
+
+    References:
+        Zhu & Gupta, "To prune, or not to prune", 2017, eq. 1, https://arxiv.org/abs/1710.01878
+
+    Example:
+        >>> [round(Polynomial(0.0, 0.8)(p), 3) for p in (0.0, 0.5, 1.0)]
+        [0.0, 0.7, 0.8]
+    """
+
+    initial: float
+    final: float
+    exponent: float = 3.0
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        if progress >= 1.0:
+            return self.final  # exactly: v_f + 0 · (…) is not always v_f in floating point
+        return self.final + (self.initial - self.final) * (1.0 - progress) ** self.exponent
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    r"""From ``initial`` to ``final`` at an even pace: :math:`v(p) = v_i + (v_f - v_i)\,p`.
+
+    Example:
+        >>> Linear(0.0, 0.5)(0.5)
+        0.25
+    """
+
+    initial: float
+    final: float
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        return Polynomial(self.initial, self.final, exponent=1.0)(progress)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    r"""From ``initial`` to ``final`` along half a cosine: :math:`v(p) = v_f + (v_i - v_f)\,\frac12 (1 + \cos \pi p)`.
+
+    Example:
+        >>> round(Cosine(0.5, 0.005)(0.5), 4)
+        0.2525
+    """
+
+    initial: float
+    final: float
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        return self.final + (self.initial - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    r"""Sparsity whose remainder shrinks by a constant factor: :math:`1 - v(p) = (1 - v_i)\,((1 - v_f)/(1 - v_i))^p`.
+
+    Example:
+        >>> round(Exponential(0.0, 0.99)(0.5), 6)
+        0.9
+    """
+
+    initial: float
+    final: float
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        if progress >= 1.0:
+            return self.final
+        return 1.0 - (1.0 - self.initial) * ((1.0 - self.final) / (1.0 - self.initial)) ** progress
+
+
+def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
+    """Refuse a schedule that leaves [0, 1), or [0, 1] where ``below_one`` is false, at any of its 101 percentiles.
+
+    Raises:
+        ValueError: It does; the message holds the value, the progress and the range.
+
+    Example:
+        >>> check_fraction("sparsity", Constant(95), below_one=True)
+        Traceback (most recent call last):
+            ...
+        ValueError: sparsity is 95 at progress 0.00 of Constant(value=95), but it is a fraction in [0, 1). Did you mean 0.95?
+    """
+    for percent in range(101):
+        value = schedule(percent / 100)
+        if not (0.0 <= value < 1.0 or (value == 1.0 and not below_one)):
+            hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+            raise ValueError(
+                f"{name} is {value:g} at progress {percent / 100:.2f} of {schedule}, but it is a fraction in"
+                f" {'[0, 1)' if below_one else '[0, 1]'}.{hint}"
+            )
+
+
+@dataclass(frozen=True)
+class UpdateTimes:
+    """When masks are updated: every so often from ``start`` to ``stop``, and at ``stop`` itself.
+
+    Args:
+        every: Time between updates, at least one step.
+        start: Time of the first update.
+        stop: Time of the last update.
+
+    Raises:
+        ValueError: A duration is negative, a fraction is above 1, or ``stop`` comes before ``start``.
+
+    Example:
+        >>> UpdateTimes(every=0.1, start=0, stop=0.75).resolve(total_steps=100)
+        Timetable(every=10, start=0, stop=75)
+    """
+
+    every: Duration
+    start: Duration = 0
+    stop: Duration = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "start", "stop"):
+            _check_duration(name, getattr(self, name))
+        if self.every == 0:
+            raise ValueError("update_every is 0; give at least 1 step, or a fraction of training above 0.")
+        if type(self.start) is type(self.stop) and self.start > self.stop:
+            raise ValueError(f"start ({self.start}) comes after stop ({self.stop}); give a stop of at least start.")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether a duration is a fraction of training."""
+        return any(isinstance(duration, float) for duration in (self.every, self.start, self.stop))
+
+    def resolve(self, total_steps: float) -> Timetable:
+        """The times in steps, for a training of ``total_steps`` optimizer steps (``inf`` where it has no known end).
+
+        Raises:
+            ValueError: A fraction of a training without known end is asked for, or ``stop`` comes before ``start``.
+        """
+        if self.needs_total_steps and math.isinf(total_steps):
+            raise ValueError(
+                f"{self} holds fractions of training, but the Trainer has no known end (max_epochs=-1 without"
+                " max_steps, or a data loader without length). Set max_epochs or max_steps, or give start, stop and"
+                " update_every as int, in optimizer steps."
+            )
+        start, stop = _steps(self.start, total_steps), _steps(self.stop, total_steps)
+        if isinstance(self.stop, float):
+            stop = min(stop, int(total_steps) - 1)  # the last step that exists
+        if start > stop and isinstance(self.start, float):
+            start = stop
+        if start > stop:
+            raise ValueError(f"Updates start at step {start}, after they stop at {stop}, in {total_steps:g} steps.")
+        return Timetable(every=max(1, _steps(self.every, total_steps)), start=start, stop=stop)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """:class:`UpdateTimes` in optimizer steps. Step ``t`` is the one after ``t`` completed steps.
+
+    Example:
+        >>> times = Timetable(every=10, start=5, stop=28)
+        >>> [times.latest(step) for step in (4, 5, 14, 15, 27, 28, 99)]
+        [None, 5, 5, 15, 25, 28, 28]
+    """
+
+    every: int
+    start: int
+    stop: int
+
+    def latest(self, step: int) -> int | None:
+        """The latest time of an update up to ``step``, or ``None`` before the first."""
+        if step < self.start:
+            return None
+        if step >= self.stop:
+            return self.stop
+        return step - (step - self.start) % self.every
+
+    def progress(self, step: int) -> float:
+        """How far ``step`` is from ``start`` to ``stop``, in [0, 1]."""
+        if step >= self.stop:
+            return 1.0
+        return max(0.0, (step - self.start) / (self.stop - self.start))
+
+
+def _check_duration(name: str, duration: Duration) -> None:
+    if isinstance(duration, bool) or not isinstance(duration, int | float):
+        raise ValueError(f"{name} is {duration!r}; give an int (optimizer steps) or a float (fraction of training).")
+    if duration < 0 or (isinstance(duration, float) and not duration <= 1.0):
+        raise ValueError(
+            f"{name} is {duration!r}; give an int of at least 0 (optimizer steps) or a float in [0, 1] (fraction of"
+            " training)."
+        )
+
+
+def _steps(duration: Duration, total_steps: float) -> int:
+    return duration if isinstance(duration, int) else round(duration * total_steps)
