@@ -1,0 +1,48 @@
+"""Masks on several processes: one broadcast, one check."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sparse.masks.registry import MaskGroup
+
+__all__ = ["broadcast_", "check_ranks_agree"]
+
+
+def broadcast_(mask: Tensor) -> None:
+    """Give every process the mask of rank 0: one flat transfer, a byte a weight."""
+    if _is_distributed():
+        dist.broadcast(mask.view(torch.uint8), src=0)
+
+
+def check_ranks_agree(group: MaskGroup) -> None:
+    """Compare a hash of each mask across the processes.
+
+    Raises:
+        MisconfigurationException: The masks of a weight differ; the message names it.
+    """
+    if not _is_distributed():
+        return
+    hashes = torch.stack([_hash(weight.mask) for weight in group])
+    lowest, highest = hashes.clone(), hashes.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    differ = [weight.name for weight, same in zip(group, (lowest == highest).tolist(), strict=True) if not same]
+    if differ:
+        raise MisconfigurationException(
+            f"The masks of {', '.join(differ)} differ between the processes. Masks change in this callback alone: look"
+            " for code that writes to them on some ranks only, or for parameters that are not synchronised."
+        )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _hash(mask: Tensor) -> Tensor:
+    """A polynomial hash modulo 2^64: position-dependent, so that two swapped entries are seen."""
+    active = mask.contiguous().flatten().nonzero().squeeze(1)
+    return (active * 0x5851F42D4C957F2D + 0x14057B7EF767814F).bitwise_xor(active << 17).sum()

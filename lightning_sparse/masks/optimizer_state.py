@@ -1,0 +1,66 @@
+"""What optimizers do to pruned weights: their moments, and whether zeros stay zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["clear_moments", "keeps_zeros", "skipped_step"]
+
+# With zero weight, zero gradient and cleared moments these leave a weight exactly zero: their arithmetic is element
+# by element, and every term is a product with one of the three. tests/masks/test_optimizer_state.py shows it for each.
+# Muon, which mixes the entries of a matrix, is not among them, nor is any subclass, which may do anything.
+_KEEP_ZEROS = frozenset(
+    getattr(torch.optim, name)
+    for name in (
+        "SGD",
+        "ASGD",
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+    )
+    if hasattr(torch.optim, name)
+)
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether a step of ``optimizer`` leaves a pruned weight exactly zero when its gradient and moments are zero.
+
+    Example:
+        >>> weights = [nn.Parameter(torch.zeros(2))]
+        >>> keeps_zeros(torch.optim.SGD(weights, lr=0.1)), keeps_zeros(torch.optim.LBFGS(weights))
+        (True, False)
+    """
+    # 0 / (√0 + eps) is NaN when eps is 0.
+    return type(optimizer) in _KEEP_ZEROS and all(group.get("eps", 1.0) != 0.0 for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
+    """Zero whatever ``optimizer`` remembers of the weights that were just pruned or grown.
+
+    That is every tensor of its state with the shape of the parameter: momentum, second moments, averages. Factored
+    moments (Adafactor's rows and columns) are shared by many weights and stay.
+
+    Args:
+        optimizer: Any torch optimizer.
+        parameter: One of its parameters.
+        changed: ``bool``, the shape of the parameter.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(changed, 0)
+
+
+def skipped_step(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, which is told of inf gradients by the GradScaler, skips the step that it is taking."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)

@@ -1,0 +1,275 @@
+"""Which weights of a module are masked, and why the others are not: the plan.
+
+Masked are the weights of linear, convolution, recurrent and attention layers. Left dense are biases, norms,
+embeddings, frozen and tied weights, parametrized weights, and those of modules that are not known here; ``include``
+and ``exclude`` narrow the choice, and naming a weight or a module type in full admits one that the rules leave out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+__all__ = ["Candidate", "Plan", "canonical_name", "select_weights"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+# Parameters that hold weights, by the module type that owns them.
+_WEIGHTS: dict[type[nn.Module] | tuple[type[nn.Module], ...], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.Bilinear: ("weight",),
+    _CONVOLUTIONS: ("weight",),
+    _TRANSPOSED: ("weight",),
+    nn.RNNBase: ("weight_*",),
+    nn.RNNCellBase: ("weight_*",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+# Hugging Face transformers' Conv1D is a linear layer whose weight is stored as (in, out); known by name, not imported.
+_LINEAR_IN_OUT = "Conv1D"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A parameter of the module, and whether it is masked.
+
+    Attributes:
+        name: Name in the plain module, without the prefixes of wrappers.
+        parameter: The parameter itself.
+        module_type: Name of the class of the module that owns it.
+        reason: Why it is left dense; empty where it is masked.
+        groups: Groups of a convolution.
+        input_first: Whether dimension 0 counts inputs rather than outputs, as in a transposed convolution.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    module_type: str
+    reason: str = ""
+    groups: int = 1
+    input_first: bool = False
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``tensor``, shaped like the weight, as one row of inputs for each output neuron or filter.
+
+        Returns:
+            Shape ``(outputs, fan-in)``.
+        """
+        if not self.input_first:
+            return tensor.reshape(tensor.shape[0], -1)
+        inputs, outputs = tensor.shape[0] // self.groups, tensor.shape[1]
+        grouped = tensor.reshape(self.groups, inputs, outputs, -1)
+        return grouped.transpose(1, 2).reshape(self.groups * outputs, -1)
+
+
+class Plan(Sequence[Candidate]):
+    """Every parameter of a module in order, each masked or with its reason; ``str(plan)`` is a table."""
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self._candidates = tuple(candidates)
+
+    def __getitem__(self, index: int) -> Candidate:  # type: ignore[override]
+        return self._candidates[index]
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    @property
+    def masked(self) -> list[Candidate]:
+        """The parameters that are masked."""
+        return [candidate for candidate in self if not candidate.reason]
+
+    @property
+    def summary(self) -> str:
+        """One line: how much is masked, and why the rest is not."""
+        masked = sum(candidate.parameter.numel() for candidate in self.masked)
+        total = sum(candidate.parameter.numel() for candidate in self if not candidate.reason.startswith("tied"))
+        reasons = Counter(candidate.reason.split(":")[0] for candidate in self if candidate.reason)
+        dense = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        return (
+            f"{len(self.masked)} of {len(self)} parameters masked ({masked:,} of {total:,} weights)"
+            f"{f'; dense: {dense}' if dense else ''}."
+        )
+
+    def __str__(self) -> str:
+        width = max((len(candidate.name) for candidate in self), default=0)
+        return "\n".join(
+            f"{candidate.name:<{width}}  {candidate.module_type:<18} {tuple(candidate.parameter.shape)!s:<20} "
+            f"{candidate.reason or 'masked'}"
+            for candidate in self
+        )
+
+
+def canonical_name(name: str) -> str:
+    """The name of a parameter in the plain module: without what ``torch.compile`` and checkpoint wrappers add.
+
+    Example:
+        >>> canonical_name("encoder._orig_mod.0.weight")
+        'encoder.0.weight'
+    """
+    wrappers = {"_orig_mod", "_checkpoint_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def select_weights(
+    module: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> Plan:
+    """Decide for every parameter of ``module`` whether it is masked.
+
+    Args:
+        module: Any module.
+        include: Patterns; where given, only what matches one is masked. A pattern is a glob over the parameter's name
+            (``"encoder.*"``) or the name of its module's type (``"Conv2d"``, base classes count). One without a
+            wildcard that names a parameter or a type in full also admits an embedding or a weight of an unknown module.
+        exclude: Patterns of what stays dense; it wins over ``include``.
+
+    Returns:
+        The plan, one entry for each name of each parameter.
+
+    Raises:
+        MisconfigurationException: A pattern matches nothing, nothing is left to mask, or a layer is not materialised.
+
+    Example:
+        >>> plan = select_weights(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
+        >>> [(candidate.name, candidate.reason) for candidate in plan]
+        [('0.weight', ''), ('0.bias', 'bias'), ('1.weight', 'norm'), ('1.bias', 'norm')]
+    """
+    owned = list(_owned_parameters(module))
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            _check_matches_something(argument, pattern, owned)
+    candidates = _without_ties([_judge(item, include, exclude) for item in owned])
+    plan = Plan(candidates)
+    if not plan.masked:
+        raise MisconfigurationException(
+            f"{type(module).__name__} has no weight to mask. Its parameters and the reasons:\n{plan}\n"
+            "Masked are weights of linear, convolution, recurrent and attention layers; to mask another floating-point"
+            " weight, name it in full in include=."
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class _Owned:
+    name: str
+    parameter: nn.Parameter
+    module: nn.Module
+    local_name: str
+
+    def matches(self, pattern: str) -> bool:
+        return fnmatchcase(self.name, pattern) or any(
+            fnmatchcase(kind.__name__, pattern) for kind in type(self.module).__mro__[:-1] if kind is not nn.Module
+        )
+
+    def is_named_in_full(self, pattern: str) -> bool:
+        types = {kind.__name__ for kind in type(self.module).__mro__ if issubclass(kind, nn.Module)}
+        return pattern == self.name or pattern in types - {"Module"}
+
+
+def _owned_parameters(module: nn.Module) -> Iterator[_Owned]:
+    for prefix, owner in module.named_modules(remove_duplicate=True):
+        for local_name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            name = canonical_name(f"{prefix}.{local_name}".lstrip("."))
+            if nn.parameter.is_lazy(parameter):
+                raise MisconfigurationException(
+                    f"{name} of {type(owner).__name__} has no shape yet. Run one batch through the module before fit,"
+                    " or replace the lazy layer by one with stated sizes."
+                )
+            yield _Owned(name, parameter, owner, local_name)
+
+
+def _check_matches_something(argument: str, pattern: str, owned: Sequence[_Owned]) -> None:
+    if any(item.matches(pattern) for item in owned):
+        return
+    known = sorted({item.name for item in owned} | {type(item.module).__name__ for item in owned})
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:8]
+    raise MisconfigurationException(
+        f"{argument}={pattern!r} matches no parameter name and no module type. Near it: {', '.join(near)}."
+        " Patterns are globs over parameter names ('encoder.*.weight') and module types ('Conv2d')."
+    )
+
+
+def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None) -> Candidate:
+    transposed = isinstance(item.module, _TRANSPOSED)
+    groups = item.module.groups if isinstance(item.module, _CONVOLUTIONS + _TRANSPOSED) else 1
+    return Candidate(
+        name=item.name,
+        parameter=item.parameter,
+        module_type=type(item.module).__name__,
+        reason=_reason(item, include, exclude),
+        groups=groups,
+        input_first=transposed or type(item.module).__name__ == _LINEAR_IN_OUT,
+    )
+
+
+def _reason(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
+    """Why ``item`` stays dense; empty where it is masked."""
+    if not item.parameter.is_floating_point():
+        return f"not floating point: {item.parameter.dtype}"
+    if exclude and any(item.matches(pattern) for pattern in exclude):
+        return "excluded"
+    if include is not None and not any(item.matches(pattern) for pattern in include):
+        return "not included"
+    reason = _reason_of_rules(item)
+    if reason and any(item.is_named_in_full(pattern) for pattern in include or ()) and item.parameter.dim() > 1:
+        reason = ""
+    return reason or ("" if item.parameter.requires_grad else "frozen")
+
+
+def _reason_of_rules(item: _Owned) -> str:
+    if isinstance(item.module, _NORMS) or type(item.module).__name__.lower().endswith("norm"):
+        return "norm"
+    if "bias" in item.local_name:
+        return "bias"
+    if isinstance(item.module, _EMBEDDINGS):
+        return "embedding"
+    for kind, patterns in _WEIGHTS.items():
+        if isinstance(item.module, kind) and any(fnmatchcase(item.local_name, pattern) for pattern in patterns):
+            return ""
+    if type(item.module).__name__ == _LINEAR_IN_OUT and item.local_name == "weight" and item.parameter.dim() == 2:
+        return ""
+    if isinstance(item.module, nn.utils.parametrize.ParametrizationList):
+        return "parametrized"
+    return "unknown module: name it in full in include= to mask it"
+
+
+def _without_ties(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    """A weight under several names is masked under its first, if none of its other uses forbids it."""
+    first: dict[int, Candidate] = {}
+    reasons: dict[int, str] = {}
+    for candidate in candidates:
+        first.setdefault(id(candidate.parameter), candidate)
+        if candidate.reason and candidate.reason != "not included":
+            reasons.setdefault(id(candidate.parameter), f"{candidate.reason} (as {candidate.name})")
+    for candidate in candidates:
+        owner = first[id(candidate.parameter)]
+        if owner is not candidate:
+            yield _dense(candidate, f"tied: to {owner.name}")
+        elif not candidate.reason and id(candidate.parameter) in reasons:
+            yield _dense(candidate, f"tied: {reasons[id(candidate.parameter)]}")
+        else:
+            yield candidate
+
+
+def _dense(candidate: Candidate, reason: str) -> Candidate:
+    return Candidate(candidate.name, candidate.parameter, candidate.module_type, reason)
+
+
+def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of ``module`` by canonical name."""
+    return {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+
+

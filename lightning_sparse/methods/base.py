@@ -1,0 +1,378 @@
+"""What every method shares: the hooks, the clock, the masks' place in a training, checkpoints.
+
+The training loop, with the points at which a method acts::
+
+    fit
+     ├ setup                        what cannot work is refused; no weight is touched
+     ├ on_train_start               weights are selected; masks are restored or made, broadcast, applied
+     │  ├ forward · backward · all-reduce · unscale
+     │  ├ on_before_optimizer_step  → before_step   gradients are final and not yet clipped
+     │  ├ clip · optimizer.step
+     │  ├ optimizer's post-hook     → after_step    the weights have moved
+     │  ├ on_train_batch_end        → step_skipped, for a step that the GradScaler did not take; the clock moves
+     │  ├ on_validation_start       pruned weights are zero
+     │  └ on_train_epoch_end        sparsity is logged; the ranks are checked to agree
+     └ on_fit_end, on_exception     hooks are removed; the module is left sparse
+
+The clock counts optimizer steps that were really taken. With several optimizers (manual optimization) it counts the
+batches in which one of them stepped.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, final
+from weakref import ref
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sparse.masks.averaging import mask_averaged_weights
+from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
+from lightning_sparse.masks.optimizer_state import skipped_step
+from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
+from lightning_sparse.masks.selection import select_weights
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from lightning_sparse.methods.paper import Paper
+
+__all__ = ["SparseMethod", "total_target_sparsity"]
+
+# By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
+_UNSUPPORTED_STRATEGIES = {
+    "FSDPStrategy": "it shards the weights",
+    "ModelParallelStrategy": "it shards the weights",
+    "DeepSpeedStrategy": "its engine owns the optimizer step",
+    "XLAFSDPStrategy": "it shards the weights",
+    "XLAStrategy": "it compiles the step",
+}
+
+
+class SparseMethod(pl.Callback, ABC):
+    """A method of sparse training, as a callback.
+
+    A subclass says what happens around a step (:meth:`before_step`, :meth:`after_step`, :meth:`step_skipped`), how
+    masks begin (:meth:`initialize_masks`) and what sparsity it aims at; the hooks are not to be overridden.
+
+    Args:
+        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
+        exclude: Patterns of what stays dense.
+        seed: Seed of everything that the method draws at random.
+
+    Attributes:
+        paper: Where the method is defined.
+        step: Optimizer steps taken so far.
+    """
+
+    paper: ClassVar[Paper]
+
+    def __init__(self, *, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int) -> None:
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise ValueError(f"{name} is the string {patterns!r}; give a list of patterns: [{patterns!r}].")
+        self.include = None if include is None else tuple(include)
+        self.exclude = None if exclude is None else tuple(exclude)
+        self.seed = seed
+        self.step = 0
+        self._registry = MaskRegistry()
+        self._groups: list[MaskGroup] = []
+        self._handles: list[RemovableHandle] = []
+        self._awaiting_step: set[int] = set()
+        self._stepped_in_batch = False
+        self._hook_was_called = False
+        self._loaded: Mapping[str, Any] | None = None
+        self._module: Callable[[], pl.LightningModule | None] = _nothing
+        self._collapsed: set[str] = set()
+
+    # What a method implements.
+
+    @abstractmethod
+    def resolve_times(self, total_steps: float) -> None:
+        """Turn durations into steps, for a training of ``total_steps`` (``inf`` where unknown); refuse what cannot be."""
+
+    @abstractmethod
+    def initialize_masks(self, group: MaskGroup) -> None:
+        """Write the masks with which training begins into ``group.mask``, which is all active."""
+
+    @abstractmethod
+    def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        """Act on the final gradients of ``group``, before its optimizer steps. No gradient is recorded."""
+
+    @abstractmethod
+    def after_step(self, group: MaskGroup) -> None:
+        """Act on the weights of ``group`` that its optimizer has just moved."""
+
+    @abstractmethod
+    def step_skipped(self, group: MaskGroup) -> None:
+        """The step that :meth:`before_step` prepared was not taken."""
+
+    @abstractmethod
+    def target_sparsity(self, name: str | None = None) -> float:
+        """The sparsity that the method aims at now, over its weights together or in the weight ``name``."""
+
+    @abstractmethod
+    def method_state(self) -> dict[str, Any]:
+        """What the method must remember besides its masks: tensors and primitives alone."""
+
+    @abstractmethod
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`method_state` gave; empty where training begins."""
+
+    @abstractmethod
+    def training_ended(self) -> None:
+        """Training has run to its end; say what the user should know of it."""
+
+    # What a user reads.
+
+    @property
+    def registry(self) -> MaskRegistry:
+        """The masks of the module in training, by parameter name, other methods' included; empty before training."""
+        return self._registry
+
+    @property
+    def groups(self) -> Sequence[MaskGroup]:
+        """The weights of this method, one group for each optimizer that steps some of them."""
+        return self._groups
+
+    @property
+    def weights(self) -> list[MaskedWeight]:
+        """The weights of this method."""
+        return [weight for group in self._groups for weight in group]
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    # The hooks.
+
+    @final
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._loaded = None
+        if self._module() is not pl_module:
+            self._groups = []
+        _refuse_strategy(self, trainer)
+        if trainer.max_epochs == -1 and trainer.max_steps == -1:
+            self.resolve_times(math.inf)
+
+    @final
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} cannot work with LBFGS: its line search evaluates the loss several times a"
+                    " step, at weights that no mask can hold. Use SGD, Adam or another torch optimizer."
+                )
+
+    @final
+    @override
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = self._state_to_continue(trainer, pl_module)
+        plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
+        self.resolve_times(trainer.estimated_stepping_batches)
+        self._registry = MaskRegistry.of(pl_module)
+        self._groups = self._registry.claim(self.state_key, plan.masked, trainer.optimizers)
+        try:
+            self._begin(state)
+        except Exception:
+            self._registry.release(self.state_key)
+            self._groups = []
+            raise
+        self._module = ref(pl_module)
+        for group in self._groups:
+            broadcast_(group.mask)
+            group.count()
+            group.apply_()
+            mask_averaged_weights(trainer, group)
+            self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
+        rank_zero_info(f"{type(self).__name__}: {plan.summary} Sparsity {self._registry.sparsity:.4f}.")
+
+    def _state_to_continue(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any] | None:
+        """What a checkpoint holds, or what this callback knows of the module from an earlier fit."""
+        if self._loaded is None and trainer.ckpt_path is not None:
+            raise MisconfigurationException(
+                f"The checkpoint {trainer.ckpt_path} holds no masks of {self.state_key}, so resuming would go on dense."
+                " Either it was written with save_weights_only=True or without this callback (or with other include="
+                " and exclude=). To begin with its weights, load them with load_from_checkpoint and call fit without"
+                " ckpt_path."
+            )
+        if self._loaded is None and self._module() is pl_module:
+            return self.state_dict()
+        return self._loaded
+
+    def _begin(self, state: Mapping[str, Any] | None) -> None:
+        self._awaiting_step, self._stepped_in_batch, self._hook_was_called = set(), False, False
+        self._collapsed = set()
+        if state is None:
+            self.step = 0
+            self.load_method_state({})
+            for group in self._groups:
+                self.initialize_masks(group)
+            return
+        missing = {"step", "masks", "method"} - state.keys()
+        if missing:
+            raise MisconfigurationException(
+                f"The checkpoint's state of {self.state_key} is cut short: it lacks {', '.join(sorted(missing))}. Resume"
+                " from an earlier checkpoint."
+            )
+        for group in self._groups:
+            group.load_(state["masks"])
+        self.step = state["step"]
+        self.load_method_state(state["method"])
+
+    @final
+    @override
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._hook_was_called = True
+        for index, group in enumerate(self._groups):
+            if group.optimizer is optimizer:
+                self._awaiting_step.add(index)
+                self.before_step(trainer, group)
+
+    def _post_hook(self, group: MaskGroup) -> Callable[..., None]:
+        index = self._groups.index(group)
+
+        @torch.no_grad()
+        def after_optimizer_step(optimizer: Optimizer, *_: Any) -> None:
+            if not self._hook_was_called:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} stepped without Lightning, so {type(self).__name__} never saw its"
+                    " gradients. In manual optimization, take the optimizer from self.optimizers() and call its step()."
+                )
+            if index not in self._awaiting_step:  # an optimizer whose step calls super().step() comes here twice
+                return
+            self._awaiting_step.discard(index)
+            if skipped_step(optimizer):
+                self.step_skipped(group)
+            else:
+                self._stepped_in_batch = True
+                self.after_step(group)
+
+        return after_optimizer_step
+
+    @final
+    @override
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for index in self._awaiting_step:
+            self.step_skipped(self._groups[index])
+        self._awaiting_step.clear()
+        self.step += self._stepped_in_batch
+        self._stepped_in_batch = False
+
+    @final
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._apply_masks(trainer)
+
+    @final
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._apply_masks(trainer)
+        for group in self._groups:
+            check_ranks_agree(group)
+        # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
+        values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
+        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
+
+    @final
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._apply_masks(trainer)
+        self.training_ended()
+
+    @final
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave(trainer, pl_module)
+
+    @final
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._leave(trainer, pl_module)
+
+    def _apply_masks(self, trainer: pl.Trainer) -> None:
+        for group in self._groups if self._handles else ():  # between on_train_start and the end of fit
+            group.apply_()
+            mask_averaged_weights(trainer, group)
+
+    def _leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module sparse, and nothing else behind."""
+        self._apply_masks(trainer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        MaskRegistry.forget(pl_module)
+
+    # Checkpoints.
+
+    @final
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not self._groups:
+            return {}  # the learning-rate finder asks before training begins
+        masks: dict[str, Any] = {}
+        for group in self._groups:
+            masks |= group.packed()
+        return {"step": self.step + self._stepped_in_batch, "masks": masks, "method": self.method_state()}
+
+    @final
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict or None
+
+    # Shared by the families.
+
+    @final
+    def masks_changed(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        """To be called when the masks of ``group`` were written: makes them true everywhere, and names dead layers."""
+        group.count()
+        group.apply_()
+        mask_averaged_weights(trainer, group)
+        self._registry.num_updates += 1
+        for weight in group:
+            if weight.num_active == 0 and weight.name not in self._collapsed:
+                self._collapsed.add(weight.name)
+                rank_zero_warn(
+                    f"{type(self).__name__}: {weight.name} has no active weight left at step {self.step}; nothing flows"
+                    " through it. Set min_active to keep some in every layer, or leave it out with exclude=."
+                )
+
+
+def total_target_sparsity(trainer: pl.Trainer) -> float:
+    """The sparsity that the methods of ``trainer`` aim at now, over all their weights together."""
+    methods = [callback for callback in trainer.callbacks if isinstance(callback, SparseMethod) and callback.groups]  # type: ignore[attr-defined]
+    sizes = [sum(group.numel for group in method.groups) for method in methods]
+    zeros = [size * method.target_sparsity() for size, method in zip(sizes, methods, strict=True)]
+    return sum(zeros) / sum(sizes) if sizes else 0.0
+
+
+def _nothing() -> None:
+    return None
+
+
+def _refuse_strategy(method: SparseMethod, trainer: pl.Trainer) -> None:
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in _UNSUPPORTED_STRATEGIES:
+            raise MisconfigurationException(
+                f"{type(method).__name__} does not support {type(trainer.strategy).__name__}:"
+                f" {_UNSUPPORTED_STRATEGIES[kind.__name__]}. Use strategy='ddp' or a single device."
+            )

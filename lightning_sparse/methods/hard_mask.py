@@ -1,0 +1,141 @@
+"""Methods that set pruned weights to zero and forget their values."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.functional.masks import zero_pruned_
+from lightning_sparse.masks.distributed import broadcast_
+from lightning_sparse.masks.optimizer_state import clear_moments, keeps_zeros
+from lightning_sparse.masks.registry import MaskGroup
+from lightning_sparse.methods.base import SparseMethod
+from lightning_sparse.schedules import Timetable, UpdateTimes
+
+__all__ = ["HardMaskMethod"]
+
+_PATIENCE = 100
+
+
+class HardMaskMethod(SparseMethod):
+    """At the times of an :class:`~lightning_sparse.schedules.UpdateTimes`, masks change; at every step, they hold.
+
+    An update happens before the optimizer's step, on its gradients, which are the mean over accumulated batches and
+    processes. Weights just pruned become zero, weights just grown are zero, and the optimizer's moments of both are
+    cleared. An update that meets a gradient that is not finite waits for the next step.
+
+    Args:
+        times: When masks are updated.
+        include: Patterns of what is masked.
+        exclude: Patterns of what stays dense.
+        seed: Seed of everything that the method draws at random.
+    """
+
+    def __init__(
+        self, *, times: UpdateTimes, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, seed=seed)
+        self.times = times
+        self._timetable = Timetable(every=1, start=0, stop=0)
+        self._postponed = 0
+
+    @abstractmethod
+    def update_masks(self, group: MaskGroup) -> None:
+        """Write new masks into ``group.mask``, on the gradients of its weights, all finite."""
+
+    @property
+    def progress(self) -> float:
+        """How far the clock is from the first update to the last, in [0, 1]."""
+        return self._timetable.progress(self.step)
+
+    @final
+    @override
+    def resolve_times(self, total_steps: float) -> None:
+        self._timetable = self.times.resolve(total_steps)
+        if self._timetable.stop >= total_steps:
+            rank_zero_warn(
+                f"{type(self).__name__} updates masks until step {self._timetable.stop}, but training ends after"
+                f" {total_steps:g}: the last updates will not happen. Give an earlier stop, or train longer."
+            )
+
+    @final
+    @override
+    def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        if self._is_due(group) and self._gradients_are_usable(group):
+            self._update(trainer, group)
+        for weight in group:
+            if weight.parameter.grad is not None:
+                zero_pruned_(weight.parameter.grad, weight.mask)
+
+    @final
+    @override
+    def after_step(self, group: MaskGroup) -> None:
+        if not keeps_zeros(group.optimizer):
+            group.apply_()
+
+    @final
+    @override
+    def step_skipped(self, group: MaskGroup) -> None:
+        """Nothing was moved, and nothing waits."""
+
+    def _update(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        before = group.mask.clone()
+        self.update_masks(group)
+        broadcast_(group.mask)
+        for weight, changed in zip(group, group.split(before ^ group.mask), strict=True):
+            clear_moments(group.optimizer, weight.parameter, changed)
+        group.updated_at = self.step
+        self.masks_changed(trainer, group)
+
+    def _is_due(self, group: MaskGroup) -> bool:
+        latest = self._timetable.latest(self.step)
+        return latest is not None and latest > group.updated_at
+
+    def _gradients_are_usable(self, group: MaskGroup) -> bool:
+        gradients = [weight.parameter.grad for weight in group if weight.parameter.grad is not None]
+        if not gradients:
+            return False  # training_step returned None
+        if _all_finite(gradients):
+            self._postponed = 0
+            return True
+        self._postponed += 1
+        if self._postponed >= _PATIENCE:
+            names = [weight.name for weight in group if not _all_finite([weight.grad])]
+            raise RuntimeError(
+                f"The gradients of {', '.join(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
+                f" change on such gradients (last change at step {group.updated_at})."
+                " Training has diverged: lower the learning rate, clip gradients (gradient_clip_val), or look for the"
+                " loss that is not finite with Trainer(detect_anomaly=True)."
+            )
+        return False
+
+    @final
+    @override
+    def training_ended(self) -> None:
+        if self.step < self._timetable.stop:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {self.step}, before the last update at step"
+                f" {self._timetable.stop}; sparsity is {self.registry.sparsity:.4f}, and {self.target_sparsity():.4f}"
+                " was due by now. Train to the end, or give an earlier stop."
+            )
+
+    @final
+    @override
+    def method_state(self) -> dict[str, Any]:
+        return {"postponed": self._postponed}
+
+    @final
+    @override
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        self._postponed = state.get("postponed", 0)
+
+
+def _all_finite(gradients: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
