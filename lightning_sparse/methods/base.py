@@ -69,10 +69,12 @@ class SparseMethod(pl.Callback, ABC):
 
     Attributes:
         paper: Where the method is defined.
+        needs_dense_gradients: Whether an update reads the gradients of pruned weights, which cost a dense backward.
         step: Optimizer steps taken so far.
     """
 
     paper: ClassVar[Paper]
+    needs_dense_gradients: ClassVar[bool] = False
 
     def __init__(self, *, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int) -> None:
         for name, patterns in (("include", include), ("exclude", exclude)):
@@ -182,11 +184,11 @@ class SparseMethod(pl.Callback, ABC):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         state = self._state_to_continue(trainer, pl_module)
         plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
-        self.resolve_times(trainer.estimated_stepping_batches)
         self._registry = MaskRegistry.of(pl_module)
         self._groups = self._registry.claim(self.state_key, plan.masked, trainer.optimizers)
         try:
             self._begin(state)
+            self.resolve_times(trainer.estimated_stepping_batches)
         except Exception:
             self._registry.release(self.state_key)
             self._groups = []

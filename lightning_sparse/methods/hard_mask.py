@@ -59,7 +59,7 @@ class HardMaskMethod(SparseMethod):
     @override
     def resolve_times(self, total_steps: float) -> None:
         self._timetable = self.times.resolve(total_steps)
-        if self._timetable.stop >= total_steps:
+        if self.step < self._timetable.stop and self._timetable.stop >= total_steps:
             rank_zero_warn(
                 f"{type(self).__name__} updates masks until step {self._timetable.stop}, but training ends after"
                 f" {total_steps:g}: the last updates will not happen. Give an earlier stop, or train longer."

@@ -1,0 +1,21 @@
+"""What every test and doctest needs: one thread per process, and a folder of its own for whatever an example writes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before torch is imported: libgomp hangs in forked children when the parent has used more than one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _like_a_new_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [sys.argv[0]])  # LightningCLI warns of a command line beside its arguments
+    if isinstance(request.node, pytest.DoctestItem):
+        monkeypatch.chdir(request.getfixturevalue("tmp_path"))

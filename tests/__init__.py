@@ -1,0 +1,1 @@
+"""Tests of lightning_sparse; the folders mirror the package."""

@@ -1,0 +1,55 @@
+"""The smallest configuration of each method; the contract suite runs over all of them.
+
+A method of the package without a case stops the collection.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_sparse import methods
+from lightning_sparse.methods import FGGP, GMP, SparseMethod
+from lightning_sparse.schedules import Cosine, Polynomial
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["CASES", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with arguments that suit a training of sixteen steps on a network of 344 weights."""
+
+    name: str
+    method: type[SparseMethod]
+    arguments: Mapping[str, Any]
+
+    def make(self, **overrides: Any) -> SparseMethod:
+        """A new callback."""
+        return self.method(**(dict(self.arguments) | overrides))
+
+
+_OFTEN = {"update_every": 2, "start": 1, "stop": 11}
+
+CASES = [
+    Case("gmp-uniform", GMP, {"sparsity": 0.8, **_OFTEN}),
+    Case("gmp-erk", GMP, {"sparsity": 0.8, "allocation": "erk", "min_active": 2, **_OFTEN}),
+    Case("fggp-global", FGGP, {"sparsity": 0.8, **_OFTEN}),
+    Case("fggp-layer", FGGP, {"sparsity": 0.8, "allocation": "uniform", "first": "magnitude", **_OFTEN}),
+    Case(
+        "fggp-half",
+        FGGP,
+        {"sparsity": Polynomial(0.5, 0.9), "pool": Cosine(0.5, 0.005), "pool_of": "survivors", **_OFTEN},
+    ),
+]
+
+_public = {getattr(methods, name) for name in methods.__all__}
+_concrete = {kind for kind in _public if inspect.isclass(kind) and not inspect.isabstract(kind)}
+_without_case = {kind.__name__ for kind in _concrete if issubclass(kind, SparseMethod)} - {
+    case.method.__name__ for case in CASES
+}
+if _without_case:
+    raise LookupError(f"{', '.join(sorted(_without_case))}: no case in tests/methods/cases.py.")
