@@ -1,0 +1,110 @@
+"""What the documentation shows works: Python blocks run, commands exist, the table of methods is the methods'.
+
+The Python blocks of a file run in turn, as one program that finds a ``model`` and a ``datamodule``, in an empty folder.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+from lightning_sparse.cli import main
+from lightning_sparse.methods.catalog import methods_table
+from tests.helpers import ToyModel
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(markdown: str, language: str) -> list[str]:
+    """The blocks of a language, each after as many empty lines as put it on its own lines of the file."""
+    return [
+        "\n" * markdown.count("\n", 0, match.start("text")) + textwrap.dedent(match["text"])
+        for match in BLOCK.finditer(markdown)
+        if match["language"] == language
+    ]
+
+
+def commands(markdown: str) -> list[list[str]]:
+    """The commands in bash blocks, as words, without comments."""
+    lines = "\n".join(blocks(markdown, "bash")).replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def documented(tool: str) -> list[list[str]]:
+    """The distinct arguments with which the documentation calls a tool."""
+    found = [
+        words[1:]
+        for path in DOCUMENTS
+        if path.exists()
+        for words in commands(path.read_text(encoding="utf-8"))
+        if words[0] == tool
+    ]
+    return [list(words) for words in dict.fromkeys(map(tuple, found))]
+
+
+def run_python(markdown: str, name: str) -> None:
+    model = ToyModel()
+    data = L.LightningDataModule.from_datasets(model.train_data, model.val_data, batch_size=8)
+    namespace: dict[str, object] = {"__name__": "__main__", "model": model, "datamodule": data}
+    for block in blocks(markdown, "python"):
+        exec(compile(block, name, "exec"), namespace)
+
+
+@pytest.fixture
+def on_cpu_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let a plain ``Trainer()`` choose the CPU, and write into ``tmp_path``."""
+    for accelerator in (CUDAAccelerator, MPSAccelerator):  # an initialised GPU would break the tests that fork
+        monkeypatch.setattr(accelerator, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_share_a_namespace_and_keep_their_line_numbers() -> None:
+    markdown = "# Title\n\n```python\nx = 1\n```\n\n- item\n\n  ```python\n  y = x / 0\n  ```\n"
+    with pytest.raises(ZeroDivisionError) as error:
+        run_python(markdown, "example.md")
+    assert (error.traceback[-1].path, error.traceback[-1].lineno + 1) == ("example.md", 10)
+
+
+def test_commands_are_read_without_comments_and_across_lines() -> None:
+    assert commands("```bash\nmake demo  # look\n\nlightning-sparse fit \\\n  --config x\n```\n") == [
+        ["make", "demo"],
+        ["lightning-sparse", "fit", "--config", "x"],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # the toy data are fewer than anyone's
+@pytest.mark.usefixtures("on_cpu_in_an_empty_folder")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_python_blocks_run(path: Path) -> None:
+    run_python(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("arguments", documented("make"), ids=" ".join)
+def test_make_commands_name_targets(arguments: list[str]) -> None:
+    targets = re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {word for word in arguments if "=" not in word} <= set(targets)
+
+
+@pytest.mark.parametrize("arguments", documented("lightning-sparse"), ids=" ".join)
+def test_lightning_sparse_commands_are_understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a training command every option is parsed, but nothing is trained.
+    asked = [arguments[0], "--help"] if arguments[0] == "report" else [*arguments, "--print_config"]
+    monkeypatch.setattr(sys, "argv", ["lightning-sparse", *asked])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+
+
+def test_the_readme_shows_the_table_of_methods() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\n{methods_table()}\n\n" in readme, f"Put this table into README.md:\n{methods_table()}"
