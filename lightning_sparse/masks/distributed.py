@@ -9,13 +9,22 @@ from torch import Tensor
 
 from lightning_sparse.masks.registry import MaskGroup
 
-__all__ = ["broadcast_", "check_ranks_agree"]
+__all__ = ["broadcast_", "check_ranks_agree", "true_on_every_rank"]
 
 
 def broadcast_(mask: Tensor) -> None:
     """Give every process the mask of rank 0: one flat transfer, a byte a weight."""
     if _is_distributed():
         dist.broadcast(mask.view(torch.uint8), src=0)
+
+
+def true_on_every_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` holds in every process; all of them must ask."""
+    if not _is_distributed():
+        return flag
+    lowest = torch.tensor(flag, dtype=torch.uint8, device=device)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    return bool(lowest)
 
 
 def check_ranks_agree(group: MaskGroup) -> None:

@@ -101,6 +101,12 @@ class MaskGroup(Sequence[MaskedWeight]):
     def __init__(self, candidates: Sequence[Candidate], optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.updated_at = -1
+        devices = {candidate.parameter.device for candidate in candidates}
+        if len(devices) > 1:
+            raise MisconfigurationException(
+                f"The weights of one optimizer lie on {', '.join(sorted(map(str, devices)))}, and masks are ranked on"
+                " one device. Use one optimizer, and one method with include=, for each device."
+            )
         sizes = [candidate.parameter.numel() for candidate in candidates]
         self.mask = torch.ones(sum(sizes), dtype=torch.bool, device=candidates[0].parameter.device)
         parts = self.mask.split(sizes)

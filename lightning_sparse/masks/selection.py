@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["Candidate", "Plan", "canonical_name", "select_weights"]
 
@@ -183,6 +184,11 @@ def _owned_parameters(module: nn.Module) -> Iterator[_Owned]:
     for prefix, owner in module.named_modules(remove_duplicate=True):
         for local_name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             name = canonical_name(f"{prefix}.{local_name}".lstrip("."))
+            if isinstance(parameter, DTensor) or (parameter.numel() == 0 and not nn.parameter.is_lazy(parameter)):
+                raise MisconfigurationException(
+                    f"{name} is sharded over processes or empty (shape {tuple(parameter.shape)}), and masks need whole"
+                    " weights. Use strategy='ddp' or a single device."
+                )
             if nn.parameter.is_lazy(parameter):
                 raise MisconfigurationException(
                     f"{name} of {type(owner).__name__} has no shape yet. Run one batch through the module before fit,"

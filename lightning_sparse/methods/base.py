@@ -204,7 +204,8 @@ class SparseMethod(pl.Callback, ABC):
 
     def _state_to_continue(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any] | None:
         """What a checkpoint holds, or what this callback knows of the module from an earlier fit."""
-        if self._loaded is None and trainer.ckpt_path is not None:
+        # At step 0 the path is that of the weights which the learning-rate finder has just put back.
+        if self._loaded is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no masks of {self.state_key}, so resuming would go on dense."
                 " Either it was written with save_weights_only=True or without this callback (or with other include="

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.masks import zero_pruned_
-from lightning_sparse.masks.distributed import broadcast_
+from lightning_sparse.masks.distributed import broadcast_, true_on_every_rank
 from lightning_sparse.masks.optimizer_state import clear_moments, keeps_zeros
 from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.methods.base import SparseMethod
@@ -71,7 +71,7 @@ class HardMaskMethod(SparseMethod):
         if self._is_due(group) and self._gradients_are_usable(group):
             self._update(trainer, group)
         for weight in group:
-            if weight.parameter.grad is not None:
+            if weight.parameter.grad is not None and weight.num_active < weight.numel:
                 zero_pruned_(weight.parameter.grad, weight.mask)
 
     @final
@@ -102,7 +102,7 @@ class HardMaskMethod(SparseMethod):
         gradients = [weight.parameter.grad for weight in group if weight.parameter.grad is not None]
         if not gradients:
             return False  # training_step returned None
-        if _all_finite(gradients):
+        if true_on_every_rank(_all_finite(gradients), group.mask.device):
             self._postponed = 0
             return True
         self._postponed += 1

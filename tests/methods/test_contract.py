@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -139,9 +141,12 @@ def test_pruned_weights_are_zero_in_convolutions_in_channels_last(case: Case, tm
 
 @every_method
 @pytest.mark.parametrize("method_is_first", [True, False])
-def test_averaged_weights_are_sparse_too(case: Case, method_is_first: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("average", [WeightAveraging, partial(EMAWeightAveraging, decay=0.8)])
+def test_averaged_weights_are_sparse_too(
+    case: Case, average: Any, method_is_first: bool, tmp_path: Path
+) -> None:
     method = case.make()
-    averaging = WeightAveraging(use_buffers=False)
+    averaging = average()
     callbacks = [method, averaging] if method_is_first else [averaging, method]
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     model = ToyModel()
@@ -321,6 +326,22 @@ def test_one_instance_trains_two_modules_alike(case: Case, tmp_path: Path) -> No
     assert_same_masks(masks_of(method), masks)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+@every_method
+def test_the_learning_rate_finder_leaves_no_mark(case: Case, tmp_path: Path) -> None:
+    class Tunable(ToyModel):
+        lr = 0.1
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    method = case.make()
+    watch = ZeroWatch(method)
+    fit(method, tmp_path, watch, LearningRateFinder(num_training_steps=8), model=Tunable(), logger=False)
+    assert method.step == 16
+    assert watch.leaks == []
+    assert method.registry.num_active == num_active(method.target_sparsity(), method.registry.numel)
 
 
 # 6. Checkpoints are plain.
