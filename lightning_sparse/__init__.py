@@ -3,6 +3,6 @@
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
 from lightning_sparse.masks import MaskedWeight, MaskRegistry
-from lightning_sparse.methods import FGGP, GMP, SparseMethod
+from lightning_sparse.methods import DST, FGGP, GMP, SparseMethod
 
-__all__ = ["FGGP", "GMP", "MaskRegistry", "MaskedWeight", "SparseMethod", "__version__", "functional", "schedules"]
+__all__ = ["DST", "FGGP", "GMP", "MaskRegistry", "MaskedWeight", "SparseMethod", "__version__", "functional", "schedules"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["clear_moments", "keeps_zeros", "skipped_step"]
+__all__ = ["all_finite", "clear_moments", "gradient_scale", "keeps_zeros", "skipped_step"]
 
 # With zero weight, zero gradient and cleared moments these leave a weight exactly zero: their arithmetic is element
 # by element, and every term is a product with one of the three. tests/masks/test_optimizer_state.py shows it for each.
@@ -60,7 +63,23 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor
             value.masked_fill_(changed, 0)
 
 
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no gradient holds inf or NaN; one transfer from the device."""
+    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+
+
 def skipped_step(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer, which is told of inf gradients by the GradScaler, skips the step that it is taking."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """By how much the gradients that ``optimizer`` is about to step on are scaled: 1 but for fused ones in float16.
+
+    A fused optimizer unscales them itself, within its step.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())

@@ -72,6 +72,10 @@ class MaskedWeight:
         """
         return self._candidate.rows(tensor)
 
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`: shape ``(outputs, fan-in)`` to the weight's."""
+        return self._candidate.from_rows(rows)
+
     def flatten(self, tensor: Tensor) -> Tensor:
         """``tensor``, of the weight's shape, in the order of the group's flat mask."""
         return tensor.permute(memory_order(self.mask)).reshape(-1)

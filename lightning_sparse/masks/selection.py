@@ -75,6 +75,15 @@ class Candidate:
         grouped = tensor.reshape(self.groups, inputs, outputs, -1)
         return grouped.transpose(1, 2).reshape(self.groups * outputs, -1)
 
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`."""
+        shape = self.parameter.shape
+        if not self.input_first:
+            return rows.reshape(shape)
+        inputs, outputs = shape[0] // self.groups, shape[1]
+        grouped = rows.reshape(self.groups, outputs, inputs, -1)
+        return grouped.transpose(1, 2).reshape(shape)
+
 
 class Plan(Sequence[Candidate]):
     """Every parameter of a module in order, each masked or with its reason; ``str(plan)`` is a table."""

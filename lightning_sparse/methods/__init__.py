@@ -1,7 +1,8 @@
 """The methods: one callback each."""
 
 from lightning_sparse.methods.base import SparseMethod
+from lightning_sparse.methods.dst import DST
 from lightning_sparse.methods.fggp import FGGP
 from lightning_sparse.methods.gmp import GMP
 
-__all__ = ["FGGP", "GMP", "SparseMethod"]
+__all__ = ["DST", "FGGP", "GMP", "SparseMethod"]

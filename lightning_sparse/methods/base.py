@@ -35,7 +35,7 @@ from typing_extensions import override
 
 from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
-from lightning_sparse.masks.optimizer_state import skipped_step
+from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.selection import select_weights
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from lightning_sparse.methods.paper import Paper
 
 __all__ = ["SparseMethod", "total_target_sparsity"]
+
+# Steps in a row without a finite gradient, after which training has diverged.
+_PATIENCE = 100
 
 # By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
 _UNSUPPORTED_STRATEGIES = {
@@ -93,6 +96,7 @@ class SparseMethod(pl.Callback, ABC):
         self._loaded: Mapping[str, Any] | None = None
         self._module: Callable[[], pl.LightningModule | None] = _nothing
         self._collapsed: set[str] = set()
+        self._not_finite_for = 0
 
     # What a method implements.
 
@@ -119,6 +123,10 @@ class SparseMethod(pl.Callback, ABC):
     @abstractmethod
     def target_sparsity(self, name: str | None = None) -> float:
         """The sparsity that the method aims at now, over its weights together or in the weight ``name``."""
+
+    @abstractmethod
+    def extra_metrics(self) -> dict[str, float]:
+        """What is logged at the end of an epoch besides sparsity, equal on every rank."""
 
     @abstractmethod
     def method_state(self) -> dict[str, Any]:
@@ -219,6 +227,7 @@ class SparseMethod(pl.Callback, ABC):
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         self._awaiting_step, self._stepped_in_batch, self._hook_was_called = set(), False, False
         self._collapsed = set()
+        self._not_finite_for = 0
         if state is None:
             self.step = 0
             self.load_method_state({})
@@ -234,6 +243,7 @@ class SparseMethod(pl.Callback, ABC):
         for group in self._groups:
             group.load_(state["masks"])
         self.step = state["step"]
+        self._not_finite_for = state.get("not_finite_for", 0)
         self.load_method_state(state["method"])
 
     @final
@@ -294,6 +304,7 @@ class SparseMethod(pl.Callback, ABC):
             check_ranks_agree(group)
         # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
         values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
+        values |= self.extra_metrics()
         pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     @final
@@ -335,7 +346,12 @@ class SparseMethod(pl.Callback, ABC):
         masks: dict[str, Any] = {}
         for group in self._groups:
             masks |= group.packed()
-        return {"step": self.step + self._stepped_in_batch, "masks": masks, "method": self.method_state()}
+        return {
+            "step": self.step + self._stepped_in_batch,
+            "masks": masks,
+            "not_finite_for": self._not_finite_for,
+            "method": self.method_state(),
+        }
 
     @final
     @override
@@ -343,6 +359,27 @@ class SparseMethod(pl.Callback, ABC):
         self._loaded = state_dict or None
 
     # Shared by the families.
+
+    @final
+    def be_patient(self, group: MaskGroup) -> None:
+        """To be called where gradients of ``group`` are not finite; raises once that has lasted for 100 steps in a row.
+
+        Raises:
+            RuntimeError: It has.
+        """
+        self._not_finite_for += 1
+        if self._not_finite_for >= _PATIENCE:
+            names = [weight.name for weight in group if not all_finite([weight.grad])]
+            raise RuntimeError(
+                f"The gradients of {', '.join(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
+                " change on such gradients. Training has diverged: lower the learning rate, clip gradients"
+                " (gradient_clip_val), or look for the loss that is not finite with Trainer(detect_anomaly=True)."
+            )
+
+    @final
+    def be_reassured(self) -> None:
+        """To be called where gradients are finite."""
+        self._not_finite_for = 0
 
     @final
     def masks_changed(self, trainer: pl.Trainer, group: MaskGroup) -> None:

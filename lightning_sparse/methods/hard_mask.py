@@ -7,21 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.masks import zero_pruned_
 from lightning_sparse.masks.distributed import broadcast_, true_on_every_rank
-from lightning_sparse.masks.optimizer_state import clear_moments, keeps_zeros
+from lightning_sparse.masks.optimizer_state import all_finite, clear_moments, keeps_zeros
 from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.schedules import Timetable, UpdateTimes
 
 __all__ = ["HardMaskMethod"]
-
-_PATIENCE = 100
 
 
 class HardMaskMethod(SparseMethod):
@@ -44,7 +40,6 @@ class HardMaskMethod(SparseMethod):
         super().__init__(include=include, exclude=exclude, seed=seed)
         self.times = times
         self._timetable = Timetable(every=1, start=0, stop=0)
-        self._postponed = 0
 
     @abstractmethod
     def update_masks(self, group: MaskGroup) -> None:
@@ -102,19 +97,12 @@ class HardMaskMethod(SparseMethod):
         gradients = [weight.parameter.grad for weight in group if weight.parameter.grad is not None]
         if not gradients:
             return False  # training_step returned None
-        if true_on_every_rank(_all_finite(gradients), group.mask.device):
-            self._postponed = 0
-            return True
-        self._postponed += 1
-        if self._postponed >= _PATIENCE:
-            names = [weight.name for weight in group if not _all_finite([weight.grad])]
-            raise RuntimeError(
-                f"The gradients of {', '.join(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
-                f" change on such gradients (last change at step {group.updated_at})."
-                " Training has diverged: lower the learning rate, clip gradients (gradient_clip_val), or look for the"
-                " loss that is not finite with Trainer(detect_anomaly=True)."
-            )
-        return False
+        usable = true_on_every_rank(all_finite(gradients), group.mask.device)
+        if usable:
+            self.be_reassured()
+        else:
+            self.be_patient(group)
+        return usable
 
     @final
     @override
@@ -128,14 +116,15 @@ class HardMaskMethod(SparseMethod):
 
     @final
     @override
+    def extra_metrics(self) -> dict[str, float]:
+        return {}
+
+    @final
+    @override
     def method_state(self) -> dict[str, Any]:
-        return {"postponed": self._postponed}
+        return {}
 
     @final
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        self._postponed = state.get("postponed", 0)
-
-
-def _all_finite(gradients: Sequence[Tensor]) -> bool:
-    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        """Masks, budgets and the time of the last update are all there is."""

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_sparse import methods
-from lightning_sparse.methods import FGGP, GMP, SparseMethod
+from lightning_sparse.methods import DST, FGGP, GMP, SparseMethod
+from lightning_sparse.methods.gradual_pruning import GradualPruning
+from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.schedules import Cosine, Polynomial
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "GRADUAL", "HARD", "Case"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Case:
     name: str
     method: type[SparseMethod]
     arguments: Mapping[str, Any]
+    sparsity: float = 0.75
+    """Sparsity that those sixteen steps reach at least."""
 
     def make(self, **overrides: Any) -> SparseMethod:
         """A new callback."""
@@ -44,7 +48,11 @@ CASES = [
         FGGP,
         {"sparsity": Polynomial(0.5, 0.9), "pool": Cosine(0.5, 0.005), "pool_of": "survivors", **_OFTEN},
     ),
+    Case("dst-alpha", DST, {"alpha": 0.03}, sparsity=0.3),
+    Case("dst-sparsity", DST, {"sparsity": 0.8}, sparsity=0.3),
 ]
+HARD = [case for case in CASES if issubclass(case.method, HardMaskMethod)]
+GRADUAL = [case for case in CASES if issubclass(case.method, GradualPruning)]
 
 _public = {getattr(methods, name) for name in methods.__all__}
 _concrete = {kind for kind in _public if inspect.isclass(kind) and not inspect.isabstract(kind)}
