@@ -19,6 +19,7 @@ __all__ = [
     "Schedule",
     "Timetable",
     "UpdateTimes",
+    "as_schedule",
     "check_fraction",
 ]
 
@@ -68,8 +69,11 @@ class Polynomial(Schedule):
     exponent: float = 3.0
 
     def __call__(self, progress: float) -> float:  # noqa: D102
+        # The ends exactly: v_f + (v_i − v_f) is not always v_i in floating point.
+        if progress <= 0.0:
+            return self.initial
         if progress >= 1.0:
-            return self.final  # exactly: v_f + 0 · (…) is not always v_f in floating point
+            return self.final
         return self.final + (self.initial - self.final) * (1.0 - progress) ** self.exponent
 
 
@@ -102,6 +106,10 @@ class Cosine(Schedule):
     final: float
 
     def __call__(self, progress: float) -> float:  # noqa: D102
+        if progress <= 0.0:
+            return self.initial
+        if progress >= 1.0:
+            return self.final
         return self.final + (self.initial - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -117,10 +125,29 @@ class Exponential(Schedule):
     initial: float
     final: float
 
+    def __post_init__(self) -> None:
+        if not (self.initial < 1.0 and self.final < 1.0):
+            raise ValueError(
+                f"{self} must begin and end below sparsity 1, where nothing would remain to shrink; give fractions in"
+                " [0, 1)."
+            )
+
     def __call__(self, progress: float) -> float:  # noqa: D102
+        if progress <= 0.0:
+            return self.initial
         if progress >= 1.0:
             return self.final
         return 1.0 - (1.0 - self.initial) * ((1.0 - self.final) / (1.0 - self.initial)) ** progress
+
+
+def as_schedule(value: float | Schedule) -> Schedule:
+    """A number as the schedule that is always that number; a schedule as it is.
+
+    Example:
+        >>> as_schedule(0.5)
+        Constant(value=0.5)
+    """
+    return value if isinstance(value, Schedule) else Constant(value)
 
 
 def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
@@ -133,16 +160,17 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
         >>> check_fraction("sparsity", Constant(95), below_one=True)
         Traceback (most recent call last):
             ...
-        ValueError: sparsity is 95 at progress 0.00 of Constant(value=95), but it is a fraction in [0, 1). Did you mean 0.95?
+        ValueError: sparsity is 95, but it is a fraction in [0, 1). Did you mean 0.95?
     """
+    allowed = "[0, 1)" if below_one else "[0, 1]"
     for percent in range(101):
         value = schedule(percent / 100)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}; give a number, a fraction in {allowed}, or a Schedule of it.")
         if not (0.0 <= value < 1.0 or (value == 1.0 and not below_one)):
             hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
-            raise ValueError(
-                f"{name} is {value:g} at progress {percent / 100:.2f} of {schedule}, but it is a fraction in"
-                f" {'[0, 1)' if below_one else '[0, 1]'}.{hint}"
-            )
+            where = "" if isinstance(schedule, Constant) else f" at progress {percent / 100:.2f} of {schedule}"
+            raise ValueError(f"{name} is {value:g}{where}, but it is a fraction in {allowed}.{hint}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +195,8 @@ class UpdateTimes:
     stop: Duration = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("every", "start", "stop"):
-            _check_duration(name, getattr(self, name))
+        for name, duration in (("update_every", self.every), ("start", self.start), ("stop", self.stop)):
+            _check_duration(name, duration)
         if self.every == 0:
             raise ValueError("update_every is 0; give at least 1 step, or a fraction of training above 0.")
         if type(self.start) is type(self.stop) and self.start > self.stop:
@@ -194,8 +222,8 @@ class UpdateTimes:
         start, stop = _steps(self.start, total_steps), _steps(self.stop, total_steps)
         if isinstance(self.stop, float):
             stop = min(stop, int(total_steps) - 1)  # the last step that exists
-        if start > stop and isinstance(self.start, float):
-            start = stop
+        if isinstance(self.start, float):
+            start = min(start, int(total_steps) - 1)
         if start > stop:
             raise ValueError(f"Updates start at step {start}, after they stop at {stop}, in {total_steps:g} steps.")
         return Timetable(every=max(1, _steps(self.every, total_steps)), start=start, stop=stop)
@@ -227,7 +255,9 @@ class Timetable:
         """How far ``step`` is from ``start`` to ``stop``, in [0, 1]."""
         if step >= self.stop:
             return 1.0
-        return max(0.0, (step - self.start) / (self.stop - self.start))
+        if step <= self.start:
+            return 0.0
+        return (step - self.start) / (self.stop - self.start)
 
 
 def _check_duration(name: str, duration: Duration) -> None:

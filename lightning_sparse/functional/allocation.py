@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-__all__ = ["erdos_renyi", "erdos_renyi_kernel", "num_active", "uniform"]
+__all__ = ["erdos_renyi", "erdos_renyi_kernel", "largest_feasible_sparsity", "num_active", "share", "uniform"]
 
 Shape = Sequence[int]
 
@@ -35,6 +35,31 @@ def num_active(sparsity: float, numel: int) -> int:
         (1, 2126)
     """
     return math.floor((1 - Fraction(str(float(sparsity)))) * numel)
+
+
+def share(rate: float, numel: int) -> int:
+    r"""A rate of ``numel`` weights: :math:`\lfloor r\, n \rfloor`, the rate taken as the decimal that is written.
+
+    Args:
+        rate: Fraction in [0, 1].
+        numel: Number of weights.
+
+    Example:
+        >>> share(0.29, 100), int(0.29 * 100)
+        (29, 28)
+    """
+    return math.floor(Fraction(str(float(rate))) * numel)
+
+
+def largest_feasible_sparsity(least: int, numel: int) -> str:
+    """The largest sparsity that leaves ``least`` of ``numel`` weights, rounded down to a decimal that does.
+
+    Example:
+        >>> largest_feasible_sparsity(1, 3)
+        '0.666666'
+    """
+    digits = max(6, len(str(numel)) + 1)
+    return f"0.{(numel - least) * 10**digits // numel:0{digits}d}"
 
 
 def uniform(
@@ -99,11 +124,16 @@ def _share(
     sizes = [math.prod(shape) for shape in shapes]
     high = sizes if capacities is None else list(capacities)
     low = [min(min_active, capacity) for capacity in high]
-    if not sum(low) <= total <= sum(high):
+    if total < sum(low):
         raise ValueError(
-            f"A budget of {total} active weights cannot be shared: the layers must hold at least {sum(low)} and can"
-            f" hold at most {sum(high)} of {sum(sizes)} weights. The largest feasible sparsity is"
-            f" {1 - sum(low) / sum(sizes):.6f}; ask for less, or lower min_active ({min_active})."
+            f"A budget of {total} active weights cannot be shared: the layers must hold at least {sum(low)} of"
+            f" {sum(sizes)}. The largest feasible sparsity is {largest_feasible_sparsity(sum(low), sum(sizes))}; ask for"
+            f" less, or lower min_active ({min_active})."
+        )
+    if total > sum(high):
+        raise ValueError(
+            f"A budget of {total} active weights cannot be shared: the layers can hold at most {sum(high)} of"
+            f" {sum(sizes)}. Ask for a higher sparsity, or raise the capacities."
         )
     slopes = [score * size for score, size in zip(scores, sizes, strict=True)]
     return _round(_fill(slopes, low, high, total), high, total)

@@ -72,13 +72,19 @@ def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
         raise ValueError(f"Cannot choose {k} entries; k must be at least 0.")
     # Order is expressed with infinity: max + epsilon equals max from 256 upward in float32.
     candidates = scores.masked_fill(~among, torch.inf)
+    if candidates.numel() == 0:
+        raise ValueError(f"Cannot choose {k} entries: only 0 are eligible, the tensor is empty.")
     threshold = kth_smallest(candidates, min(k, candidates.numel()))
     chosen = candidates < threshold
     ties = (candidates == threshold).logical_and_(among)
     missing = k - int(chosen.count_nonzero())
     num_ties = int(ties.count_nonzero())
     if missing > num_ties:
-        raise ValueError(f"Cannot choose {k} entries: only {int(among.count_nonzero())} are eligible.")
+        comparable = int((among & ~scores.isnan()).count_nonzero())
+        raise ValueError(
+            f"Cannot choose {k} entries: only {comparable} are eligible"
+            f" ({int(among.count_nonzero()) - comparable} more have the score NaN, which cannot be ranked)."
+        )
     if missing < num_ties:
         first = ties.flatten().nonzero().squeeze(1)[:missing]
         ties = torch.zeros_like(ties).flatten().index_fill_(0, first, True).view_as(chosen)
@@ -114,12 +120,12 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
     """
     bits = tensor.detach().view(_INTEGER_OF_WIDTH[tensor.element_size()])
     keep = mask.view(torch.int8)
-    if bits.is_cpu and bits.numel() > _CHUNK and bits.stride() == keep.stride():
-        order = memory_order(keep)
-        if bits.permute(order).is_contiguous():
-            _multiply_in_chunks_(bits.permute(order).view(-1), keep.permute(order).view(-1))
-            return tensor
-    bits.mul_(keep)
+    order = memory_order(keep)
+    one_order = bits.permute(order).is_contiguous() and keep.permute(order).is_contiguous()
+    if bits.is_cpu and bits.numel() > _CHUNK and one_order:
+        _multiply_in_chunks_(bits.permute(order).view(-1), keep.permute(order).view(-1))
+    else:
+        bits.mul_(keep)
     return tensor
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -42,15 +43,20 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
         >>> keeps_zeros(torch.optim.SGD(weights, lr=0.1)), keeps_zeros(torch.optim.LBFGS(weights))
         (True, False)
     """
-    # 0 / (√0 + eps) is NaN when eps is 0.
-    return type(optimizer) in _KEEP_ZEROS and all(group.get("eps", 1.0) != 0.0 for group in optimizer.param_groups)
+    return type(optimizer) in _KEEP_ZEROS and not any(_divides_by_zero(group) for group in optimizer.param_groups)
+
+
+def _divides_by_zero(param_group: Mapping[str, Any]) -> bool:
+    """Whether eps is 0, so that 0 / (√0 + eps) is NaN. Adafactor has a pair, of which the first counts."""
+    eps = param_group.get("eps")
+    return (eps[0] if isinstance(eps, tuple | list) else eps) == 0.0
 
 
 @torch.no_grad()
 def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
-    """Zero whatever ``optimizer`` remembers of the weights that were just pruned or grown.
+    """Make ``optimizer`` forget the weights that were just pruned or grown.
 
-    That is every tensor of its state with the shape of the parameter: momentum, second moments, averages. Factored
+    Zeroed is every tensor of its state with the shape of the parameter: momentum, second moments, averages. Factored
     moments (Adafactor's rows and columns) are shared by many weights and stay.
 
     Args:
@@ -58,9 +64,16 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor
         parameter: One of its parameters.
         changed: ``bool``, the shape of the parameter.
     """
-    for value in optimizer.state.get(parameter, {}).values():
+    for key, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(changed, 0)
+            # Rprop's step sizes begin at the learning rate; its other state, like that of the others, at zero.
+            value.masked_fill_(changed, _learning_rate(optimizer, parameter) if key == "step_size" else 0)
+
+
+def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
+    return next(
+        float(group["lr"]) for group in optimizer.param_groups if any(other is parameter for other in group["params"])
+    )
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:

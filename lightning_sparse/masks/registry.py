@@ -61,6 +61,11 @@ class MaskedWeight:
         return 1.0 - self.num_active / self.numel
 
     @property
+    def target_sparsity(self) -> float:
+        """Sparsity of the budget: what the method allows since its last update."""
+        return 1.0 - self.budget / self.numel
+
+    @property
     def grad(self) -> Tensor:
         """The gradient of the parameter; zeros where the weight took no part in the loss."""
         return torch.zeros_like(self.parameter) if self.parameter.grad is None else self.parameter.grad
@@ -290,21 +295,27 @@ def _view_as(flat: Tensor, parameter: Tensor) -> Tensor:
 def _by_optimizer(
     candidates: Sequence[Candidate], optimizers: Sequence[torch.optim.Optimizer]
 ) -> list[tuple[torch.optim.Optimizer, list[Candidate]]]:
-    index_of = {
-        id(parameter): index
-        for index, optimizer in reversed(list(enumerate(optimizers)))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    missing = [candidate.name for candidate in candidates if id(candidate.parameter) not in index_of]
+    indices: dict[int, set[int]] = {}
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                indices.setdefault(id(parameter), set()).add(index)
+    missing = [candidate.name for candidate in candidates if id(candidate.parameter) not in indices]
     if missing:
         raise MisconfigurationException(
             f"No optimizer steps {', '.join(missing)}, so masks there would never be held. Add them to the optimizer in"
             " configure_optimizers, freeze them (requires_grad=False), or leave them out with exclude=."
         )
+    shared = [candidate.name for candidate in candidates if len(indices[id(candidate.parameter)]) > 1]
+    if shared:
+        raise MisconfigurationException(
+            f"Several optimizers step {', '.join(shared)}, and each would have moments of its own to keep clear. Give"
+            " each masked weight to one optimizer, or leave it out with exclude=."
+        )
     members: list[list[Candidate]] = [[] for _ in optimizers]
     for candidate in candidates:
-        members[index_of[id(candidate.parameter)]].append(candidate)
+        (index,) = indices[id(candidate.parameter)]
+        members[index].append(candidate)
     return list(zip(optimizers, members, strict=True))
 
 
@@ -316,6 +327,8 @@ def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask]) -> Tensor:
         )
     saved = packed[weight.name]
     missing = PackedMask.__required_keys__ - saved.keys()
+    if not isinstance(saved.get("bits"), Tensor):
+        missing |= {"bits"}
     if missing:
         raise MisconfigurationException(
             f"The checkpoint's mask of {weight.name} is cut short: it lacks {', '.join(sorted(missing))}. Resume from an"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,12 +35,14 @@ _WEIGHTS: dict[type[nn.Module] | tuple[type[nn.Module], ...], tuple[str, ...]] =
     nn.Bilinear: ("weight",),
     _CONVOLUTIONS: ("weight",),
     _TRANSPOSED: ("weight",),
-    nn.RNNBase: ("weight_*",),
-    nn.RNNCellBase: ("weight_*",),
+    nn.RNNBase: ("weight_ih_l*", "weight_hh_l*", "weight_hr_l*"),
+    nn.RNNCellBase: ("weight_ih", "weight_hh"),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
 # Hugging Face transformers' Conv1D is a linear layer whose weight is stored as (in, out); known by name, not imported.
 _LINEAR_IN_OUT = "Conv1D"
+# What torch's older reparametrisations (weight_norm, spectral_norm, prune) register beside or instead of a weight.
+_PARTS_OF_A_WEIGHT = ("_g", "_v", "_orig", "_mask", "_u")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Plan(Sequence[Candidate]):
     def summary(self) -> str:
         """One line: how much is masked, and why the rest is not."""
         masked = sum(candidate.parameter.numel() for candidate in self.masked)
-        total = sum(candidate.parameter.numel() for candidate in self if not candidate.reason.startswith("tied"))
+        total = sum({id(candidate.parameter): candidate.parameter.numel() for candidate in self}.values())
         reasons = Counter(candidate.reason.split(":")[0] for candidate in self if candidate.reason)
         dense = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         return (
@@ -180,28 +182,28 @@ class _Owned:
     local_name: str
 
     def matches(self, pattern: str) -> bool:
-        return fnmatchcase(self.name, pattern) or any(
-            fnmatchcase(kind.__name__, pattern) for kind in type(self.module).__mro__[:-1] if kind is not nn.Module
-        )
+        return fnmatchcase(self.name, pattern) or any(fnmatchcase(name, pattern) for name in self.type_names)
 
-    def is_named_in_full(self, pattern: str) -> bool:
-        types = {kind.__name__ for kind in type(self.module).__mro__ if issubclass(kind, nn.Module)}
-        return pattern == self.name or pattern in types - {"Module"}
+    @property
+    def type_names(self) -> list[str]:
+        """Names of the module's class and of the classes that it comes from, below ``nn.Module``."""
+        kinds = type(self.module).__mro__
+        return [kind.__name__ for kind in kinds if issubclass(kind, nn.Module) and kind is not nn.Module]
 
 
 def _owned_parameters(module: nn.Module) -> Iterator[_Owned]:
     for prefix, owner in module.named_modules(remove_duplicate=True):
         for local_name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             name = canonical_name(f"{prefix}.{local_name}".lstrip("."))
-            if isinstance(parameter, DTensor) or (parameter.numel() == 0 and not nn.parameter.is_lazy(parameter)):
-                raise MisconfigurationException(
-                    f"{name} is sharded over processes or empty (shape {tuple(parameter.shape)}), and masks need whole"
-                    " weights. Use strategy='ddp' or a single device."
-                )
             if nn.parameter.is_lazy(parameter):
                 raise MisconfigurationException(
                     f"{name} of {type(owner).__name__} has no shape yet. Run one batch through the module before fit,"
                     " or replace the lazy layer by one with stated sizes."
+                )
+            if isinstance(parameter, DTensor) or parameter.numel() == 0:
+                raise MisconfigurationException(
+                    f"{name} is sharded over processes or empty (shape {tuple(parameter.shape)}), and masks need whole"
+                    " weights. Use strategy='ddp' or a single device."
                 )
             yield _Owned(name, parameter, owner, local_name)
 
@@ -239,7 +241,10 @@ def _reason(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] 
     if include is not None and not any(item.matches(pattern) for pattern in include):
         return "not included"
     reason = _reason_of_rules(item)
-    if reason and any(item.is_named_in_full(pattern) for pattern in include or ()) and item.parameter.dim() > 1:
+    admitted = any(
+        pattern == item.name or (pattern in item.type_names and reason != "bias") for pattern in include or ()
+    )
+    if admitted and item.parameter.dim() > 1:
         reason = ""
     return reason or ("" if item.parameter.requires_grad else "frozen")
 
@@ -249,6 +254,8 @@ def _reason_of_rules(item: _Owned) -> str:
         return "norm"
     if "bias" in item.local_name:
         return "bias"
+    if item.local_name.endswith(_PARTS_OF_A_WEIGHT):
+        return "parametrized"
     if isinstance(item.module, _EMBEDDINGS):
         return "embedding"
     for kind, patterns in _WEIGHTS.items():
@@ -262,29 +269,22 @@ def _reason_of_rules(item: _Owned) -> str:
 
 
 def _without_ties(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """A weight under several names is masked under its first, if none of its other uses forbids it."""
-    first: dict[int, Candidate] = {}
-    reasons: dict[int, str] = {}
+    """A weight under several names is masked under its first, if one of its uses wants it and none forbids it."""
+    uses: dict[int, list[Candidate]] = {}
     for candidate in candidates:
-        first.setdefault(id(candidate.parameter), candidate)
-        if candidate.reason and candidate.reason != "not included":
-            reasons.setdefault(id(candidate.parameter), f"{candidate.reason} (as {candidate.name})")
+        uses.setdefault(id(candidate.parameter), []).append(candidate)
     for candidate in candidates:
-        owner = first[id(candidate.parameter)]
-        if owner is not candidate:
-            yield _dense(candidate, f"tied: to {owner.name}")
-        elif not candidate.reason and id(candidate.parameter) in reasons:
-            yield _dense(candidate, f"tied: {reasons[id(candidate.parameter)]}")
+        owner, *others = uses[id(candidate.parameter)]
+        if owner is candidate:
+            yield replace(candidate, reason=_reason_of_all(owner, others))
         else:
-            yield candidate
+            yield replace(candidate, reason=f"tied: to {owner.name}")
 
 
-def _dense(candidate: Candidate, reason: str) -> Candidate:
-    return Candidate(candidate.name, candidate.parameter, candidate.module_type, reason)
-
-
-def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of ``module`` by canonical name."""
-    return {canonical_name(name): parameter for name, parameter in module.named_parameters()}
-
-
+def _reason_of_all(owner: Candidate, others: Sequence[Candidate]) -> str:
+    if owner.reason not in ("", "not included"):
+        return owner.reason
+    forbidden = next((other for other in others if other.reason not in ("", "not included")), None)
+    if forbidden is not None:
+        return f"tied: {forbidden.reason} (as {forbidden.name})"
+    return "" if any(not use.reason for use in (owner, *others)) else owner.reason

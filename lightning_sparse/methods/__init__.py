@@ -4,5 +4,7 @@ from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.dst import DST
 from lightning_sparse.methods.fggp import FGGP
 from lightning_sparse.methods.gmp import GMP
+from lightning_sparse.methods.rigl import RigL
+from lightning_sparse.methods.set import SET
 
-__all__ = ["DST", "FGGP", "GMP", "SparseMethod"]
+__all__ = ["DST", "FGGP", "GMP", "SET", "RigL", "SparseMethod"]

@@ -62,14 +62,14 @@ class DST(LatentMethod):
 
     Example:
         >>> import lightning as L
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_sparse import DST
+        >>> from lightning_sparse.zoo import Classifier, DigitsDataModule, LeNet300100
         >>> dst = DST(alpha=5e-4)
         >>> trainer = L.Trainer(max_steps=20, callbacks=[dst], logger=False, enable_checkpointing=False,
         ...                     enable_progress_bar=False, enable_model_summary=False)
-        >>> trainer.fit(BoringModel())
-        >>> dst.thresholds["layer.weight"].shape
-        torch.Size([2])
+        >>> trainer.fit(Classifier(LeNet300100(in_features=64)), DigitsDataModule())
+        >>> dst.thresholds["network.fc1.weight"].shape
+        torch.Size([300])
 
     References:
         Liu et al., `Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable Masked Layers

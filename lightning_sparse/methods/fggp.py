@@ -13,19 +13,23 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.functional.allocation import share
 from lightning_sparse.functional.masks import smallest
+from lightning_sparse.methods.budgets import check_choice
 from lightning_sparse.methods.gradual_pruning import Allocation, GradualPruning
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.schedules import Constant, Duration, Schedule, check_fraction
+from lightning_sparse.schedules import Duration, Schedule, as_schedule, check_fraction
 
 __all__ = ["FGGP"]
+
+PoolOf = Literal["active", "survivors"]
+First = Literal["gradient", "magnitude"]
 
 
 @final
@@ -58,7 +62,7 @@ class FGGP(GradualPruning):
         update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
         start: Time of the first update.
         stop: Time of the last update, at which the final sparsity is reached.
-        min_active: Weights that every layer keeps.
+        min_active: Weights that every layer keeps: its largest, which take no part in the ranking.
         include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
         exclude: Patterns of what stays dense.
         seed: Seed of the random masks of a schedule that does not begin dense.
@@ -96,8 +100,8 @@ class FGGP(GradualPruning):
         sparsity: float | Schedule,
         *,
         pool: float | Schedule = 0.5,
-        pool_of: Literal["active", "survivors"] = "active",
-        first: Literal["gradient", "magnitude"] = "gradient",
+        pool_of: PoolOf = "active",
+        first: First = "gradient",
         allocation: Allocation = "global",
         update_every: Duration = 0.01,
         start: Duration = 0.0,
@@ -107,12 +111,10 @@ class FGGP(GradualPruning):
         exclude: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        rate = pool if isinstance(pool, Schedule) else Constant(pool)
+        rate = as_schedule(pool)
         check_fraction("pool", rate, below_one=False)
-        if pool_of not in ("active", "survivors"):
-            raise ValueError(f"pool_of is {pool_of!r}; it is 'active' or 'survivors'.")
-        if first not in ("gradient", "magnitude"):
-            raise ValueError(f"first is {first!r}; it is 'gradient' or 'magnitude'.")
+        check_choice("pool_of", pool_of, PoolOf)
+        check_choice("first", first, First)
         super().__init__(
             sparsity,
             allocation=allocation,
@@ -125,8 +127,8 @@ class FGGP(GradualPruning):
             seed=seed,
         )
         self.pool = rate
-        self.pool_of: Literal["active", "survivors"] = pool_of
-        self.first: Literal["gradient", "magnitude"] = first
+        self.pool_of: PoolOf = pool_of
+        self.first: First = first
 
     @override
     def prune(self, weight: Tensor, grad: Tensor, among: Tensor, n: int) -> Tensor:
@@ -141,5 +143,5 @@ class FGGP(GradualPruning):
     def _pool_size(self, remaining: int, n: int) -> int:
         rate = self.pool(self.progress)
         if self.pool_of == "active":
-            return max(n, math.floor(rate * remaining))
-        return n + math.floor(rate * (remaining - n))
+            return max(n, share(rate, remaining))
+        return n + share(rate, remaining - n)

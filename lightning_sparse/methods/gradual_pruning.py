@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, final
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.allocation import erdos_renyi, erdos_renyi_kernel, num_active, uniform
+from lightning_sparse.functional.allocation import num_active
 from lightning_sparse.functional.masks import largest
 from lightning_sparse.masks.randomness import random_scores
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
+from lightning_sparse.methods.budgets import check_budget, check_choice, check_count, layer_budgets
 from lightning_sparse.methods.hard_mask import HardMaskMethod
-from lightning_sparse.schedules import Duration, Polynomial, Schedule, UpdateTimes, check_fraction
+from lightning_sparse.schedules import Duration, Polynomial, Schedule, UpdateTimes, as_schedule, check_fraction
 
 __all__ = ["Allocation", "GradualPruning"]
 
 Allocation = Literal["global", "uniform", "er", "erk"]
 """How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
-
-_SHARES: dict[str, Callable[..., list[int]]] = {"uniform": uniform, "er": erdos_renyi, "erk": erdos_renyi_kernel}
 
 
 class GradualPruning(HardMaskMethod):
@@ -59,12 +58,11 @@ class GradualPruning(HardMaskMethod):
         exclude: Sequence[str] | None,
         seed: int,
     ) -> None:
+        check_fraction("sparsity", as_schedule(sparsity), below_one=True)
         schedule = sparsity if isinstance(sparsity, Schedule) else Polynomial(0.0, sparsity)
-        check_fraction("sparsity", schedule, below_one=True)
-        if allocation not in ("global", *_SHARES):
-            raise ValueError(f"allocation is {allocation!r}; it is one of 'global', {', '.join(map(repr, _SHARES))}.")
-        if min_active < 0:
-            raise ValueError(f"min_active is {min_active}; give the number of weights that every layer keeps, ≥ 0.")
+        _check_never_falls(schedule)
+        check_choice("allocation", allocation, Allocation)
+        check_count("min_active", min_active)
         times = UpdateTimes(every=update_every, start=start, stop=stop)
         super().__init__(times=times, include=include, exclude=exclude, seed=seed)
         self.sparsity = schedule
@@ -90,13 +88,22 @@ class GradualPruning(HardMaskMethod):
     def target_sparsity(self, name: str | None = None) -> float:
         if name is None:
             return self.sparsity(self.progress)
-        weight = self.registry[name]
-        return 1.0 - weight.budget / weight.numel
+        return self.registry[name].target_sparsity
+
+    @final
+    @override
+    def training_ended(self) -> None:
+        if self.progress < 1.0 and self.sparsity(self.progress) < self.sparsity(1.0):
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {self.step}, before the last update; sparsity is"
+                f" {self.registry.sparsity:.4f} instead of {self.sparsity(1.0):.4f}. Train to the end, or give an"
+                " earlier stop."
+            )
 
     @final
     @override
     def initialize_masks(self, group: MaskGroup) -> None:
-        self._check_feasible(group)
+        check_budget(group, self.sparsity(1.0), self.min_active)  # refuse at the start what the end could not do
         sparsity = self.sparsity(0.0)
         if sparsity == 0.0:
             return
@@ -142,21 +149,16 @@ class GradualPruning(HardMaskMethod):
         return group.mask & ~group.flatten(kept)
 
     def _budgets(self, group: MaskGroup, sparsity: float) -> list[int]:
-        """One budget for each layer; none above what is active, for what is pruned stays pruned."""
-        return _SHARES["erk" if self.allocation == "global" else self.allocation](
-            [weight.shape for weight in group],
-            min(num_active(sparsity, group.numel), group.num_active),
-            capacities=[weight.num_active for weight in group],
-            min_active=self.min_active,
+        return layer_budgets(
+            group, sparsity, "erk" if self.allocation == "global" else self.allocation, self.min_active
         )
 
-    def _check_feasible(self, group: MaskGroup) -> None:
-        """Refuse at the start what the last update could not do."""
-        least = sum(min(self.min_active, weight.numel) for weight in group)
-        budget = num_active(self.sparsity(1.0), group.numel)
-        if budget < max(least, 1):
-            raise MisconfigurationException(
-                f"Sparsity {self.sparsity(1.0)} leaves {budget} of {group.numel} weights, but at least {max(least, 1)}"
-                f" must stay active (min_active={self.min_active} in each of {len(group)} layers). The largest feasible"
-                f" sparsity is {1 - max(least, 1) / group.numel:.6f}."
+
+def _check_never_falls(schedule: Schedule) -> None:
+    values = [schedule(percent / 100) for percent in range(101)]
+    for before, after in zip(values, values[1:], strict=False):
+        if after < before:
+            raise ValueError(
+                f"sparsity falls from {before:g} to {after:g} along {schedule}, but what is pruned stays pruned. Give a"
+                " schedule that never falls, or a method that grows weights."
             )

@@ -29,16 +29,24 @@ class HardMaskMethod(SparseMethod):
 
     Args:
         times: When masks are updated.
+        replaces_step: Whether the optimizer takes no step where masks are updated.
         include: Patterns of what is masked.
         exclude: Patterns of what stays dense.
         seed: Seed of everything that the method draws at random.
     """
 
     def __init__(
-        self, *, times: UpdateTimes, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int
+        self,
+        *,
+        times: UpdateTimes,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        seed: int,
+        replaces_step: bool = False,
     ) -> None:
         super().__init__(include=include, exclude=exclude, seed=seed)
         self.times = times
+        self.replaces_step = replaces_step
         self._timetable = Timetable(every=1, start=0, stop=0)
 
     @abstractmethod
@@ -84,10 +92,14 @@ class HardMaskMethod(SparseMethod):
         before = group.mask.clone()
         self.update_masks(group)
         broadcast_(group.mask)
-        for weight, changed in zip(group, group.split(before ^ group.mask), strict=True):
-            clear_moments(group.optimizer, weight.parameter, changed)
         group.updated_at = self.step
-        self.masks_changed(trainer, group)
+        changed = before ^ group.mask
+        if changed.any():
+            for weight, its_changed in zip(group, group.split(changed), strict=True):
+                clear_moments(group.optimizer, weight.parameter, its_changed)
+            self.masks_changed(trainer, group)
+        if self.replaces_step:
+            group.optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
 
     def _is_due(self, group: MaskGroup) -> bool:
         latest = self._timetable.latest(self.step)
@@ -103,16 +115,6 @@ class HardMaskMethod(SparseMethod):
         else:
             self.be_patient(group)
         return usable
-
-    @final
-    @override
-    def training_ended(self) -> None:
-        if self.step < self._timetable.stop:
-            rank_zero_warn(
-                f"{type(self).__name__}: training ended at step {self.step}, before the last update at step"
-                f" {self._timetable.stop}; sparsity is {self.registry.sparsity:.4f}, and {self.target_sparsity():.4f}"
-                " was due by now. Train to the end, or give an earlier stop."
-            )
 
     @final
     @override

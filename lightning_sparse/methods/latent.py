@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -112,8 +113,9 @@ class LatentMethod(SparseMethod):
             self._latent[weight.name].copy_(weight.parameter)
         if self._gradients_were_finite:
             self.learn(group)
+            before = group.mask.clone()
             self._renew_all(group)
-            self._registry.num_updates += 1
+            self._registry.num_updates += not torch.equal(before, group.mask)
         group.apply_()
 
     @final

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_sparse import methods
-from lightning_sparse.methods import DST, FGGP, GMP, SparseMethod
+from lightning_sparse.methods import DST, FGGP, GMP, SET, RigL, SparseMethod
 from lightning_sparse.methods.gradual_pruning import GradualPruning
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.schedules import Cosine, Polynomial
@@ -47,6 +47,21 @@ CASES = [
         "fggp-half",
         FGGP,
         {"sparsity": Polynomial(0.5, 0.9), "pool": Cosine(0.5, 0.005), "pool_of": "survivors", **_OFTEN},
+    ),
+    Case("set", SET, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
+    Case("rigl", RigL, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
+    Case(
+        "rigl-itop",
+        RigL,
+        {
+            "sparsity": 0.9,
+            "allocation": "uniform",
+            "drop_fraction": Cosine(0.5, 0.005),
+            "update_every": 2,
+            "stop": 1.0,
+            "regrow": False,
+            "update_replaces_step": False,
+        },
     ),
     Case("dst-alpha", DST, {"alpha": 0.03}, sparsity=0.3),
     Case("dst-sparsity", DST, {"sparsity": 0.8}, sparsity=0.3),

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
     from lightning_sparse.methods import SparseMethod
 
-__all__ = ["Kill", "Killed", "MaskWatch", "NonFiniteGradients", "StepIndexedToy", "TwoOptimizers", "ZeroWatch", "masks_of"]
+__all__ = [
+    "Kill",
+    "Killed",
+    "MaskWatch",
+    "NonFiniteGradients",
+    "StepIndexedToy",
+    "TwoOptimizers",
+    "ZeroWatch",
+    "masks_of",
+]
 
 
 def masks_of(method: SparseMethod) -> dict[str, Tensor]:
@@ -141,7 +150,8 @@ class NonFiniteGradients(ToyModel):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep NaN out of the weights, after the callbacks have seen it."""
         for parameter in self.parameters():
-            torch.nan_to_num_(parameter.grad)
+            if parameter.grad is not None:
+                torch.nan_to_num_(parameter.grad)
 
 
 class Killed(Exception):

@@ -1,0 +1,86 @@
+"""The budgets of a group of weights: what a sparsity leaves to the whole, and to each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_sparse.functional.allocation import (
+    erdos_renyi,
+    erdos_renyi_kernel,
+    largest_feasible_sparsity,
+    num_active,
+    uniform,
+)
+from lightning_sparse.masks.registry import MaskGroup
+
+__all__ = ["LayerAllocation", "check_budget", "check_choice", "check_count", "layer_budgets"]
+
+LayerAllocation = Literal["uniform", "er", "erk"]
+"""The proportions in which layers share a budget: alike, Erdős–Rényi, Erdős–Rényi–Kernel."""
+
+_SHARES: dict[LayerAllocation, Callable[..., list[int]]] = {
+    "uniform": uniform,
+    "er": erdos_renyi,
+    "erk": erdos_renyi_kernel,
+}
+
+
+def layer_budgets(group: MaskGroup, sparsity: float, allocation: LayerAllocation, min_active: int) -> list[int]:
+    """One budget for each layer; none above what is active now.
+
+    The sum is that of ``sparsity``, or what is active where that is less.
+    """
+    return _SHARES[allocation](
+        [weight.shape for weight in group],
+        min(num_active(sparsity, group.numel), group.num_active),
+        capacities=[weight.num_active for weight in group],
+        min_active=min_active,
+    )
+
+
+def check_budget(group: MaskGroup, sparsity: float, min_active: int) -> None:
+    """Refuse a sparsity that cannot be.
+
+    Raises:
+        MisconfigurationException: It leaves no weight, or fewer than ``min_active`` in each layer.
+    """
+    least = max(1, sum(min(min_active, weight.numel) for weight in group))
+    budget = num_active(sparsity, group.numel)
+    if budget < least:
+        raise MisconfigurationException(
+            f"Sparsity {sparsity} leaves {budget} of {group.numel} weights, but at least {least} must stay active"
+            f" (min_active={min_active} in each of {len(group)} layers). The largest feasible sparsity is"
+            f" {largest_feasible_sparsity(least, group.numel)}."
+        )
+
+
+def check_choice(name: str, value: object, allowed: object) -> None:
+    """Refuse a ``value`` that is none of the choices of ``allowed``, a ``Literal``.
+
+    Raises:
+        ValueError: It is none of them.
+
+    Example:
+        >>> check_choice("allocation", "erdos", LayerAllocation)
+        Traceback (most recent call last):
+            ...
+        ValueError: allocation is 'erdos'; it is one of 'uniform', 'er', 'erk'.
+    """
+    choices = get_args(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(repr, choices))}.")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse a negative number of weights.
+
+    Raises:
+        ValueError: It is negative, or no whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"{name} is {value!r}; give the number of weights that every layer keeps, an int of at least 0."
+        )

@@ -1,0 +1,114 @@
+"""RigL: the rigged lottery.
+
+Paper:  Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, https://arxiv.org/abs/1911.11134
+Code:   https://github.com/google-research/rigl
+Differs from the paper and the authors' code:
+    - Ties are broken by position; the authors' code adds noise of 1e-5 to the magnitudes.
+    - The paper updates every 100 steps of 97 656 on CIFAR-10; here every hundredth of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.masks.registry import MaskedWeight
+from lightning_sparse.methods.budgets import LayerAllocation
+from lightning_sparse.methods.paper import Paper
+from lightning_sparse.methods.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import Duration, Schedule
+
+__all__ = ["RigL"]
+
+
+@final
+class RigL(PruneAndGrow):
+    r"""The rigged lottery: prune by magnitude, grow where the dense gradient is largest, at constant sparsity.
+
+    At an update at step :math:`t < T_{end}`, in each layer of :math:`n` active weights the
+    :math:`k = \lfloor f(t)\, n \rfloor` smallest :math:`|\theta|` are pruned, and of the weights that are then inactive
+    the :math:`k` with the largest :math:`|\partial L / \partial \theta|` are grown at zero, where
+
+    .. math:: f(t) = \frac{\alpha}{2} \Bigl(1 + \cos \frac{\pi t}{T_{end}}\Bigr) .
+
+    :math:`\alpha` is ``drop_fraction``, :math:`T_{end}` is ``stop``, and :math:`\Delta T` is ``update_every``. A step at
+    which masks are updated takes no optimizer step (Algorithm 1); ``update_replaces_step=False`` takes it, as ITOP does.
+
+    ITOP's settings (Liu et al. 2021), which explore more: ``RigL(0.9, drop_fraction=Cosine(0.5, 0.005),
+    update_every=4000, stop=1.0, update_replaces_step=False)``.
+
+    Args:
+        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on.
+        allocation: How the budget is shared among layers.
+        drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
+            cosine; or a schedule of it.
+        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
+        stop: Time after which the masks stay.
+        regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
+        update_replaces_step: Whether the optimizer takes no step at an update.
+        min_active: Weights that every layer holds at least.
+        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
+        exclude: Patterns of what stays dense. With ``allocation="uniform"`` the paper leaves the first layer dense.
+        seed: Seed of the initial masks.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_sparse import RigL
+        >>> rigl = RigL(sparsity=0.75)
+        >>> trainer = L.Trainer(max_steps=20, callbacks=[rigl], logger=False, enable_checkpointing=False,
+        ...                     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> rigl.registry
+        MaskRegistry(1 weights, sparsity=0.7500)
+
+    References:
+        Evci et al., `Rigging the Lottery: Making All Tickets Winners <https://arxiv.org/abs/1911.11134>`_, ICML 2020.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        authors="Evci et al.",
+        title="Rigging the Lottery: Making All Tickets Winners",
+        venue="ICML 2020",
+        url="https://arxiv.org/abs/1911.11134",
+    )
+    needs_dense_gradients: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        allocation: LayerAllocation = "erk",
+        drop_fraction: float | Schedule = 0.3,
+        update_every: Duration = 0.01,
+        stop: Duration = 0.75,
+        regrow: bool = True,
+        update_replaces_step: bool = True,
+        min_active: int = 1,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            allocation=allocation,
+            drop_fraction=drop_fraction,
+            update_every=update_every,
+            stop=stop,
+            regrow=regrow,
+            update_replaces_step=update_replaces_step,
+            min_active=min_active,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+        )
+
+    @override
+    def grow_scores(self, weight: MaskedWeight) -> Tensor:
+        return weight.grad.abs()
