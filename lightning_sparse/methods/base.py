@@ -38,6 +38,7 @@ from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.selection import select_weights
+from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -48,15 +49,6 @@ __all__ = ["SparseMethod", "total_target_sparsity"]
 
 # Steps in a row without a finite gradient, after which training has diverged.
 _PATIENCE = 100
-
-# By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
-_UNSUPPORTED_STRATEGIES = {
-    "FSDPStrategy": "it shards the weights",
-    "ModelParallelStrategy": "it shards the weights",
-    "DeepSpeedStrategy": "its engine owns the optimizer step",
-    "XLAFSDPStrategy": "it shards the weights",
-    "XLAStrategy": "it compiles the step",
-}
 
 
 class SparseMethod(pl.Callback, ABC):
@@ -92,7 +84,7 @@ class SparseMethod(pl.Callback, ABC):
         self._handles: list[RemovableHandle] = []
         self._awaiting_step: set[int] = set()
         self._stepped_in_batch = False
-        self._hook_was_called = False
+        self._seen: set[int] = set()
         self._loaded: Mapping[str, Any] | None = None
         self._module: Callable[[], pl.LightningModule | None] = _nothing
         self._collapsed: set[str] = set()
@@ -172,19 +164,14 @@ class SparseMethod(pl.Callback, ABC):
         self._loaded = None
         if self._module() is not pl_module:
             self._groups = []
-        _refuse_strategy(self, trainer)
+        refuse_strategy(type(self).__name__, trainer)
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
             self.resolve_times(math.inf)
 
     @final
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} cannot work with LBFGS: its line search evaluates the loss several times a"
-                    " step, at weights that no mask can hold. Use SGD, Adam or another torch optimizer."
-                )
+        refuse_optimizers(type(self).__name__, trainer)
 
     @final
     @override
@@ -225,8 +212,8 @@ class SparseMethod(pl.Callback, ABC):
         return self._loaded
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
-        self._awaiting_step, self._stepped_in_batch, self._hook_was_called = set(), False, False
-        self._collapsed = set()
+        self._awaiting_step, self._seen, self._collapsed = set(), set(), set()
+        self._stepped_in_batch = False
         self._not_finite_for = 0
         if state is None:
             self.step = 0
@@ -252,10 +239,10 @@ class SparseMethod(pl.Callback, ABC):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._hook_was_called = True
         for index, group in enumerate(self._groups):
             if group.optimizer is optimizer:
                 self._awaiting_step.add(index)
+                self._seen.add(index)
                 self.before_step(trainer, group)
 
     def _post_hook(self, group: MaskGroup) -> Callable[..., None]:
@@ -263,7 +250,7 @@ class SparseMethod(pl.Callback, ABC):
 
         @torch.no_grad()
         def after_optimizer_step(optimizer: Optimizer, *_: Any) -> None:
-            if not self._hook_was_called:
+            if index not in self._seen:
                 raise MisconfigurationException(
                     f"{type(optimizer).__name__} stepped without Lightning, so {type(self).__name__} never saw its"
                     " gradients. In manual optimization, take the optimizer from self.optimizers() and call its step()."
@@ -358,6 +345,10 @@ class SparseMethod(pl.Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_module": _nothing, "_handles": []}  # neither can go to another process
+
     # Shared by the families.
 
     @final
@@ -407,12 +398,3 @@ def total_target_sparsity(trainer: pl.Trainer) -> float:
 
 def _nothing() -> None:
     return None
-
-
-def _refuse_strategy(method: SparseMethod, trainer: pl.Trainer) -> None:
-    for kind in type(trainer.strategy).__mro__:
-        if kind.__name__ in _UNSUPPORTED_STRATEGIES:
-            raise MisconfigurationException(
-                f"{type(method).__name__} does not support {type(trainer.strategy).__name__}:"
-                f" {_UNSUPPORTED_STRATEGIES[kind.__name__]}. Use strategy='ddp' or a single device."
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -608,6 +609,26 @@ def test_an_optimizer_stepped_behind_lightnings_back_is_refused(case: Case, tmp_
 
     with pytest.raises(MisconfigurationException, match=r"stepped without Lightning.*self\.optimizers\(\)"):
         fit(case.make(), tmp_path, model=Raw())
+
+
+@every_method
+def test_one_optimizer_of_two_stepped_behind_lightnings_back_is_refused(case: Case, tmp_path: Path) -> None:
+    class HalfRaw(TwoOptimizers):
+        def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+            first, second = super().optimizers()
+            return [first, second.optimizer]
+
+    with pytest.raises(MisconfigurationException, match=r"AdamW stepped without Lightning"):
+        fit(case.make(), tmp_path, model=HalfRaw())
+
+
+@every_method
+def test_a_method_can_go_to_another_process_before_and_after_training(case: Case, tmp_path: Path) -> None:
+    method = case.make()
+    assert type(pickle.loads(pickle.dumps(method))) is case.method
+    fit(method, tmp_path)
+    copy = pickle.loads(pickle.dumps(method))
+    assert_same_masks(masks_of(copy), masks_of(method))
 
 
 @every_method
