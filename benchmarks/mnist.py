@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.harness import print_table, quiet_trainer, versions
+from benchmarks.harness import print_table, quiet_trainer, silence_lightning, versions
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.zoo import LeNet5Caffe, LeNet300100, MNISTDataModule
 
@@ -55,7 +53,8 @@ class Run:
     method: str
     sparsity: float
     seed: int
-    epochs: int
+    epochs: int = 20
+    train_images: int = 60_000
 
     def __str__(self) -> str:
         return f"{self.network} {self.method} {self.sparsity:g} seed {self.seed}"
@@ -85,53 +84,54 @@ class Plain(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def train(run: Run, data: Path, train_images: int | None = None) -> dict[str, Any]:
-    """Train, and return the run with its results: test accuracy in percent, active weights, seconds.
+def train(run: Run, data: Path) -> dict[str, Any]:
+    """Train, and return the run with its results: test accuracy in percent, active weights, CPU seconds.
 
     Args:
         run: What to train.
         data: Folder of MNIST's four files.
-        train_images: Train on the first so many images instead of all.
     """
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    silence_lightning()
     L.seed_everything(run.seed, verbose=False)
     module = Plain(NETWORKS[run.network]())
     mnist = MNISTDataModule(data, batch_size=64)
-    if train_images is not None:
-        mnist.train_set.images, mnist.train_set.labels = (
-            mnist.train_set.images[:train_images],
-            mnist.train_set.labels[:train_images],
-        )
+    mnist.train_set.images = mnist.train_set.images[: run.train_images]
+    mnist.train_set.labels = mnist.train_set.labels[: run.train_images]
     callbacks = [METHODS[run.method](run.sparsity)] if run.method in METHODS else []
     trainer = quiet_trainer(max_epochs=run.epochs, check_val_every_n_epoch=run.epochs, callbacks=callbacks)
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.fit(module, mnist)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     # Counted on the weights themselves, not asked of the callback.
     weights = {name: value for name, value in module.network.state_dict().items() if value.dim() > 1}
     return asdict(run) | {
         "accuracy": 100 * float(trainer.callback_metrics["accuracy"]),
         "active": {name: int(value.count_nonzero()) for name, value in weights.items()},
         "weights": sum(value.numel() for value in weights.values()),
-        "seconds": round(seconds, 1),
+        "cpu_seconds": round(seconds, 1),
         "versions": versions(),
     }
 
 
-def all_runs(epochs: int, only: Sequence[str] = ()) -> list[Run]:
-    """Return the runs of the reproduction; of those whose network or method is in ``only``, where it names any."""
+def all_runs(only: Sequence[str] = (), seeds: Sequence[int] = SEEDS, **settings: int) -> list[Run]:
+    """Return the runs of the reproduction, seed by seed.
+
+    Args:
+        only: Names of networks and methods; all where it has none.
+        seeds: Seeds of each.
+        settings: Fields of :class:`Run` that are to differ from the reproduction's.
+    """
     variants = [("dense", 0.0), *((method, sparsity) for sparsity in SPARSITIES for method in METHODS)]
-    runs = [
-        Run(network, method, sparsity, seed, epochs)
-        for seed in SEEDS
-        for network in NETWORKS
-        for method, sparsity in variants
-    ]
     networks = set(only) & NETWORKS.keys() or NETWORKS.keys()
     methods = set(only) - NETWORKS.keys() or {"dense", *METHODS}
-    return [run for run in runs if run.network in networks and run.method in methods]
+    return [
+        Run(network, method, sparsity, seed, **settings)
+        for seed in seeds
+        for network in NETWORKS
+        for method, sparsity in variants
+        if network in networks and method in methods
+    ]
 
 
 def read(out: Path) -> dict[Run, dict[str, Any]]:
@@ -142,11 +142,11 @@ def read(out: Path) -> dict[Run, dict[str, Any]]:
             result = json.loads(line)
         except json.JSONDecodeError:
             continue
-        finished[Run(**{key: result[key] for key in Run.__dataclass_fields__})] = result
+        finished[_run_of(result)] = result
     return finished
 
 
-def train_missing(runs: Sequence[Run], data: Path, out: Path, jobs: int, train_images: int | None = None) -> None:
+def train_missing(runs: Sequence[Run], data: Path, out: Path, jobs: int) -> None:
     """Train the runs that ``out`` does not hold, ``jobs`` at a time, and append each as it finishes."""
     finished = read(out)
     missing = [run for run in runs if run not in finished]
@@ -155,12 +155,16 @@ def train_missing(runs: Sequence[Run], data: Path, out: Path, jobs: int, train_i
     with one_process_per_run as pool, out.open("a") as file:
         if out.stat().st_size and not out.read_bytes().endswith(b"\n"):
             file.write("\n")
-        results = pool.imap_unordered(partial(train, data=data, train_images=train_images), missing)
+        results = pool.imap_unordered(partial(train, data=data), missing)
         for number, result in enumerate(results, start=1):
             file.write(json.dumps(result) + "\n")
             file.flush()
-            run = Run(**{key: result[key] for key in Run.__dataclass_fields__})
-            print(f"{number}/{len(missing)}  {run}: {result['accuracy']:.2f} %, {result['seconds']:.0f} s", flush=True)
+            cost = f"{result['accuracy']:.2f} %, {result['cpu_seconds']:.0f} s of one core"
+            print(f"{number}/{len(missing)}  {_run_of(result)}: {cost}", flush=True)
+
+
+def _run_of(result: dict[str, Any]) -> Run:
+    return Run(**{field.name: result[field.name] for field in fields(Run) if field.name in result})
 
 
 def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
@@ -194,14 +198,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("mnist.jsonl"), help="file that runs are appended to")
     parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--only", nargs="+", default=[], choices=[*NETWORKS, "dense", *METHODS], help="networks, methods")
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=[*NETWORKS, "dense", *METHODS], help="networks, methods"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--train-images", type=int, help="train on the first so many images, to try the command out")
+    parser.add_argument("--train-images", type=int, default=60_000, help="train on the first so many")
     arguments = parser.parse_args(argv)
-    runs = [run for run in all_runs(arguments.epochs, arguments.only) if run.seed in arguments.seeds]
+    settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
+    runs = all_runs(arguments.only, arguments.seeds, **settings)
     if not arguments.table:
-        train_missing(runs, arguments.data, arguments.out, arguments.jobs, arguments.train_images)
+        train_missing(runs, arguments.data, arguments.out, arguments.jobs)
     finished = read(arguments.out)
     print_table(tabulate([finished[run] for run in runs if run in finished]))
 

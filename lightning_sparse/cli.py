@@ -7,11 +7,12 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]  # listed in its __all__
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
+from typing_extensions import override
 
 # Importing the package makes its methods, the monitor and the zoo known by their bare class names.
 import lightning_sparse
@@ -62,16 +63,23 @@ class SparseCLI(LightningCLI):
         'Classifier'
     """
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        super().__init__(args=args, run=run)
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(args=None if args is None else list(args), run=run)
 
+    @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose ``--config`` knows the recipes."""
-        parser = LightningArgumentParser(**{"prog": "lightning-sparse", **kwargs})
+        kwargs.setdefault("prog", "lightning-sparse")
+        parser = LightningArgumentParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action=RecipeOrFile, help=f"A YAML file, or a recipe: {', '.join(list_recipes())}."
         )
         return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse what was given, without a warning if this process was started with arguments of its own."""
+        self.config = parser.parse_args(cast("Sequence[str] | None", args))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with warnings.catch_warnings():
                 # the zoo's data modules have no workers on purpose
                 warnings.filterwarnings("ignore", ".*does not have many workers.*")
-                SparseCLI(args=None if arguments is None else list(arguments))
+                SparseCLI(arguments)
     except (CheckpointError, MissingDataError) as error:
         print(f"lightning-sparse: error: {error}", file=sys.stderr)
         return 2

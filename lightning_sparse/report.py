@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,16 +129,16 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} is a folder; give the file itself (sharded checkpoints cannot be read).")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # bytes that are no checkpoint lead torch to any exception
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path} holds Python objects besides tensors and plain values. They are not loaded, because they "
+                "could run code. If you trust the file, save its tensors on their own: "
+                "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')."
+            ) from error
         raise CheckpointError(
-            f"{path} is damaged, is not a checkpoint, or holds Python objects besides tensors and plain values, which "
-            "are not loaded because they could run code. If you trust the file, save what is needed on its own: "
-            "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt'). "
-            f"torch says: {_first_line(error)}"
-        ) from error
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or incomplete: torch cannot read it ({_first_line(error)}). Copy or download it again."
+            f"{path} is damaged or is not a checkpoint: torch cannot read it ({_first_line(error)}). "
+            "If it should be one, copy or download it again."
         ) from error
 
 

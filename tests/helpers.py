@@ -49,7 +49,7 @@ class ToyClassifier(L.LightningModule):
 
     def __init__(
         self,
-        network: Callable[[], nn.Module],
+        network: Callable[[], nn.Sequential],
         sample_shape: Sequence[int],
         optimizer: OptimizerFactory,
         batch_size: int,

@@ -26,10 +26,14 @@ LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in part
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(source: str) -> set[str]:
-    """Dotted names of all that ``source`` imports, at any depth; ``from a import b`` gives ``a.b``."""
+def imported(source: str, *, nested: bool = True) -> set[str]:
+    """Dotted names of all that ``source`` imports, in functions and conditions too if ``nested``.
+
+    ``from a import b`` gives ``a.b``.
+    """
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    module = ast.parse(source)
+    for node in ast.walk(module) if nested else module.body:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -55,9 +59,9 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def foreign_packages(path: Path) -> set[str]:
-    """Top-level packages that are neither Python's nor ours."""
-    tops = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"))}
+def foreign_packages(path: Path, *, nested: bool = True) -> set[str]:
+    """Imported packages that are neither Python's nor ours."""
+    tops = {name.split(".")[0] for name in imported(path.read_text(encoding="utf-8"), nested=nested)}
     return tops - sys.stdlib_module_names - {PACKAGE.name}
 
 

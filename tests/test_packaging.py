@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_sparse
-from tests.test_imports import FILES, foreign_packages, own_part
+from tests.test_imports import FILES, foreign_packages, name_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,10 +30,21 @@ def installed() -> Distribution:
     return distribution("lightning-sparse")
 
 
+def normalized(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def requirement_names(lines: str) -> set[str]:
-    """Names of the packages in a list of requirements, as package indexes normalise them."""
+    """What a list of requirements names."""
     names = (re.match(r"[\w.-]+", line) for line in lines.splitlines())
-    return {re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name}
+    return {normalized(name[0]) for name in names if name}
+
+
+def distributions_of(packages: set[str]) -> set[str]:
+    """The distributions from which importable packages were installed."""
+    owners = packages_distributions()
+    return {normalized(owners[package][0]) for package in packages}
 
 
 def test_the_version_is_stated_once(installed: Distribution) -> None:
@@ -59,15 +70,12 @@ def test_nothing_but_setup_cfg_states_metadata() -> None:
     assert not re.search(r"^\[project\b", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_every_imported_package_is_a_declared_dependency(declared: ConfigParser) -> None:
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_imported_package_is_declared(path: Path, declared: ConfigParser) -> None:
     required = requirement_names(declared["options"]["install_requires"])
-    demo = requirement_names(declared["options.extras_require"]["demo"])
-    distributions = packages_distributions()
-    for path in FILES:
-        allowed = required | demo if own_part(path) == "zoo" else required
-        for package in foreign_packages(path):
-            names = {re.sub(r"[-_.]+", "-", name).lower() for name in distributions[package]}
-            assert names & allowed, f"{path} imports {package}, which setup.cfg does not require."
+    optional = requirement_names(declared["options.extras_require"]["demo"])
+    assert distributions_of(foreign_packages(path, nested=False)) <= required
+    assert distributions_of(foreign_packages(path)) <= required | optional
 
 
 def test_type_information_and_recipes_are_part_of_the_package() -> None:

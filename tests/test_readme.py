@@ -13,7 +13,8 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_sparse.cli import main
 from lightning_sparse.methods.catalog import methods_table
@@ -51,19 +52,29 @@ def documented(tool: str) -> list[list[str]]:
     return [list(words) for words in dict.fromkeys(map(tuple, found))]
 
 
+class ToyData(L.LightningDataModule):
+    """The data of a toy as a data module: two batches an epoch, so that 160 epochs take seconds."""
+
+    toy = ToyModel(samples=16)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.toy.train_dataloader()
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.toy.val_dataloader()
+
+
 def run_python(markdown: str, name: str) -> None:
-    model = ToyModel()
-    data = L.LightningDataModule.from_datasets(model.train_data, model.val_data, batch_size=8)
-    namespace: dict[str, object] = {"__name__": "__main__", "model": model, "datamodule": data}
+    namespace: dict[str, object] = {"__name__": "__main__", "model": ToyModel(), "datamodule": ToyData()}
     for block in blocks(markdown, "python"):
         exec(compile(block, name, "exec"), namespace)
 
 
 @pytest.fixture
 def on_cpu_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let a plain ``Trainer()`` choose the CPU, and write into ``tmp_path``."""
-    for accelerator in (CUDAAccelerator, MPSAccelerator):  # an initialised GPU would break the tests that fork
-        monkeypatch.setattr(accelerator, "is_available", lambda: False)
+    """Let a plain ``Trainer()`` choose the CPU, in silence, and write into ``tmp_path``."""
+    monkeypatch.setenv("PL_TRAINER_ACCELERATOR", "cpu")  # a GPU in use would break the tests that fork
+    monkeypatch.setenv("PL_TRAINER_ENABLE_PROGRESS_BAR", "False")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -87,6 +98,11 @@ def test_commands_are_read_without_comments_and_across_lines() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_python_blocks_run(path: Path) -> None:
     run_python(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("tool", ["make", "lightning-sparse"])
+def test_the_documentation_shows_how_to_use(tool: str) -> None:
+    assert documented(tool)
 
 
 @pytest.mark.parametrize("arguments", documented("make"), ids=" ".join)

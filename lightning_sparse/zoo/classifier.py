@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,26 +76,32 @@ class Classifier(L.LightningModule):
         self.val_accuracy = self.train_accuracy.clone()
         self.test_accuracy = self.train_accuracy.clone()
 
+    @override
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits."""
         return self.network(inputs)
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""
         return self._step("train", self.train_accuracy, batch)
 
+    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""
         return self._step("val", self.val_accuracy, batch)
 
+    @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""
         return self._step("test", self.test_accuracy, batch)
 
+    @override
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the most probable class of each input; the labels are not looked at."""
         return self(batch[0]).argmax(dim=1)
 
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer, and the scheduler if there is one."""
         optimizer = self.optimizer(self.parameters())
@@ -111,5 +118,7 @@ class Classifier(L.LightningModule):
         loss = self.loss(logits, labels)
         accuracy.update(logits, labels)
         values = {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
-        self.log_dict(values, on_step=False, on_epoch=True, prog_bar=part != "train", batch_size=len(labels))
+        self.log_dict(
+            values, on_step=False, on_epoch=True, sync_dist=True, prog_bar=part != "train", batch_size=len(labels)
+        )
         return loss

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from lightning_sparse.zoo.idx import find_idx, read_idx
 
@@ -101,18 +102,22 @@ class InMemoryDataModule(L.LightningDataModule, ABC):
         """The validation set, read on first use."""
         return self._loaded()[1]
 
+    @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Batches of the training set in a new order every epoch; the last may be smaller."""
         return self._batches(self.train_set, shuffle=True)
 
+    @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Batches of the validation set in order."""
         return self._batches(self.val_set, shuffle=False)
 
+    @override
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The same as validation."""
         return self.val_dataloader()
 
+    @override
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The same as validation."""
         return self.val_dataloader()
@@ -124,7 +129,7 @@ class InMemoryDataModule(L.LightningDataModule, ABC):
 
     def _batches(self, images: TensorImages, *, shuffle: bool) -> DataLoader[tuple[Tensor, Tensor]]:
         # no workers: to hand a batch to another process takes longer than to index it
-        return DataLoader(images, self.batch_size, shuffle=shuffle, collate_fn=_as_it_is)
+        return DataLoader(images, batch_size=self.batch_size, shuffle=shuffle, collate_fn=_as_it_is)
 
 
 @final
@@ -153,6 +158,7 @@ class DigitsDataModule(InMemoryDataModule):
         super().__init__(batch_size)
         self.split_seed = split_seed
 
+    @override
     def load(self) -> tuple[TensorImages, TensorImages]:
         """Split and standardise the digits that scikit-learn ships."""
         from sklearn.datasets import load_digits
@@ -203,6 +209,7 @@ class MNISTDataModule(InMemoryDataModule):
         self.root = Path(root)
         self.download = download
 
+    @override
     def prepare_data(self) -> None:
         """Download what is missing if that is wanted; otherwise say what is missing before training starts."""
         if self.download and not all(find_idx(self.root, name) for name in MNIST_FILES):
@@ -211,6 +218,7 @@ class MNISTDataModule(InMemoryDataModule):
             MNIST(self.root, download=True)
         self._paths()
 
+    @override
     def load(self) -> tuple[TensorImages, TensorImages]:
         """Read and standardise the four files."""
         train_images, train_labels, test_images, test_labels = (read_idx(path) for path in self._paths())

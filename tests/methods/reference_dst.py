@@ -82,7 +82,7 @@ class MaskedNetwork(nn.Module):
         masks = {}
         for name, thresholds in zip(self.names, self.thresholds, strict=True):
             masks[name] = self._mask(name, thresholds)
-            if 1.0 - float(masks[name].mean()) >= self.reset_sparsity:
+            if 1.0 - float(masks[name].detach().mean()) >= self.reset_sparsity:
                 self.resets += 1
                 thresholds.data.fill_(0.0)
                 masks[name] = self._mask(name, thresholds)

@@ -1,0 +1,160 @@
+"""What a sparse method costs a training step, beside dense training in the same run.
+
+Every fit is a real one of a few steps, with a new module, method and Trainer, and the fits of the variants alternate.
+A step lasts from ``on_train_batch_start`` to the next, so that what happens once a fit does not count. Two variants of
+a method:
+
+- between updates: 90 % are pruned at the first step, which does not count; then masks only hold;
+- updating: masks change at every step. What that takes more is the cost of one update; the last column spreads it
+  over 100 steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import (
+    Ratio,
+    Stopwatch,
+    alternate,
+    argument_parser,
+    median_of,
+    quiet_trainer,
+    report,
+    silence_lightning,
+)
+from lightning_sparse import FGGP, GMP
+from lightning_sparse.zoo import LeNet300100
+
+UPDATE_EVERY = 100
+"""Steps over which the cost of an update is spread."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its batch, and how it is timed."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    batch: tuple[int, ...]
+    steps: int
+    skip: int
+    rounds: int
+    goal: float
+    clock: Callable[[], float] = time.perf_counter
+
+
+def resnet18() -> nn.Module:
+    """Make torchvision's ResNet-18 as it is used on 32 x 32 images: a 3 x 3 stem, and no pooling after it."""
+    network = torchvision.models.resnet18(num_classes=10)
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+LENET = Case("LeNet-300-100, batch 64", LeNet300100, (64, 1, 28, 28), steps=65, skip=5, rounds=40, goal=1.10)
+RESNET = Case("ResNet-18, batch 32", resnet18, (32, 3, 32, 32), steps=6, skip=2, rounds=12, goal=1.03)
+
+
+class Fixed(L.LightningModule):
+    """Trains a network on images that are in memory, with SGD and momentum, and logs nothing."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.network = case.network()
+        self.case = case
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy."""
+        images, labels = batch
+        return F.cross_entropy(self.network(images), labels)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Make batches, of noise."""
+        size = self.case.batch
+        batches = [(torch.randn(size), torch.randint(0, 10, size[:1])) for _ in range(min(self.case.steps, 8))]
+        return DataLoader([batches[step % len(batches)] for step in range(self.case.steps)], batch_size=None)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def fit(case: Case, method: Callable[[], L.Callback] | None = None) -> list[float]:
+    """Train for the steps of ``case``; return the seconds of each that counts."""
+    L.seed_everything(0, verbose=False)
+    stopwatch = Stopwatch(case.skip, case.clock)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[stopwatch] if method is None else [stopwatch, method()])
+    trainer.fit(Fixed(case))
+    return stopwatch.step_seconds()
+
+
+def variants(case: Case) -> Mapping[str, Callable[[], list[float]]]:
+    """Return what alternates: dense training, and each method between its updates and updating."""
+
+    def run(method: Callable[[], L.Callback] | None = None) -> Callable[[], list[float]]:
+        return lambda: fit(case, method)
+
+    last = case.steps - 1
+    return {
+        "dense": run(),
+        "GMP": run(lambda: GMP(0.9, update_every=1, stop=0)),
+        "FGGP": run(lambda: FGGP(0.9, update_every=1, stop=0)),
+        "GMP, updating": run(lambda: GMP(0.9, update_every=1, stop=last)),
+        "FGGP, updating": run(lambda: FGGP(0.9, update_every=1, stop=last)),
+    }
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """Time the variants of ``case``; return a row for each method."""
+    seconds = alternate(variants(case), rounds)
+    dense = median_of(seconds["dense"])
+    rows: list[dict[str, Any]] = []
+    for method in ("GMP", "FGGP"):
+        update = median_of(seconds[f"{method}, updating"]) - median_of(seconds[method])
+        rows.append(
+            {
+                "case": case.name,
+                "method": method,
+                "dense step, ms": 1e3 * dense,
+                "sparse / dense (quartiles)": Ratio.of(seconds[method], seconds["dense"]),
+                "goal": case.goal,
+                "update, ms": 1e3 * update,
+                f"update every {UPDATE_EVERY} steps / dense": update / UPDATE_EVERY / dense,
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--only", choices=["lenet", "resnet"], help="one of the two networks")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count what the processor spends on this process, where others use it too; meant for OMP_NUM_THREADS=1",
+    )
+    arguments = parser.parse_args(argv)
+    silence_lightning()
+    cases = [case for name, case in (("lenet", LENET), ("resnet", RESNET)) if arguments.only in (None, name)]
+    if arguments.smallest:
+        cases = [replace(LENET, steps=6, skip=2, rounds=1)]
+    if arguments.cpu_time:
+        cases = [replace(case, clock=time.process_time) for case in cases]
+    rows = [row for case in cases for row in measure(case, arguments.rounds or case.rounds)]
+    report("A training step, sparse over dense", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What has become of masks since training began, at three bits a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypedDict
+
+from torch import Tensor
+
+from lightning_sparse.functional.masks import pack
+from lightning_sparse.functional.topology import count_bits
+
+__all__ = ["HistoryState", "MaskHistory"]
+
+PackedMasks = dict[str, Tensor]
+
+
+class HistoryState(TypedDict):
+    """A :class:`MaskHistory` in a checkpoint: packed masks by name."""
+
+    initial: PackedMasks
+    latest: PackedMasks
+    ever_active: PackedMasks
+
+
+class MaskHistory:
+    """Remembers the first masks, the latest and the union of all, packed to a bit a weight.
+
+    Args:
+        masks: The masks with which training begins, by name.
+
+    Example:
+        >>> import torch
+        >>> history = MaskHistory({"weight": torch.tensor([True, True, False, False])})
+        >>> history.observe({"weight": torch.tensor([True, False, True, False])})
+        0.5
+        >>> history.observe({"weight": torch.tensor([True, True, False, False])})
+        0.5
+        >>> history.changed_since_start, history.ever_active
+        (0.0, 0.75)
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._numel = sum(mask.numel() for mask in masks.values())
+        self._initial = {name: pack(mask) for name, mask in masks.items()}
+        self._latest = self._initial
+        self._ever_active = self._initial
+
+    def observe(self, masks: Mapping[str, Tensor]) -> float:
+        """Take in ``masks``, of the names and shapes of the first.
+
+        Returns:
+            The share of entries that have changed since the last time, in [0, 1].
+        """
+        before, self._latest = self._latest, {name: pack(mask) for name, mask in masks.items()}
+        self._ever_active = {name: bits | self._latest[name] for name, bits in self._ever_active.items()}
+        return self._share(before[name] ^ bits for name, bits in self._latest.items())
+
+    @property
+    def changed_since_start(self) -> float:
+        """The share of entries that differ from those with which training began, in [0, 1]."""
+        return self._share(self._initial[name] ^ bits for name, bits in self._latest.items())
+
+    @property
+    def ever_active(self) -> float:
+        """The share of weights that were active in some mask taken in, in [0, 1]."""
+        return self._share(self._ever_active.values())
+
+    def state_dict(self) -> HistoryState:
+        """What a checkpoint must hold."""
+        return {"initial": self._initial, "latest": self._latest, "ever_active": self._ever_active}
+
+    def load_state_dict(self, state: HistoryState) -> None:
+        """Take what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: The state is of other masks.
+        """
+        sizes = {name: bits.shape for name, bits in self._latest.items()}
+        for part in (state["initial"], state["latest"], state["ever_active"]):
+            if {name: bits.shape for name, bits in part.items()} != sizes:
+                raise ValueError(
+                    f"The history is of the masks {', '.join(part)}, in their sizes, but these are {', '.join(sizes)}."
+                    " Resume with the module, include= and exclude= of the run that wrote it."
+                )
+        self._initial, self._latest, self._ever_active = state["initial"], state["latest"], state["ever_active"]
+
+    def _share(self, packed: Iterable[Tensor]) -> float:
+        return sum(count_bits(bits) for bits in packed) / self._numel

@@ -1,0 +1,87 @@
+"""The sparsity of every layer over training, and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["SparsityTimeline", "TimelineState"]
+
+# A picture has no more columns than this; where a training has more, every second one is dropped.
+_MAX_COLUMNS = 1024
+
+
+class TimelineState(TypedDict):
+    """A :class:`SparsityTimeline` in a checkpoint."""
+
+    steps: list[int]
+    sparsity: list[list[float]]
+
+
+class SparsityTimeline:
+    """The sparsity of each layer at some steps, of which it keeps at most 1024, evenly.
+
+    Args:
+        layers: Names of the layers, from the input of the network to its output.
+
+    Attributes:
+        layers: Names of the layers.
+        steps: The steps that are kept.
+        sparsity: For each of them the sparsity of each layer, in [0, 1].
+
+    Example:
+        >>> timeline = SparsityTimeline(["0.weight", "2.weight"])
+        >>> timeline.record(0, [0.0, 0.0])
+        >>> timeline.record(10, [0.5, 0.9])
+        >>> timeline.steps, timeline.sparsity
+        ([0, 10], [[0.0, 0.0], [0.5, 0.9]])
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = list(layers)
+        self.steps: list[int] = []
+        self.sparsity: list[list[float]] = []
+
+    def record(self, step: int, sparsity: Sequence[float]) -> None:
+        """Keep the sparsity of each layer from ``step`` on; a second record of a step replaces the first."""
+        if self.steps and self.steps[-1] == step:
+            self.sparsity[-1] = list(sparsity)
+            return
+        self.steps.append(step)
+        self.sparsity.append(list(sparsity))
+        if len(self.steps) > _MAX_COLUMNS:
+            self.steps, self.sparsity = self.steps[::2], self.sparsity[::2]
+
+    def state_dict(self) -> TimelineState:
+        """What a checkpoint must hold."""
+        return {"steps": list(self.steps), "sparsity": [list(column) for column in self.sparsity]}
+
+    def load_state_dict(self, state: TimelineState) -> None:
+        """Take what :meth:`state_dict` gave."""
+        self.steps, self.sparsity = list(state["steps"]), [list(column) for column in state["sparsity"]]
+
+    def draw(self, end: int) -> Figure:
+        """The heat map: layers from top to bottom, steps from left to right, up to ``end``; needs matplotlib.
+
+        On the right stands each layer's last sparsity.
+        """
+        from matplotlib.figure import Figure
+
+        rows = list(zip(*self.sparsity, strict=True))
+        figure = Figure(figsize=(10, 1.4 + 0.24 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        edges = [*self.steps, max(end, self.steps[-1] + 1)]
+        image = axes.pcolormesh(edges, range(len(rows) + 1), rows, vmin=0.0, vmax=1.0, cmap="viridis")
+        axes.set_title("Sparsity of each layer")
+        axes.set_xlabel("optimizer steps")
+        axes.set_ylim(len(rows), 0)
+        axes.set_yticks([row + 0.5 for row in range(len(rows))], self.layers, fontsize="small")
+        last = axes.secondary_yaxis("right")
+        last.set_yticks([row + 0.5 for row in range(len(rows))], [f"{row[-1]:.3f}" for row in rows], fontsize="small")
+        for side in (axes, last):
+            side.tick_params(axis="y", length=0)
+        figure.colorbar(image, ax=axes, label="sparsity", ticks=[0.0, 0.25, 0.5, 0.75, 1.0])
+        return figure

@@ -1,0 +1,403 @@
+"""SparsityMonitor: curves, histograms and a heat map of a sparse training, in every logger of the Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
+from lightning_sparse.functional.topology import count_dead
+from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
+from lightning_sparse.methods.latent import LatentMethod
+from lightning_sparse.metrics.flops import ForwardFLOPs
+from lightning_sparse.metrics.history import MaskHistory
+from lightning_sparse.metrics.timeline import SparsityTimeline
+
+__all__ = ["SparsityMonitor"]
+
+# Batches in which operations are looked for: the first may be one that training_step skips.
+_PATIENCE = 10
+
+# A training that is shorter than this many times log_every_n_steps is recorded more often, up to this many times.
+_LEAST_RECORDS = 200
+
+
+@final
+class SparsityMonitor(pl.Callback):
+    r"""Shows what sparse training does, beside ``LearningRateMonitor``; it changes nothing of it.
+
+    These go to every logger of the Trainer, at the number of optimizer steps taken: before the first, after each update
+    of the masks, and at the end of each epoch. Updates that come faster than the Trainer's ``log_every_n_steps``, and
+    than every 200th part of training, make one record together.
+
+    ============================== =====================================================================================
+    ``sparsity``                   fraction of zeros among the weights that have a mask
+    ``sparsity/target``            what the methods' schedules ask for
+    ``sparsity/layer/<name>``      sparsity of one weight
+    ``sparsity/layer_target/<n>``  what its method asks for
+    ``masks/changed_since_update`` share of mask entries that have changed since the update before
+    ``masks/changed_since_start``  share of mask entries that differ from those with which training began
+    ``masks/ever_active``          share of weights ever active, ITOP's :math:`R_s`
+    ``masks/dead_neurons``         share of neurons and filters without an input left
+    ``masks/num_dead_neurons``     their number
+    ``flops/inference``            operations of a forward pass over those of the dense network
+    ``flops/training``             operations of training so far over those of dense training
+    ============================== =====================================================================================
+
+    To loggers that take them, such as ``TensorBoardLogger``, go histograms of each layer's active weights
+    (``weights/<name>``) at the end of each epoch and a heat map of sparsity over layers and steps
+    (``sparsity/heatmap``) at the end of training, which needs matplotlib.
+
+    The operations are counted once, in the forward pass of the first batch, by
+    :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: what an ideal sparse kernel would need. See
+    :mod:`lightning_sparse.functional.flops`.
+
+    It may stand before or after the methods in the list of callbacks, and watches all of them together. Its history is
+    part of a checkpoint, so that curves go on where they were; a fit that does not resume begins a new one.
+
+    Args:
+        per_layer: Whether to write the curves of each layer.
+        histograms: Whether to write histograms of active weights.
+        heatmap: Whether to draw the heat map.
+
+    Attributes:
+        values: What was written last, by name.
+        timeline: The sparsity of each layer at the steps that were recorded; :meth:`draw
+            <lightning_sparse.metrics.timeline.SparsityTimeline.draw>` draws the heat map.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> from lightning_sparse import GMP
+        >>> monitor = SparsityMonitor()
+        >>> trainer = L.Trainer(max_steps=20, callbacks=[GMP(sparsity=0.5), monitor], logger=CSVLogger("logs"),
+        ...                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> {name: round(monitor.values[name], 3) for name in ("sparsity", "masks/ever_active", "flops/inference")}
+        {'sparsity': 0.5, 'masks/ever_active': 1.0, 'flops/inference': 0.5}
+    """
+
+    def __init__(self, *, per_layer: bool = True, histograms: bool = True, heatmap: bool = True) -> None:
+        self.per_layer = per_layer
+        self.histograms = histograms
+        self.heatmap = heatmap
+        self._forget()
+
+    def _forget(self) -> None:
+        self.values: dict[str, float] = {}
+        self.timeline = SparsityTimeline([])
+        self._registry = MaskRegistry()
+        self._history = MaskHistory({})
+        self._of_masks: dict[str, float] = {}  # what changes with masks alone
+        self._loaded: dict[str, Any] | None = None
+        self._begun = False
+        self._step = 0  # optimizer steps up to which everything below is counted
+        self._counted = self._recorded = 0  # updates that went into the operations, and into a record
+        self._update_step = 0  # the step at which an update was last recorded
+        self._pause = 1.0
+        self._flops: _FLOPs | None = None
+        self._counter: ForwardFLOPs | None = None
+        self._attempts = 0
+
+    # The hooks. Everything happens on rank zero, whose masks are those of all.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._forget()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not any(isinstance(callback, SparseMethod) for callback in _callbacks(trainer)):
+            rank_zero_warn(
+                "SparsityMonitor has nothing to watch: no callback of this Trainer is a method of sparse training. Add"
+                " one, as in Trainer(callbacks=[GMP(sparsity=0.9), SparsityMonitor()])."
+            )
+        if not trainer.loggers:
+            rank_zero_warn("SparsityMonitor has nowhere to write to: this Trainer has no logger. Give it one, logger=.")
+        if self.heatmap and any(_writers(trainer, "add_figure")) and find_spec("matplotlib") is None:
+            rank_zero_warn("SparsityMonitor draws no heat map: matplotlib is missing. Run: pip install matplotlib")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # By now every callback has done its part of the last step, in whatever order they are listed.
+        if not trainer.is_global_zero:
+            return
+        if not self._begun:
+            self._begin(trainer, pl_module)
+        # Lightning leaves out the end of an epoch whose last batch is where a checkpoint was written.
+        missed_epoch_end = batch_idx == 0 and self._step < _steps_taken(trainer)
+        self._advance(trainer)
+        if missed_epoch_end and self._registry:
+            self._record(trainer)
+        if self._registry.num_updates > self._recorded and self._step >= self._update_step + self._pause:
+            self._update_step = self._step
+            self._record(trainer)
+        if self._registry and self._flops is None and self._attempts < _PATIENCE:
+            self._attempts += 1
+            parameters = {canonical_name(name): parameter for name, parameter in pl_module.named_parameters()}
+            self._counter = ForwardFLOPs(parameters).__enter__()
+
+    @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        self._stop_counting(trainer)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._stop_counting(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_counting(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_counting(trainer)
+        if self._registry:
+            self._advance(trainer)
+            self._record(trainer)
+            if self.histograms:
+                self._write_histograms(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.heatmap and self.timeline.steps and find_spec("matplotlib") is not None:
+            for add_figure in _writers(trainer, "add_figure"):
+                add_figure("sparsity/heatmap", self.timeline.draw(end=self._step), global_step=self._step)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._counter = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not self._registry:
+            return {}  # the learning-rate finder asks before training begins
+        return {
+            "step": self._step,
+            "update_step": self._update_step,
+            "uncounted": self._registry.num_updates - self._counted,
+            "unrecorded": self._registry.num_updates - self._recorded,
+            "history": dict(self._history.state_dict()),
+            "timeline": dict(self.timeline.state_dict()),
+            "flops": None if self._flops is None else asdict(self._flops),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    # What is kept.
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun = True
+        self._registry = MaskRegistry.of(pl_module)
+        if not self._registry:
+            return
+        self._history = MaskHistory(self._masks)
+        self.timeline = SparsityTimeline(list(self._registry))
+        self._step = self._update_step = _steps_taken(trainer)
+        self._pause = _pause(trainer)
+        self._counted = self._recorded = self._registry.num_updates
+        if self._loaded is None:
+            self._record(trainer)
+        else:
+            self._resume(self._loaded)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise MisconfigurationException(
+                f"The checkpoint's state of SparsityMonitor is cut short: it lacks {', '.join(sorted(missing))}. Resume"
+                " from an earlier checkpoint, or without the monitor."
+            )
+        self._history.load_state_dict(state["history"])
+        self.timeline.load_state_dict(state["timeline"])
+        self._flops = None if state["flops"] is None else _FLOPs(**state["flops"])
+        self._step, self._update_step = state["step"], state["update_step"]
+        self._counted -= state["uncounted"]
+        self._recorded -= state["unrecorded"]
+
+    @property
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: weight.mask for name, weight in self._registry.items()}
+
+    def _advance(self, trainer: pl.Trainer) -> None:
+        """Count the steps taken since the last time, each with the masks that it computed with."""
+        step = _steps_taken(trainer)
+        updated = self._registry.num_updates != self._counted
+        if self._flops is not None:
+            self._flops.add(step - self._step, self._flops.of_dense_gradients(trainer, updated))
+            if updated:
+                self._flops.sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
+        self._step, self._counted = step, self._registry.num_updates
+
+    def _stop_counting(self, trainer: pl.Trainer) -> None:
+        if self._counter is None:
+            return
+        counter, self._counter = self._counter, None
+        counter.__exit__(None, None, None)
+        layers = {name: counter.by_parameter.get(name, 0) for name in self._registry}
+        if not any(layers.values()):
+            if self._attempts == _PATIENCE:
+                rank_zero_warn(
+                    f"SparsityMonitor saw no operation of a masked weight in {_PATIENCE} batches, so it writes no"
+                    " flops/*. Code that torch.compile generates hides them: train a few steps without it to see them."
+                )
+            return
+        sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
+        self._flops = _FLOPs(counter.total, layers, sparsity)
+        self._write(trainer, {"flops/inference": self._flops.inference})
+
+    # What is written.
+
+    def _record(self, trainer: pl.Trainer) -> None:
+        values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
+        if self.per_layer:
+            values |= _layers(trainer)
+        if self._registry.num_updates != self._recorded:
+            values["masks/changed_since_update"] = self._history.observe(self._masks)
+            self._of_masks = {}
+        self._of_masks = self._of_masks or self._describe_masks()
+        values |= self._of_masks
+        if self._flops is not None:
+            values |= self._flops.values
+        self._recorded = self._registry.num_updates
+        self.timeline.record(self._step, [weight.sparsity for weight in self._registry.values()])
+        self._write(trainer, values)
+
+    def _describe_masks(self) -> dict[str, float]:
+        dead, neurons = count_dead([weight.rows(weight.mask) for weight in self._registry.values()])
+        return {
+            "masks/changed_since_start": self._history.changed_since_start,
+            "masks/ever_active": self._history.ever_active,
+            "masks/dead_neurons": dead / neurons,
+            "masks/num_dead_neurons": dead,
+        }
+
+    def _write(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        self.values |= values
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=self._step)
+
+    @torch.no_grad()
+    def _write_histograms(self, trainer: pl.Trainer) -> None:
+        for add_histogram in _writers(trainer, "add_histogram"):
+            for name, weight in self._registry.items():
+                active = weight.parameter[weight.mask].float()
+                active = active[active.isfinite()]
+                if len(active):
+                    add_histogram(f"weights/{name}", active, global_step=self._step)
+
+
+@dataclass
+class _FLOPs:
+    """The operations of a forward pass, and of training so far.
+
+    Attributes:
+        total: Those of the dense network.
+        layers: Those of each masked weight, dense.
+        sparsity: Of the masks with which the coming step computes.
+        spent: Those of training so far, in steps of dense training.
+        steps: Steps of training so far.
+    """
+
+    total: int
+    layers: dict[str, int]
+    sparsity: dict[str, float]
+    spent: float = 0.0
+    steps: int = 0
+
+    @property
+    def _arguments(self) -> tuple[list[int], list[float], int]:
+        dense = list(self.layers.values())
+        return dense, [self.sparsity[name] for name in self.layers], self.total - sum(dense)
+
+    @property
+    def inference(self) -> float:
+        return inference_flops(*self._arguments)
+
+    @property
+    def values(self) -> dict[str, float]:
+        training = {"flops/training": self.spent / self.steps} if self.steps else {}
+        return {"flops/inference": self.inference, **training}
+
+    def of_dense_gradients(self, trainer: pl.Trainer, updated: bool) -> float:
+        """What the last step has spent on the gradients of pruned weights, where methods need them.
+
+        Args:
+            trainer: Has the methods.
+            updated: Whether masks have changed at that step.
+        """
+        return sum(
+            self.layers[weight.name] * self.sparsity[weight.name]
+            for method in _methods(trainer)
+            if method.needs_dense_gradients
+            for group in method.groups
+            # Latent methods need them at every step, the others where they update their masks.
+            if isinstance(method, LatentMethod) or (updated and group.updated_at == method.step - 1)
+            for weight in group
+        )
+
+    def add(self, steps: int, dense_gradients: float) -> None:
+        if steps:  # none, while batches accumulate
+            self.spent += steps * training_flops(sparse_flops(*self._arguments), self.total, dense_gradients)
+            self.steps += steps
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _methods(trainer: pl.Trainer) -> list[SparseMethod]:
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, SparseMethod)]
+
+
+def _layers(trainer: pl.Trainer) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for method in _methods(trainer):
+        for weight in method.weights:
+            values[f"sparsity/layer/{weight.name}"] = weight.sparsity
+            values[f"sparsity/layer_target/{weight.name}"] = method.target_sparsity(weight.name)
+    return values
+
+
+def _writers(trainer: pl.Trainer, name: str) -> Iterator[Callable[..., object]]:
+    """The method ``name`` of each logger's experiment that has one."""
+    for logger in trainer.loggers:
+        writer = getattr(getattr(logger, "experiment", None), name, None)
+        if callable(writer):
+            yield writer
+
+
+def _pause(trainer: pl.Trainer) -> float:
+    """How many steps lie at least between two updates that are recorded."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if every == 0:  # Lightning's way of saying never
+        return math.inf
+    return max(1.0, min(every, trainer.estimated_stepping_batches // _LEAST_RECORDS))
+
+
+def _steps_taken(trainer: pl.Trainer) -> int:
+    # Lightning's own monitors log at this count: batches that stepped, however many optimizers did.
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
