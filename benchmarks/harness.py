@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -27,7 +28,7 @@ Rounds = Sequence[Sequence[float]]
 """Seconds: one sequence for each round of :func:`alternate`."""
 
 
-def alternate(variants: Mapping[str, Callable[[], Sequence[float]]], rounds: int) -> dict[str, list[Sequence[float]]]:
+def alternate(variants: dict[str, Callable[[], Sequence[float]]], rounds: int) -> dict[str, list[Sequence[float]]]:
     """Run each variant once a round, after a round that does not count.
 
     What else the machine does changes from second to second, so figures are compared only with those taken beside them.
@@ -88,14 +89,16 @@ class Stopwatch(L.Callback):
         self.clock = clock
         self._starts: list[float] = []
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Note the time."""
         self._starts.append(self.clock())
 
     def step_seconds(self) -> list[float]:
         """Return the duration of each step that counts; the last, which ends with the training, does not."""
         starts = self._starts[self.skip :]
-        return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        return [end - start for start, end in pairwise(starts)]
 
 
 def quiet_trainer(**overrides: Any) -> L.Trainer:

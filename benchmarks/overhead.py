@@ -12,7 +12,7 @@ a method:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ def resnet18() -> nn.Module:
     """Make torchvision's ResNet-18 as it is used on 32 x 32 images: a 3 x 3 stem, and no pooling after it."""
     network = torchvision.models.resnet18(num_classes=10)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+    network.add_module("maxpool", nn.Identity())
     return network
 
 
@@ -99,7 +99,7 @@ def fit(case: Case, method: Callable[[], L.Callback] | None = None) -> list[floa
     return stopwatch.step_seconds()
 
 
-def variants(case: Case) -> Mapping[str, Callable[[], list[float]]]:
+def variants(case: Case) -> dict[str, Callable[[], Sequence[float]]]:
     """Return what alternates: dense training, and each method between its updates and updating."""
 
     def run(method: Callable[[], L.Callback] | None = None) -> Callable[[], list[float]]:

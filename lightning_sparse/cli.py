@@ -52,8 +52,8 @@ class SparseCLI(LightningCLI):
     """LightningCLI for any LightningModule, data module and callback, with recipes as configuration files.
 
     Args:
-        args: options as on a command line; what the process was started with if None.
-        run: run the subcommand that comes first in ``args``; otherwise parse options without a subcommand and make
+        args: Options as on a command line; what the process was started with if None.
+        run: Run the subcommand that comes first in ``args``; otherwise parse options without a subcommand and make
             the trainer, the model and the data, and no more.
 
     Example:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``lightning-sparse``.
 
     Args:
-        arguments: what follows the command's name; what the process was started with if None.
+        arguments: What follows the command's name; what the process was started with if None.
 
     Returns:
         The exit code: 0, or 2 if what was asked for cannot be done, with the reason on stderr.

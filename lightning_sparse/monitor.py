@@ -258,12 +258,15 @@ class SparsityMonitor(pl.Callback):
         counter, self._counter = self._counter, None
         counter.__exit__(None, None, None)
         layers = {name: counter.by_parameter.get(name, 0) for name in self._registry}
+        if not any(layers.values()) and self._attempts < _PATIENCE:
+            return  # a batch that training_step skipped
+        if not all(layers.values()):
+            rank_zero_warn(
+                f"SparsityMonitor saw no operation with {', '.join(name for name in layers if not layers[name])} in the"
+                " forward pass, so flops/* leave it out. Either it is not used in every batch, or code that"
+                " torch.compile generates hides it; a few steps without torch.compile show it."
+            )
         if not any(layers.values()):
-            if self._attempts == _PATIENCE:
-                rank_zero_warn(
-                    f"SparsityMonitor saw no operation of a masked weight in {_PATIENCE} batches, so it writes no"
-                    " flops/*. Code that torch.compile generates hides them: train a few steps without it to see them."
-                )
             return
         sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
         self._flops = _FLOPs(counter.total, layers, sparsity)
@@ -395,7 +398,7 @@ def _pause(trainer: pl.Trainer) -> float:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if every == 0:  # Lightning's way of saying never
         return math.inf
-    return max(1.0, min(every, trainer.estimated_stepping_batches // _LEAST_RECORDS))
+    return max(1.0, min(every, trainer.estimated_stepping_batches / _LEAST_RECORDS))
 
 
 def _steps_taken(trainer: pl.Trainer) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -33,9 +34,9 @@ class LayerSparsity:
     """How many weights of one tensor are zero.
 
     Args:
-        name: key of the tensor in the state dict.
-        shape: shape of the tensor.
-        num_active: weights that are not zero.
+        name: Key of the tensor in the state dict.
+        shape: Shape of the tensor.
+        num_active: Weights that are not zero.
 
     Example:
         >>> from lightning_sparse.report import LayerSparsity
@@ -66,15 +67,15 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
     ``<name>_orig`` and ``<name>_mask`` are reported as their product.
 
     Args:
-        path: the file.
-        all_tensors: count biases, normalisation and integer tensors too, and not only floating-point tensors with at
+        path: The file.
+        all_tensors: Count biases, normalisation and integer tensors too, and not only floating-point tensors with at
             least two dimensions.
 
     Returns:
         One entry per tensor, in the order of the file.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, unsafe to load, or holds no such tensors.
+        CheckpointError: If the file is missing, damaged, unsafe to load, or holds no such tensors.
 
     Example:
         >>> import torch
@@ -101,8 +102,8 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
     """Lay out layers and their total for a terminal.
 
     Args:
-        layers: what :func:`checkpoint_sparsity` returned.
-        title: printed above the table.
+        layers: What :func:`checkpoint_sparsity` returned.
+        title: Printed above the table.
 
     Example:
         >>> from lightning_sparse.report import LayerSparsity, sparsity_table
@@ -110,12 +111,13 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
         2
     """
     layers = list(layers)
-    table = Table("layer", title=title)
+    table = Table(title=None if title is None else escape(title))
+    table.add_column("layer", overflow="fold")
     for header in ("shape", "weights", "active", "sparsity"):
         table.add_column(header, justify="right")
     for layer in layers:
         shape = " × ".join(map(str, layer.shape)) or "scalar"
-        table.add_row(layer.name, shape, f"{layer.numel:,}", f"{layer.num_active:,}", f"{layer.sparsity:.2%}")
+        table.add_row(escape(layer.name), shape, f"{layer.numel:,}", f"{layer.num_active:,}", f"{layer.sparsity:.2%}")
     total = LayerSparsity("total", (sum(layer.numel for layer in layers),), sum(layer.num_active for layer in layers))
     table.add_section()
     table.add_row("total", "", f"{total.numel:,}", f"{total.num_active:,}", f"{total.sparsity:.2%}", style="bold")

@@ -161,6 +161,6 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning_sparse", "report", "nowhere.ckpt"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("lightning_sparse", run_name="__main__")
+        runpy.run_path(str(Path(lightning_sparse.__file__).with_name("__main__.py")), run_name="__main__")
     assert stopped.value.code == 2
     assert "nowhere.ckpt" in capsys.readouterr().err

@@ -114,6 +114,14 @@ def test_a_state_dict_without_weights_is_an_error_that_names_the_option(tmp_path
         checkpoint_sparsity(saved(tmp_path, {"bias": torch.zeros(3)}))
 
 
+def test_names_in_brackets_are_shown_as_they_are() -> None:
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(sparsity_table([LayerSparsity("a[b]", (2, 2), 2)], title="run[1].ckpt"))
+    shown = console.export_text()
+    assert "run[1].ckpt" in shown
+    assert "a[b]" in shown
+
+
 def test_the_table_ends_with_the_total() -> None:
     table = sparsity_table([LayerSparsity("a", (10, 100), 250), LayerSparsity("b", (10, 100), 150)])
     console = Console(file=io.StringIO(), width=80, record=True)

@@ -53,9 +53,9 @@ def inference_flops(dense: Sequence[float], sparsity: Sequence[float], rest: flo
 def training_flops(sparse: float, dense: float, dense_gradients: float = 0.0) -> float:
     r"""Operations of a training step over those of a dense one: :math:`(3 f_S + g) / 3 f_D`.
 
-    Forward is :math:`f_S`, backward is :math:`2 f_S`. A step at which the gradients of pruned weights too are needed, as
-    RigL needs them to grow, computes them densely, for :math:`g = f_D - f_S` more. The mean over :math:`\Delta T` steps
-    without and one with is RigL's :math:`(3 f_S \Delta T + 2 f_S + f_D) / (\Delta T + 1)`.
+    Forward is :math:`f_S`, backward is :math:`2 f_S`. A step at which the gradients of pruned weights are needed too,
+    as RigL needs them to grow, computes them densely, for :math:`g = f_D - f_S` more. The mean over :math:`\Delta T`
+    steps without and one with is RigL's :math:`(3 f_S \Delta T + 2 f_S + f_D) / (\Delta T + 1)`.
 
     Args:
         sparse: Forward operations :math:`f_S` of the sparse network.

@@ -1,10 +1,15 @@
 r"""Steering the strength of a regulariser so that sparsity follows a stated course.
 
-Ours, not a paper's. With the error :math:`e = s^*(p) - s`, a proportional-integral controller acts on the logarithm of
-the strength, through zero, because a useful strength may be 1e-6 as well as 1e-2, and may have to turn negative to undo
-an overshoot:
+Ours, not a paper's. The error is that of the density, as a ratio: :math:`e = \ln (1 - s) - \ln (1 - s^*(p))`, above 0
+where too much is left. The strength follows it in proportion, with an integral that holds the end,
 
-.. math:: \alpha = 2 \alpha_0 \sinh z, \qquad z = k \Bigl(e + \frac{1}{\tau} \int e \, dp\Bigr)
+.. math:: \alpha = A\,u, \qquad u = \operatorname{clip}_{-1}^{1}\Bigl(\frac{e}{b} + I\Bigr),
+    \qquad \frac{dI}{dp} = \frac{e}{b\,\tau} \text{ after the arrival, where } |u| < 1
+
+and may turn negative to undo an overshoot. The scale :math:`A` is found while training, because a useful strength may
+be 1e-5 as well as 0.1: it grows as long as full strength does not close the gap, and is halved where sparsity crosses its
+target at speed. Optimizers that divide by the size of past gradients (Adam) thus see strengths of one size; an answer
+on a logarithmic scale they would not notice for a thousand steps.
 """
 
 from __future__ import annotations
@@ -16,11 +21,14 @@ from lightning_sparse.schedules import Constant, Polynomial, check_fraction
 
 __all__ = ["Steering"]
 
-_SMALLEST = 1e-6  # α₀: the strength around which the scale turns from logarithmic to linear
-_GAIN = 100.0  # k: an error of 0.05 is answered by α = 1.5e-4, one of 0.1 by 0.02
-_MEMORY = 0.05  # τ: the integral doubles the answer to a lasting error after a twentieth of training
-_LIMIT = 14.0  # of z and its parts: |α| ≤ 1.2
 _ARRIVAL = 0.7  # the share of training after which the target is the final sparsity
+_BAND = 0.1  # b: the error, a ratio of densities, that is answered with full strength
+_MEMORY = 0.03  # τ: the integral doubles the answer to a lasting error after this share of training
+_FIRST_SCALE = 1e-4
+_LARGEST_SCALE = 0.5
+_GROWTH = 100.0  # A grows tenfold in 2.3 % of training
+_FAST = 0.05  # of the band, in one step: a crossing that asks for a smaller scale
+_SMALLEST_DENSITY = 1e-6
 
 
 class Steering:
@@ -44,12 +52,17 @@ class Steering:
         self.sparsity = sparsity
         self._error = 0.0
         self._integral = 0.0
+        self._scale = _FIRST_SCALE
 
     @property
     def alpha(self) -> float:
         """The strength now; below 0 where sparsity has overshot."""
-        z = _clip(_GAIN * self._error + self._integral)
-        return 2.0 * _SMALLEST * math.sinh(z)
+        return self._scale * _clip(self._wanted)
+
+    @property
+    def _wanted(self) -> float:
+        """The answer as a share of the scale; beyond 1 it is cut."""
+        return self._error / _BAND + self._integral
 
     def target(self, progress: float) -> float:
         """The sparsity that is due at ``progress`` in [0, 1] of training."""
@@ -57,17 +70,30 @@ class Steering:
 
     def observe(self, sparsity: float, progress: float, elapsed: float) -> None:
         """Take note of the sparsity at ``progress``, ``elapsed`` after the last look (fractions of training)."""
-        self._error = self.target(progress) - sparsity
-        self._integral = _clip(self._integral + _GAIN * self._error * elapsed / _MEMORY)
+        before = self._error
+        self._error = _log_density(sparsity) - _log_density(self.target(progress + elapsed))
+        if abs(self._wanted) >= 1.0:
+            if abs(self._error) >= abs(before):
+                self._scale = min(self._scale * math.exp(_GROWTH * elapsed), _LARGEST_SCALE)
+        elif progress >= _ARRIVAL:
+            self._integral = _clip(self._integral + self._error / _BAND * elapsed / _MEMORY)
+        if self._error * before < 0.0:
+            self._integral *= 0.5
+            if abs(self._error - before) > _FAST * _BAND:
+                self._scale *= 0.5
 
     def state(self) -> dict[str, float]:
         """What must be remembered."""
-        return {"error": self._error, "integral": self._integral}
+        return {"error": self._error, "integral": self._integral, "scale": self._scale}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Take what :meth:`state` gave."""
-        self._error, self._integral = state["error"], state["integral"]
+        self._error, self._integral, self._scale = state["error"], state["integral"], state["scale"]
 
 
 def _clip(value: float) -> float:
-    return min(max(value, -_LIMIT), _LIMIT)
+    return min(max(value, -1.0), 1.0)
+
+
+def _log_density(sparsity: float) -> float:
+    return math.log(max(1.0 - sparsity, _SMALLEST_DENSITY))

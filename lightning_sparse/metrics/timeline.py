@@ -83,5 +83,6 @@ class SparsityTimeline:
         last.set_yticks([row + 0.5 for row in range(len(rows))], [f"{row[-1]:.3f}" for row in rows], fontsize="small")
         for side in (axes, last):
             side.tick_params(axis="y", length=0)
-        figure.colorbar(image, ax=axes, label="sparsity", ticks=[0.0, 0.25, 0.5, 0.75, 1.0])
+        width = max(20.0, 1.5 * len(rows))  # of the colour bar: its height over this
+        figure.colorbar(image, ax=axes, label="sparsity", ticks=[0.0, 0.25, 0.5, 0.75, 1.0], aspect=width)
         return figure

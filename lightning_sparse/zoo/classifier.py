@@ -42,11 +42,11 @@ class Classifier(L.LightningModule):
     ``test_loss`` and ``test_accuracy``. Accuracy is the fraction of all images that are classified correctly.
 
     Args:
-        network: turns a batch of inputs into logits of shape (N, num_classes).
-        optimizer: makes the optimizer from the network's parameters; in YAML its class and arguments.
-        lr_scheduler: makes a scheduler from the optimizer, stepped once per epoch; ``val_loss`` is its metric if it
+        network: Turns a batch of inputs into logits of shape (N, num_classes).
+        optimizer: Makes the optimizer from the network's parameters; in YAML its class and arguments.
+        lr_scheduler: Makes a scheduler from the optimizer, stepped once per epoch; ``val_loss`` is its metric if it
             needs one.
-        num_classes: classes that the accuracy counts.
+        num_classes: Classes that the accuracy counts.
 
     Example:
         >>> import torch

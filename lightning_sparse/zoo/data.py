@@ -37,11 +37,11 @@ class TensorImages(Dataset["tuple[Tensor, Tensor]"]):
     collate. Samplers work as with any map-style data set, those that Lightning puts in for several processes too.
 
     Args:
-        images: one image per row.
-        labels: one class index per image.
+        images: One image per row.
+        labels: One class index per image.
 
     Raises:
-        ValueError: if there are not as many labels as images.
+        ValueError: If there are not as many labels as images.
 
     Example:
         >>> import torch
@@ -75,10 +75,10 @@ class InMemoryDataModule(L.LightningDataModule, ABC):
     ``predict`` run over the validation set: there is no third set, and nothing is selected on this one.
 
     Args:
-        batch_size: images per batch and process.
+        batch_size: Images per batch and process.
 
     Raises:
-        ValueError: if the batch size is below 1.
+        ValueError: If the batch size is below 1.
     """
 
     def __init__(self, batch_size: int = 64) -> None:
@@ -140,8 +140,8 @@ class DigitsDataModule(InMemoryDataModule):
     with the mean and the standard deviation of all training pixels.
 
     Args:
-        batch_size: images per batch and process.
-        split_seed: which images are kept for validation. It does not follow ``seed_everything``: runs with different
+        batch_size: Images per batch and process.
+        split_seed: Which images are kept for validation. It does not follow ``seed_everything``: runs with different
             seeds are validated on the same images.
 
     Example:
@@ -189,12 +189,12 @@ class MNISTDataModule(InMemoryDataModule):
     in ``root`` itself. Nothing is written unless it is downloaded.
 
     Args:
-        root: folder to look in.
-        download: fetch the files with torchvision into ``<root>/MNIST/raw`` if they are not there.
-        batch_size: images per batch and process.
+        root: Folder to look in.
+        download: Fetch the files with torchvision into ``<root>/MNIST/raw`` if they are not there.
+        batch_size: Images per batch and process.
 
     Raises:
-        MissingDataError: on use, if a file is not there and ``download`` is off.
+        MissingDataError: On use, if a file is not there and ``download`` is off.
 
     Example:
         >>> from lightning_sparse.zoo import MNISTDataModule

@@ -59,8 +59,8 @@ def main(folder: Path = Path("demo"), epochs: int = 60) -> int:
     """Train dense and sparse, and show the difference.
 
     Args:
-        folder: where logs and picture go.
-        epochs: length of each training.
+        folder: Where logs and picture go.
+        epochs: Length of each training.
 
     Returns:
         The exit code 0.

@@ -24,8 +24,8 @@ def find_idx(root: Path, name: str) -> Path | None:
     """Find an IDX file, compressed or not, in ``<root>/MNIST/raw`` or in ``root`` itself.
 
     Args:
-        root: folder to look in.
-        name: name of the file without ``.gz``.
+        root: Folder to look in.
+        name: Name of the file without ``.gz``.
 
     Returns:
         The first that is there, or None.
@@ -48,13 +48,13 @@ def read_idx(path: Path) -> Tensor:
     then the values in row-major order.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
         A uint8 tensor of the shape that the file states.
 
     Raises:
-        ValueError: if the file is not in this format, is damaged, or is shorter than it states.
+        ValueError: If the file is not in this format, is damaged, or is shorter than it states.
 
     Example:
         >>> import tempfile

@@ -22,8 +22,8 @@ class LeNet300100(nn.Sequential):
     With the defaults it has 266,610 parameters, 266,200 of them weights. It flattens its input, so it takes images.
 
     Args:
-        in_features: values in one input, over all its dimensions: 784 for MNIST, 64 for 8 x 8 digits.
-        num_classes: logits that come out.
+        in_features: Values in one input, over all its dimensions: 784 for MNIST, 64 for 8 x 8 digits.
+        num_classes: Logits that come out.
 
     Example:
         >>> import torch
@@ -55,7 +55,7 @@ class LeNet5Caffe(nn.Sequential):
     convolution too, and so has this class.
 
     Args:
-        num_classes: logits that come out.
+        num_classes: Logits that come out.
 
     Example:
         >>> import torch

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lightning_sparse.zoo import demo
 
-EPOCHS = 6
+EPOCHS = 3
 
 
 @pytest.fixture(scope="module")

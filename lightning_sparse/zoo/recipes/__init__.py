@@ -23,10 +23,10 @@ def recipe_path(name: str) -> Path:
     """Return the YAML file of a recipe.
 
     Args:
-        name: one of :func:`list_recipes`.
+        name: One of :func:`list_recipes`.
 
     Raises:
-        ValueError: if there is no recipe of that name; the message names those that there are.
+        ValueError: If there is no recipe of that name; the message names those that there are.
 
     Example:
         >>> from lightning_sparse.zoo.recipes import recipe_path

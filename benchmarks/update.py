@@ -1,0 +1,165 @@
+"""What one global update of the masks costs, in units of one ``torch.sort`` of the same weights, and what masks weigh.
+
+A real Trainer trains a network of ``--weights`` weights with SGD and momentum. At every step the method prunes some
+more, from dense to 95 %. Timed is its whole ``on_before_optimizer_step``: whether the gradients are finite, the scores,
+the choice, the optimizer's moments, the masks of weights and gradients. Right after it ``torch.sort`` sorts the
+magnitudes of the initial weights, as other libraries do to find a threshold.
+
+Memory is counted in a dense fit and in sparse ones, at the end of a step: the storages of all tensors that Python's
+garbage collector knows, whoever holds them, and as a check what the process occupies.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import Ratio, argument_parser, median_of, quiet_trainer, report, silence_lightning
+from lightning_sparse import FGGP, GMP
+
+METHODS: dict[str, Callable[..., FGGP | GMP]] = {"GMP": GMP, "FGGP": FGGP}
+LAYERS = 10
+STATM = Path("/proc/self/statm")
+
+
+class ManyWeights(L.LightningModule):
+    """Square linear layers whose loss gives every weight a gradient of its own, at little cost."""
+
+    def __init__(self, num_weights: int, steps: int) -> None:
+        super().__init__()
+        width = math.isqrt(num_weights // LAYERS)
+        self.width = width
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(LAYERS))
+        self.steps = steps
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return a sum whose gradient is the outer product of two random vectors in each layer."""
+        return torch.stack([torch.randn(self.width) @ layer(batch[0]) for layer in self.layers]).sum()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Make a random vector for each step."""
+        return DataLoader([torch.randn(1, self.width) for _ in range(self.steps)], batch_size=None)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        return torch.optim.SGD(self.parameters(), lr=1e-6, momentum=0.9)
+
+
+class Before(L.Callback):
+    """Notes when the next callback's turn comes."""
+
+    start = 0.0
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the time."""
+        self.start = time.perf_counter()
+
+
+@dataclass
+class Figures:
+    """What a fit tells: seconds of each update and of each sort, and bytes in use after the last step."""
+
+    updates: list[float] = field(default_factory=list[float])
+    sorts: list[float] = field(default_factory=list[float])
+    in_tensors: int = 0
+    resident: int = 0
+
+
+class After(L.Callback):
+    """Times what ran since ``before``, and then a sort of ``scores``; takes stock of the memory after each step."""
+
+    def __init__(self, before: Before, scores: Tensor | None, figures: Figures) -> None:
+        self.before = before
+        self.scores = scores
+        self.figures = figures
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Time the callback in between, and a sort."""
+        self.figures.updates.append(time.perf_counter() - self.before.start)
+        if self.scores is not None:
+            start = time.perf_counter()
+            torch.sort(self.scores)
+            self.figures.sorts.append(time.perf_counter() - start)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the bytes."""
+        self.figures.in_tensors, self.figures.resident = bytes_in_tensors(), bytes_of_process()
+
+
+def bytes_in_tensors() -> int:
+    """Return the size of all storages that some Python object refers to."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def bytes_of_process() -> int:
+    """Return what the process occupies in memory; 0 where the system does not tell."""
+    return int(STATM.read_text().split()[1]) * 4096 if STATM.exists() else 0
+
+
+def fit(method: L.Callback | None, num_weights: int, steps: int, *, sort: bool) -> Figures:
+    """Train for ``steps``; return what was noted."""
+    L.seed_everything(0, verbose=False)
+    module = ManyWeights(num_weights, steps)
+    scores = torch.cat([weight.detach().abs().flatten() for weight in module.parameters()]) if sort else None
+    before, figures = Before(), Figures()
+    after = After(before, scores, figures)
+    callbacks = [before, after] if method is None else [before, method, after]
+    quiet_trainer(max_epochs=1, callbacks=callbacks).fit(module)
+    return figures
+
+
+def measure(num_weights: int, steps: int, goal: float) -> list[dict[str, Any]]:
+    """Return a row for each method."""
+    rows: list[dict[str, Any]] = []
+    for name, make in METHODS.items():
+        dense = fit(None, num_weights, 1, sort=False)
+        held = fit(make(0.95, allocation="global", update_every=1, stop=0), num_weights, 1, sort=False)
+        timed = fit(make(0.95, allocation="global", update_every=1, stop=steps - 1), num_weights, steps, sort=True)
+        # The first step has no momentum yet to clear, and warms up.
+        updates, sorts = ([[second] for second in seconds[1:]] for seconds in (timed.updates, timed.sorts))
+        rows.append(
+            {
+                "method": name,
+                "weights": f"{num_weights:,}",
+                "torch.sort, ms": 1e3 * median_of(sorts),
+                "update, ms": 1e3 * median_of(updates),
+                "update / sort (quartiles)": Ratio.of(updates, sorts),
+                "goal": goal,
+                "extra bytes / weight": (held.in_tensors - dense.in_tensors) / num_weights,
+                "by the process's size": (held.resident - dense.resident) / num_weights,
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--weights", type=int, default=25_000_000, help="how many weights the network has")
+    arguments = parser.parse_args(argv)
+    silence_lightning()
+    num_weights, steps = (100_000, 3) if arguments.smallest else (arguments.weights, 1 + (arguments.rounds or 8))
+    report("A global update over one torch.sort", measure(num_weights, steps, goal=0.15), arguments.json)
+
+
+if __name__ == "__main__":
+    main()
