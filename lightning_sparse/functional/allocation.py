@@ -1,8 +1,9 @@
 r"""Sharing a network's budget of active weights among its layers, in exact integers.
 
-Layer :math:`l` has :math:`n_l` weights and a score :math:`r_l`. Its budget is :math:`b_l = \min(n_l, \epsilon\, r_l n_l)`
-with the one :math:`\epsilon` for which :math:`\sum_l b_l = b`: a layer that would exceed 100 % is dense and
-:math:`\epsilon` is solved again for the others. The fractions are rounded by largest remainder, so the sum is exact.
+Layer :math:`l` has :math:`n_l` weights and a score :math:`r_l`. Its budget is
+:math:`b_l = \min(n_l, \epsilon\, r_l n_l)` with the one :math:`\epsilon` for which :math:`\sum_l b_l = b`: a layer that
+would exceed 100 % is dense and :math:`\epsilon` is solved again for the others. The fractions are rounded by largest
+remainder, so the sum is exact.
 
 Erdős–Rényi:        Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity
                     inspired by network science", Nature Communications 2018.
@@ -127,8 +128,8 @@ def _share(
     if total < sum(low):
         raise ValueError(
             f"A budget of {total} active weights cannot be shared: the layers must hold at least {sum(low)} of"
-            f" {sum(sizes)}. The largest feasible sparsity is {largest_feasible_sparsity(sum(low), sum(sizes))}; ask for"
-            f" less, or lower min_active ({min_active})."
+            f" {sum(sizes)}. The largest feasible sparsity is {largest_feasible_sparsity(sum(low), sum(sizes))}; ask"
+            f" for less, or lower min_active ({min_active})."
         )
     if total > sum(high):
         raise ValueError(

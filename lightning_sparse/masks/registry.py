@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -146,7 +146,7 @@ class MaskGroup(Sequence[MaskedWeight]):
         parts = flat.split([weight.numel for weight in self])
         return [_view_as(part, weight.parameter) for weight, part in zip(self, parts, strict=True)]
 
-    def count(self) -> None:
+    def recount(self) -> None:
         """Count the active weights anew; one transfer from the device."""
         counts = torch.stack([weight.mask.count_nonzero() for weight in self]).tolist()
         for weight, num_active in zip(self, counts, strict=True):
@@ -180,7 +180,7 @@ class MaskGroup(Sequence[MaskedWeight]):
             weight.mask.copy_(mask)
             weight.budget = packed[weight.name]["budget"]
             self.updated_at = packed[weight.name]["updated_at"]
-        self.count()
+        self.recount()
 
 
 class MaskRegistry(Mapping[str, MaskedWeight]):
@@ -201,7 +201,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         >>> group, = registry.claim("example", select_weights(module).masked, [optimizer])
         >>> group.mask[:6] = False
-        >>> group.count()
+        >>> group.recount()
         >>> registry["weight"].mask
         tensor([[False, False, False, False],
                 [False, False,  True,  True]])
@@ -209,7 +209,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         0.75
     """
 
-    _of_module: WeakKeyDictionary[nn.Module, MaskRegistry] = WeakKeyDictionary()
+    _of_module: ClassVar[WeakKeyDictionary[nn.Module, MaskRegistry]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._weights: dict[str, MaskedWeight] = {}
@@ -331,8 +331,8 @@ def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask]) -> Tensor:
         missing |= {"bits"}
     if missing:
         raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} is cut short: it lacks {', '.join(sorted(missing))}. Resume from an"
-            " earlier checkpoint."
+            f"The checkpoint's mask of {weight.name} is cut short: it lacks {', '.join(sorted(missing))}. Resume from"
+            " an earlier checkpoint."
         )
     if list(saved["shape"]) != list(weight.shape):
         raise MisconfigurationException(

@@ -23,7 +23,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
-    nn.modules.batchnorm._NormBase,
+    nn.modules.batchnorm._NormBase,  # pyright: ignore[reportPrivateUsage]  # of every batch and instance norm
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,

@@ -94,7 +94,7 @@ class SparseMethod(pl.Callback, ABC):
 
     @abstractmethod
     def resolve_times(self, total_steps: float) -> None:
-        """Turn durations into steps, for a training of ``total_steps`` (``inf`` where unknown); refuse what cannot be."""
+        """Turn durations into steps, for a training of ``total_steps`` (``inf`` where unknown); refuse the impossible."""
 
     @abstractmethod
     def initialize_masks(self, group: MaskGroup) -> None:
@@ -191,7 +191,7 @@ class SparseMethod(pl.Callback, ABC):
         self._module = ref(pl_module)
         for group in self._groups:
             broadcast_(group.mask)
-            group.count()
+            group.recount()
             group.apply_()
             mask_averaged_weights(trainer, group)
             self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
@@ -224,8 +224,8 @@ class SparseMethod(pl.Callback, ABC):
         missing = {"step", "masks", "method"} - state.keys()
         if missing:
             raise MisconfigurationException(
-                f"The checkpoint's state of {self.state_key} is cut short: it lacks {', '.join(sorted(missing))}. Resume"
-                " from an earlier checkpoint."
+                f"The checkpoint's state of {self.state_key} is cut short: it lacks {', '.join(sorted(missing))}."
+                " Resume from an earlier checkpoint."
             )
         for group in self._groups:
             group.load_(state["masks"])
@@ -345,7 +345,6 @@ class SparseMethod(pl.Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
 
-    @override
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_module": _nothing, "_handles": []}  # neither can go to another process
 
@@ -375,7 +374,7 @@ class SparseMethod(pl.Callback, ABC):
     @final
     def masks_changed(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         """To be called when the masks of ``group`` were written: makes them true everywhere, and names dead layers."""
-        group.count()
+        group.recount()
         group.apply_()
         mask_averaged_weights(trainer, group)
         self._registry.num_updates += 1

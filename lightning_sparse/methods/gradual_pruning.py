@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, final
 
 import torch
@@ -127,15 +128,14 @@ class GradualPruning(HardMaskMethod):
             weight = group.flatten([weight.parameter for weight in group])
             grad = group.flatten([weight.grad for weight in group])
             group.mask &= ~self.prune(weight, grad, self._prunable(group), n)
-        group.count()
+        group.recount()
         for weight in group:
             weight.budget = weight.num_active
 
     def _prune_layer(self, weight: MaskedWeight, n: int) -> None:
         if n > 0:
-            flat = (weight.flatten(tensor) for tensor in (weight.parameter, weight.grad, weight.mask))
-            pruned = self.prune(*flat, n)
-            weight.mask.masked_fill_(weight.unflatten(pruned), False)
+            value, grad, mask = (weight.flatten(t) for t in (weight.parameter, weight.grad, weight.mask))
+            weight.mask.masked_fill_(weight.unflatten(self.prune(value, grad, mask, n)), False)
         weight.budget = weight.num_active - n
 
     def _prunable(self, group: MaskGroup) -> Tensor:
@@ -156,7 +156,7 @@ class GradualPruning(HardMaskMethod):
 
 def _check_never_falls(schedule: Schedule) -> None:
     values = [schedule(percent / 100) for percent in range(101)]
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         if after < before:
             raise ValueError(
                 f"sparsity falls from {before:g} to {after:g} along {schedule}, but what is pruned stays pruned. Give a"

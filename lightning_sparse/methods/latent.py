@@ -116,6 +116,7 @@ class LatentMethod(SparseMethod):
             before = group.mask.clone()
             self._renew_all(group)
             self._registry.num_updates += not torch.equal(before, group.mask)
+        group.updated_at = self.step
         group.apply_()
 
     @final
@@ -132,7 +133,7 @@ class LatentMethod(SparseMethod):
     def _renew_all(self, group: MaskGroup) -> None:
         for weight in group:
             weight.mask.copy_(self.new_mask(weight, self._latent[weight.name]))
-        group.count()
+        group.recount()
         for weight in group:
             weight.budget = weight.num_active
         self.masks_renewed(group)

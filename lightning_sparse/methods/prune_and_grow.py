@@ -25,8 +25,8 @@ class PruneAndGrow(HardMaskMethod):
     r"""Explore topologies at constant sparsity: in each layer, prune a fraction of the active weights, grow as many.
 
     Training begins with random masks. At an update at time :math:`t`, in a layer of :math:`n` active weights, the
-    :math:`k = \lfloor f(t)\, n \rfloor` with the smallest magnitude are pruned, and the :math:`k` inactive ones grown for
-    which the subclass finds the largest scores. Grown weights begin at zero with cleared moments.
+    :math:`k = \lfloor f(t)\, n \rfloor` with the smallest magnitude are pruned, and the :math:`k` inactive ones grown
+    for which the subclass finds the largest scores. Grown weights begin at zero with cleared moments.
 
     Args:
         sparsity: Sparsity, in [0, 1), of the masked weights together.

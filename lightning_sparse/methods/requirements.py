@@ -27,8 +27,8 @@ def refuse_strategy(method: str, trainer: pl.Trainer) -> None:
     for kind in type(trainer.strategy).__mro__:
         if kind.__name__ in _UNSUPPORTED_STRATEGIES:
             raise MisconfigurationException(
-                f"{method} does not support {type(trainer.strategy).__name__}: {_UNSUPPORTED_STRATEGIES[kind.__name__]}."
-                " Use strategy='ddp' or a single device."
+                f"{method} does not support {type(trainer.strategy).__name__}:"
+                f" {_UNSUPPORTED_STRATEGIES[kind.__name__]}. Use strategy='ddp' or a single device."
             )
 
 

@@ -29,13 +29,13 @@ class RigL(PruneAndGrow):
     r"""The rigged lottery: prune by magnitude, grow where the dense gradient is largest, at constant sparsity.
 
     At an update at step :math:`t < T_{end}`, in each layer of :math:`n` active weights the
-    :math:`k = \lfloor f(t)\, n \rfloor` smallest :math:`|\theta|` are pruned, and of the weights that are then inactive
-    the :math:`k` with the largest :math:`|\partial L / \partial \theta|` are grown at zero, where
+    :math:`k = \lfloor f(t)\, n \rfloor` smallest :math:`|\theta|` are pruned, and of the weights that are then
+    inactive the :math:`k` with the largest :math:`|\partial L / \partial \theta|` are grown at zero, where
 
     .. math:: f(t) = \frac{\alpha}{2} \Bigl(1 + \cos \frac{\pi t}{T_{end}}\Bigr) .
 
-    :math:`\alpha` is ``drop_fraction``, :math:`T_{end}` is ``stop``, and :math:`\Delta T` is ``update_every``. A step at
-    which masks are updated takes no optimizer step (Algorithm 1); ``update_replaces_step=False`` takes it, as ITOP does.
+    :math:`\alpha` is ``drop_fraction``, :math:`T_{end}` is ``stop``, and :math:`\Delta T` is ``update_every``. Where
+    masks are updated, the optimizer takes no step (Algorithm 1); ``update_replaces_step=False`` takes it, as ITOP does.
 
     ITOP's settings (Liu et al. 2021), which explore more: ``RigL(0.9, drop_fraction=Cosine(0.5, 0.005),
     update_every=4000, stop=1.0, update_replaces_step=False)``.

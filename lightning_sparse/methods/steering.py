@@ -22,12 +22,13 @@ from lightning_sparse.schedules import Constant, Polynomial, check_fraction
 __all__ = ["Steering"]
 
 _ARRIVAL = 0.7  # the share of training after which the target is the final sparsity
-_BAND = 0.1  # b: the error, a ratio of densities, that is answered with full strength
+_BAND = 0.05  # b: the error, a ratio of densities, that is answered with full strength
 _MEMORY = 0.03  # τ: the integral doubles the answer to a lasting error after this share of training
-_FIRST_SCALE = 1e-4
+_FIRST_SCALE = 1e-3
 _LARGEST_SCALE = 0.5
-_GROWTH = 100.0  # A grows tenfold in 2.3 % of training
-_FAST = 0.05  # of the band, in one step: a crossing that asks for a smaller scale
+_GROWTH = 100.0  # A grows tenfold in 2.3 % of training,
+_LARGEST_GROWTH = 0.25  # and by a quarter in a step at most: momentum answers after ten
+_FAST = 0.1  # of the band, in one step: a crossing that asks for a smaller scale
 _SMALLEST_DENSITY = 1e-6
 
 
@@ -71,10 +72,11 @@ class Steering:
     def observe(self, sparsity: float, progress: float, elapsed: float) -> None:
         """Take note of the sparsity at ``progress``, ``elapsed`` after the last look (fractions of training)."""
         before = self._error
-        self._error = _log_density(sparsity) - _log_density(self.target(progress + elapsed))
+        self._error = _log_density(sparsity) - _log_density(self.target(progress))
         if abs(self._wanted) >= 1.0:
             if abs(self._error) >= abs(before):
-                self._scale = min(self._scale * math.exp(_GROWTH * elapsed), _LARGEST_SCALE)
+                growth = min(_GROWTH * elapsed, _LARGEST_GROWTH)
+                self._scale = min(self._scale * math.exp(growth), _LARGEST_SCALE)
         elif progress >= _ARRIVAL:
             self._integral = _clip(self._integral + self._error / _BAND * elapsed / _MEMORY)
         if self._error * before < 0.0:

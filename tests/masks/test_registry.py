@@ -29,7 +29,7 @@ def claim(module: nn.Module, owner: str = "method", **patterns: Sequence[str]) -
 
 def randomize(group: MaskGroup, seed: int = 0) -> None:
     group.mask.copy_(torch.rand(group.numel, generator=torch.Generator().manual_seed(seed)) < 0.5)
-    group.count()
+    group.recount()
 
 
 # One registry a module
@@ -83,7 +83,7 @@ def test_counts_are_exact_integers_of_all_weights_and_of_each() -> None:
     group = claim(module)
     registry = MaskRegistry.of(module)
     group.mask[:5] = False  # 5 of the 12 of a
-    group.count()
+    group.recount()
     assert (registry.num_active, registry.numel) == (13, 18)
     assert registry.sparsity == pytest.approx(5 / 18)
     assert (registry["a.weight"].num_active, registry["b.weight"].num_active) == (7, 6)
@@ -94,7 +94,7 @@ def test_a_weight_says_its_name_shape_and_sparsity() -> None:
     module = two_layers()
     group = claim(module)
     group.mask[:3] = False
-    group.count()
+    group.recount()
     assert repr(group[0]) == "MaskedWeight(a.weight, (3, 4), sparsity=0.2500)"
     assert repr(MaskRegistry.of(module)) == "MaskRegistry(2 weights, sparsity=0.1667)"
 

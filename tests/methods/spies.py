@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Kill",
-    "Killed",
+    "KilledError",
     "MaskWatch",
     "NonFiniteGradients",
     "StepIndexedToy",
@@ -154,7 +154,7 @@ class NonFiniteGradients(ToyModel):
                 torch.nan_to_num_(parameter.grad)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The end that :class:`Kill` brings."""
 
 
@@ -169,4 +169,4 @@ class Kill(L.Callback):
         """Save and raise."""
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
-            raise Killed
+            raise KilledError

@@ -170,7 +170,7 @@ def test_layers_ranked_together_are_pruned_as_one(
     group = layers_of([weight[part] for part in parts], [grad[part] for part in parts])
     group.mask.zero_()
     group.mask[active] = True
-    group.count()
+    group.recount()
     pruned_before = set(range(len(weight))) - set(active)
     n = max(0, len(active) - num_active(percent / 100, len(weight)))
     expected = pruned_before | set(reference(weight, grad, active, n, 0.5, "active", "gradient"))

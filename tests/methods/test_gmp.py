@@ -62,21 +62,21 @@ def test_layer_by_layer_the_smallest_of_each_go() -> None:
 def test_a_second_update_prunes_only_what_is_missing() -> None:
     group = layers_of([A, B])
     assert prune(GMP(0.25), group) == [2, 7]
-    group.count()
+    group.recount()
     assert prune(GMP(0.5), group) == [1, 2, 5, 7]
 
 
 def test_a_pruned_weight_is_not_chosen_again_though_it_is_the_smallest() -> None:
     group = layers_of([A, B])
     group.mask[[0, 4]] = False  # as if .9 and .3 had been pruned before
-    group.count()
+    group.recount()
     assert prune(GMP(0.5), group) == [0, 2, 4, 7]
 
 
 def test_a_sparser_group_than_is_asked_for_is_left_as_it_is() -> None:
     group = layers_of([A, B])
     group.mask[2:8] = False
-    group.count()
+    group.recount()
     assert prune(GMP(0.5, allocation="global"), group) == [2, 3, 4, 5, 6, 7]
 
 
