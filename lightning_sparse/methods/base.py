@@ -94,7 +94,7 @@ class SparseMethod(pl.Callback, ABC):
 
     @abstractmethod
     def resolve_times(self, total_steps: float) -> None:
-        """Turn durations into steps, for a training of ``total_steps`` (``inf`` where unknown); refuse the impossible."""
+        """Turn durations into steps, for a training of ``total_steps`` (``inf`` where unknown)."""
 
     @abstractmethod
     def initialize_masks(self, group: MaskGroup) -> None:

@@ -38,12 +38,12 @@ __all__ = ["DST"]
 class DST(LatentMethod):
     r"""Dynamic sparse training: each neuron, filter or gate row learns the threshold below which its weights sleep.
 
-    With thresholds :math:`t` and :math:`M_{ij} = [\,|W_{ij}| > t_i\,]`, the loss :math:`L(W \odot M)` is trained together
-    with
+    With thresholds :math:`t` and masks :math:`M_{ij} = [\,|W_{ij}| > t_i\,]`, the loss :math:`L(W \odot M)` is trained
+    together with
 
     .. math:: J = L + \alpha \sum_{\text{layers}} \sum_i e^{-t_i}
 
-    where :func:`~lightning_sparse.functional.thresholds.long_tailed_estimator` stands in for the derivative of the step.
+    where :func:`~lightning_sparse.functional.thresholds.long_tailed_estimator` stands in for the step's derivative.
     A sleeping weight keeps its value, receives the structure gradient, and can wake. Thresholds begin at 0, the network
     dense; an optimizer of the class and the settings of the weights' own steps them, weight decay included.
 
@@ -100,13 +100,13 @@ class DST(LatentMethod):
     ) -> None:
         if (alpha is None) == (sparsity is None):
             raise ValueError(
-                f"alpha is {alpha} and sparsity is {sparsity}; give one of them: alpha (the paper, for example 5e-4), or"
-                " the sparsity to end with (for example 0.95)."
+                f"alpha is {alpha} and sparsity is {sparsity}; give one of them: alpha (the paper, for example 5e-4),"
+                " or the sparsity to end with (for example 0.95)."
             )
         if alpha is not None and not (alpha >= 0.0 and math.isfinite(alpha)):
             raise ValueError(f"alpha is {alpha}; give the strength of a regulariser, at least 0, such as 5e-4.")
         if reset_sparsity <= 0.0:
-            raise ValueError(f"reset_sparsity is {reset_sparsity}; give one above 0, or above 1 for no resets.")
+            raise ValueError(f"reset_sparsity is {reset_sparsity}; give one above 0, or above 1 for none.")
         super().__init__(include=include, exclude=exclude, seed=0)
         self._fixed_alpha = alpha
         self.sparsity = sparsity
@@ -173,7 +173,8 @@ class DST(LatentMethod):
         if self.resets[weight.name] == 0:
             rank_zero_warn(
                 f"DST: {weight.name} has collapsed to sparsity {weight.sparsity:.4f} at step {self.step}; its"
-                " thresholds are reset to 0. A lower alpha avoids this. Later resets of it are counted in masks/threshold_resets."
+                " thresholds are reset to 0. A lower alpha avoids this. Later resets are counted in"
+                " masks/threshold_resets."
             )
         self.resets[weight.name] += 1
         self.thresholds[weight.name].zero_()
