@@ -10,10 +10,11 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
+from threading import Condition
 from typing import Any
 
 import lightning as L
@@ -24,36 +25,102 @@ from rich.table import Table
 
 import lightning_sparse
 
-Rounds = Sequence[Sequence[float]]
-"""Seconds: one sequence for each round of :func:`alternate`."""
+
+class Baton:
+    """Lets threads take turns: whoever holds it runs, and all others wait."""
+
+    def __init__(self, runners: Sequence[str]) -> None:
+        self._queue = list(runners)
+        self._changed = Condition()
+
+    def wait_for_turn(self, runner: str) -> None:
+        """Return when it is the turn of ``runner``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue[0] == runner)
+
+    def pass_on(self) -> None:
+        """Give the turn to the next; the one who had it is the last now."""
+        with self._changed:
+            self._queue.append(self._queue.pop(0))
+            self._changed.notify_all()
+
+    def leave(self, runner: str) -> None:
+        """Take no more turns."""
+        with self._changed:
+            self._queue.remove(runner)
+            self._changed.notify_all()
 
 
-def alternate(variants: dict[str, Callable[[], Sequence[float]]], rounds: int) -> dict[str, list[Sequence[float]]]:
-    """Run each variant once a round, after a round that does not count.
-
-    What else the machine does changes from second to second, so figures are compared only with those taken beside them.
-    The order is turned round every other time: no variant always follows the same one.
+class Turns(L.Callback):
+    """Times each step, from one ``on_train_batch_start`` to the next, and passes the baton on after some of them.
 
     Args:
-        variants: By name, what runs a variant and returns the seconds of whatever it repeats.
-        rounds: How often each is run.
+        runner: Name of this fit.
+        baton: What its fits share.
+        every: Steps of a turn.
+        clock: Tells the time in seconds.
     """
-    seconds: dict[str, list[Sequence[float]]] = {name: [] for name in variants}
-    for round_number in range(-1, rounds):
-        for name in reversed(variants) if round_number % 2 else variants:
-            measured = variants[name]()
-            if round_number >= 0:
-                seconds[name].append(measured)
-    return seconds
+
+    def __init__(self, runner: str, baton: Baton, every: int, clock: Callable[[], float]) -> None:
+        self.runner = runner
+        self.baton = baton
+        self.every = every
+        self.clock = clock
+        self.seconds: list[float] = []
+        self._start: float | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time; wait, where a turn is over, and note it again."""
+        if self._start is not None:
+            self.seconds.append(self.clock() - self._start)
+        if batch_idx % self.every == 0:
+            self.baton.pass_on()
+            self.baton.wait_for_turn(self.runner)
+        self._start = self.clock()
+
+
+def alternate(
+    fits: Mapping[str, Callable[[L.Callback], None]], *, every: int, skip: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Run fits in turns of a few steps, in one process, one at a time.
+
+    What else a machine does changes within milliseconds, so a figure is compared only with one taken right beside it.
+    Start and end of a fit are not timed.
+
+    Args:
+        fits: By name, what trains with a callback; all take the same number of steps.
+        every: Steps of a turn.
+        skip: Steps at the beginning that do not count.
+        clock: Tells the time in seconds.
+
+    Returns:
+        Seconds of each step of each fit. Steps of the same index were taken beside each other.
+    """
+    baton = Baton(list(fits))
+
+    def run(name: str) -> list[float]:
+        baton.wait_for_turn(name)
+        try:
+            turns = Turns(name, baton, every, clock)
+            fits[name](turns)
+        finally:
+            baton.leave(name)
+        return turns.seconds[skip:]
+
+    with ThreadPoolExecutor(len(fits)) as pool:
+        futures = {name: pool.submit(run, name) for name in fits}
+    return {name: future.result() for name, future in futures.items()}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians, and the quartiles of the same ratio taken round by round.
+    """A ratio of medians, and the quartiles of the ratios of neighbours.
 
     Example:
-        >>> Ratio.of([[2.0, 2.0], [3.0]], [[1.0], [1.0, 1.0]])
-        Ratio(value=2.0, low=2.0, high=3.0)
+        >>> Ratio.of([2.0, 3.0, 2.0], [1.0, 1.0, 1.0])
+        Ratio(value=2.0, low=2.0, high=2.5)
     """
 
     value: float
@@ -61,44 +128,15 @@ class Ratio:
     high: float
 
     @classmethod
-    def of(cls, seconds: Rounds, baseline: Rounds) -> Ratio:
-        """Compare rounds with those of the baseline that alternated with them."""
-        by_round = [median(some) / median(base) for some, base in zip(seconds, baseline, strict=True)]
-        low, _, high = quantiles(by_round, n=4, method="inclusive") if len(by_round) > 1 else by_round * 3
-        return cls(median_of(seconds) / median_of(baseline), low, high)
+    def of(cls, seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
+        """Compare with a baseline; entries of the same index were measured beside each other."""
+        low, _, high = quantiles(
+            [some / base for some, base in zip(seconds, baseline, strict=True)], method="inclusive"
+        )
+        return cls(median(seconds) / median(baseline), low, high)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-def median_of(seconds: Rounds) -> float:
-    """Return the median over all rounds together."""
-    return median(second for some in seconds for second in some)
-
-
-class Stopwatch(L.Callback):
-    """Notes when each training batch starts; a step lasts from one such moment to the next.
-
-    Args:
-        skip: Steps at the beginning that do not count.
-        clock: Tells the time in seconds.
-    """
-
-    def __init__(self, skip: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.skip = skip
-        self.clock = clock
-        self._starts: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the time."""
-        self._starts.append(self.clock())
-
-    def step_seconds(self) -> list[float]:
-        """Return the duration of each step that counts; the last, which ends with the training, does not."""
-        starts = self._starts[self.skip :]
-        return [end - start for start, end in pairwise(starts)]
 
 
 def quiet_trainer(**overrides: Any) -> L.Trainer:
@@ -135,7 +173,14 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Make a parser with the options that the benchmarks of speed share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smallest", action="store_true", help="one tiny case, in seconds: to see that it runs")
-    parser.add_argument("--rounds", type=int, help="how often each variant is run")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_const",
+        dest="clock",
+        default=time.perf_counter,
+        const=time.process_time,
+        help="count the processor's time, not the wall's, where others use it too; meant for OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser
 

@@ -1,8 +1,7 @@
 """What a sparse method costs a training step, beside dense training in the same run.
 
-Every fit is a real one of a few steps, with a new module, method and Trainer, and the fits of the variants alternate.
-A step lasts from ``on_train_batch_start`` to the next, so that what happens once a fit does not count. Two variants of
-a method:
+Dense and sparse fits, real ones by Trainers of their own, take turns of a few steps. A step lasts from one
+``on_train_batch_start`` to the next, so that start and end of a fit do not count. Of each method there are two:
 
 - between updates: 90 % are pruned at the first step, which does not count; then masks only hold;
 - updating: masks change at every step. What that takes more is the cost of one update; the last column spreads it
@@ -11,9 +10,10 @@ a method:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 from typing import Any
 
 import lightning as L
@@ -23,16 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import (
-    Ratio,
-    Stopwatch,
-    alternate,
-    argument_parser,
-    median_of,
-    quiet_trainer,
-    report,
-    silence_lightning,
-)
+from benchmarks.harness import Ratio, alternate, argument_parser, quiet_trainer, report, silence_lightning
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.zoo import LeNet300100
 
@@ -48,10 +39,9 @@ class Case:
     network: Callable[[], nn.Module]
     batch: tuple[int, ...]
     steps: int
+    every: int
     skip: int
-    rounds: int
     goal: float
-    clock: Callable[[], float] = time.perf_counter
 
 
 def resnet18() -> nn.Module:
@@ -62,8 +52,8 @@ def resnet18() -> nn.Module:
     return network
 
 
-LENET = Case("LeNet-300-100, batch 64", LeNet300100, (64, 1, 28, 28), steps=65, skip=5, rounds=40, goal=1.10)
-RESNET = Case("ResNet-18, batch 32", resnet18, (32, 3, 32, 32), steps=6, skip=2, rounds=12, goal=1.03)
+LENET = Case("LeNet-300-100, batch 64", LeNet300100, (64, 1, 28, 28), steps=610, every=5, skip=10, goal=1.10)
+RESNET = Case("ResNet-18, batch 32", resnet18, (32, 3, 32, 32), steps=23, every=1, skip=3, goal=1.03)
 
 
 class Fixed(L.LightningModule):
@@ -90,38 +80,27 @@ class Fixed(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def fit(case: Case, method: Callable[[], L.Callback] | None = None) -> list[float]:
-    """Train for the steps of ``case``; return the seconds of each that counts."""
-    L.seed_everything(0, verbose=False)
-    stopwatch = Stopwatch(case.skip, case.clock)
-    trainer = quiet_trainer(max_epochs=1, callbacks=[stopwatch] if method is None else [stopwatch, method()])
-    trainer.fit(Fixed(case))
-    return stopwatch.step_seconds()
+def fit(case: Case, turns: L.Callback, *, method: Callable[[], L.Callback] | None = None) -> None:
+    """Train for the steps of ``case``."""
+    callbacks = [turns] if method is None else [turns, method()]
+    quiet_trainer(max_epochs=1, callbacks=callbacks).fit(Fixed(case))
 
 
-def variants(case: Case) -> dict[str, Callable[[], Sequence[float]]]:
-    """Return what alternates: dense training, and each method between its updates and updating."""
-
-    def run(method: Callable[[], L.Callback] | None = None) -> Callable[[], list[float]]:
-        return lambda: fit(case, method)
-
-    last = case.steps - 1
-    return {
-        "dense": run(),
-        "GMP": run(lambda: GMP(0.9, update_every=1, stop=0)),
-        "FGGP": run(lambda: FGGP(0.9, update_every=1, stop=0)),
-        "GMP, updating": run(lambda: GMP(0.9, update_every=1, stop=last)),
-        "FGGP, updating": run(lambda: FGGP(0.9, update_every=1, stop=last)),
+def measure(case: Case, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Time the steps of ``case``; return a row for each method."""
+    methods: dict[str, Callable[[], L.Callback] | None] = {
+        "dense": None,
+        "GMP": lambda: GMP(0.9, update_every=1, stop=0),
+        "FGGP": lambda: FGGP(0.9, update_every=1, stop=0),
+        "GMP, updating": lambda: GMP(0.9, update_every=1, stop=case.steps - 1),
+        "FGGP, updating": lambda: FGGP(0.9, update_every=1, stop=case.steps - 1),
     }
-
-
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Time the variants of ``case``; return a row for each method."""
-    seconds = alternate(variants(case), rounds)
-    dense = median_of(seconds["dense"])
+    fits = {name: partial(fit, case, method=method) for name, method in methods.items()}
+    seconds = alternate(fits, every=case.every, skip=case.skip, clock=clock)
+    dense = median(seconds["dense"])
     rows: list[dict[str, Any]] = []
     for method in ("GMP", "FGGP"):
-        update = median_of(seconds[f"{method}, updating"]) - median_of(seconds[method])
+        update = median(seconds[f"{method}, updating"]) - median(seconds[method])
         rows.append(
             {
                 "case": case.name,
@@ -140,19 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argument_parser(__doc__)
     parser.add_argument("--only", choices=["lenet", "resnet"], help="one of the two networks")
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count what the processor spends on this process, where others use it too; meant for OMP_NUM_THREADS=1",
-    )
     arguments = parser.parse_args(argv)
     silence_lightning()
     cases = [case for name, case in (("lenet", LENET), ("resnet", RESNET)) if arguments.only in (None, name)]
     if arguments.smallest:
-        cases = [replace(LENET, steps=6, skip=2, rounds=1)]
-    if arguments.cpu_time:
-        cases = [replace(case, clock=time.process_time) for case in cases]
-    rows = [row for case in cases for row in measure(case, arguments.rounds or case.rounds)]
+        cases = [replace(LENET, steps=6, every=1, skip=2)]
+    rows = [row for case in cases for row in measure(case, arguments.clock)]
     report("A training step, sparse over dense", rows, arguments.json)
 
 

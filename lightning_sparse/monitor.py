@@ -22,6 +22,7 @@ from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.selection import canonical_name
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
+from lightning_sparse.methods.requirements import steps_of_training
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.timeline import SparsityTimeline
@@ -398,7 +399,8 @@ def _pause(trainer: pl.Trainer) -> float:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if every == 0:  # Lightning's way of saying never
         return math.inf
-    return max(1.0, min(every, trainer.estimated_stepping_batches / _LEAST_RECORDS))
+    total = steps_of_training(trainer, trainer.lightning_module)
+    return max(1.0, min(every, total / _LEAST_RECORDS))
 
 
 def _steps_taken(trainer: pl.Trainer) -> int:

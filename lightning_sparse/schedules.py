@@ -181,6 +181,7 @@ class UpdateTimes:
         every: Time between updates, at least one step.
         start: Time of the first update.
         stop: Time of the last update.
+        least: Steps that there are between updates at least, where ``every`` is a fraction.
 
     Raises:
         ValueError: A duration is negative, a fraction is above 1, or ``stop`` comes before ``start``.
@@ -193,6 +194,7 @@ class UpdateTimes:
     every: Duration
     start: Duration = 0
     stop: Duration = 1.0
+    least: int = 1
 
     def __post_init__(self) -> None:
         for name, duration in (("update_every", self.every), ("start", self.start), ("stop", self.stop)):
@@ -226,7 +228,8 @@ class UpdateTimes:
             start = min(start, int(total_steps) - 1)
         if start > stop:
             raise ValueError(f"Updates start at step {start}, after they stop at {stop}, in {total_steps:g} steps.")
-        return Timetable(every=max(1, _steps(self.every, total_steps)), start=start, stop=stop)
+        every = self.every if isinstance(self.every, int) else max(self.least, _steps(self.every, total_steps))
+        return Timetable(every=every, start=start, stop=stop)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_sparse.functional.masks import zero_pruned_
 from lightning_sparse.masks.registry import MaskGroup
@@ -22,7 +23,8 @@ def mask_averaged_weights(trainer: Trainer, group: MaskGroup) -> None:
     An average of zeros is zero, so once at each change of the masks is enough.
     """
     for copy in _averaged_copies(trainer):
-        parameters = {canonical_name(name).removeprefix("module."): value for name, value in copy.named_parameters()}
+        plain = copy.module if isinstance(copy, AveragedModel) else copy
+        parameters = {canonical_name(name): value for name, value in plain.named_parameters()}
         for weight in group:
             if weight.name in parameters:
                 zero_pruned_(parameters[weight.name], weight.mask.to(parameters[weight.name].device))

@@ -105,11 +105,13 @@ class MaskGroup(Sequence[MaskedWeight]):
         mask: The masks of all its weights in one flat ``bool`` tensor; each weight's mask is a view of a part.
         optimizer: The optimizer that steps its weights.
         updated_at: The step of the last update; -1 before the first.
+        not_finite_for: Steps in a row whose gradients held inf or NaN where they were looked at.
     """
 
     def __init__(self, candidates: Sequence[Candidate], optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.updated_at = -1
+        self.not_finite_for = 0
         devices = {candidate.parameter.device for candidate in candidates}
         if len(devices) > 1:
             raise MisconfigurationException(
@@ -191,6 +193,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
 
     Attributes:
         num_updates: How often masks have changed.
+        idle_optimizers: Optimizers that are to take no step now, because a method has updated its masks instead.
 
     Example:
         >>> import torch
@@ -215,6 +218,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         self._weights: dict[str, MaskedWeight] = {}
         self._owners: dict[str, str] = {}
         self.num_updates = 0
+        self.idle_optimizers: set[torch.optim.Optimizer] = set()
 
     @classmethod
     def of(cls, module: nn.Module) -> MaskRegistry:

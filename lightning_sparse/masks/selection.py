@@ -104,6 +104,15 @@ class Plan(Sequence[Candidate]):
         """The parameters that are masked."""
         return [candidate for candidate in self if not candidate.reason]
 
+    def without(self, names: Iterable[str]) -> Plan:
+        """This plan with ``names`` left dense, as they were in the run that is being resumed."""
+        dense = set(names)
+        reason = "dense in the run that is resumed"
+        return Plan(
+            replace(candidate, reason=reason) if candidate.name in dense and not candidate.reason else candidate
+            for candidate in self
+        )
+
     @property
     def summary(self) -> str:
         """One line: how much is masked, and why the rest is not."""

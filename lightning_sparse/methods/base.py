@@ -37,8 +37,8 @@ from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
-from lightning_sparse.masks.selection import select_weights
-from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy
+from lightning_sparse.masks.selection import Candidate, select_weights
+from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy, steps_of_training
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -85,10 +85,12 @@ class SparseMethod(pl.Callback, ABC):
         self._awaiting_step: set[int] = set()
         self._stepped_in_batch = False
         self._seen: set[int] = set()
+        self._had_gradients: set[int] = set()
         self._loaded: Mapping[str, Any] | None = None
         self._module: Callable[[], pl.LightningModule | None] = _nothing
-        self._collapsed: set[str] = set()
-        self._not_finite_for = 0
+        self._visited: Callable[[], pl.LightningModule | None] = _nothing
+        self._dense: list[Candidate] = []
+        self._warned: set[str] = set()
 
     # What a method implements.
 
@@ -160,8 +162,11 @@ class SparseMethod(pl.Callback, ABC):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
+            self._visited, self._loaded = ref(pl_module), None
             return
-        self._loaded = None
+        # A state that is here already came with weights that validate or test has put into the module.
+        if not (self._module() is pl_module is self._visited()):
+            self._loaded = None
         if self._module() is not pl_module:
             self._groups = []
         refuse_strategy(type(self).__name__, trainer)
@@ -177,16 +182,21 @@ class SparseMethod(pl.Callback, ABC):
     @override
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before = dict(self.__dict__)
         state = self._state_to_continue(trainer, pl_module)
         plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
+        if state is not None:
+            plan = plan.without(state.get("dense", ()))
+        self._dense = [candidate for candidate in plan if candidate.reason]
         self._registry = MaskRegistry.of(pl_module)
         self._groups = self._registry.claim(self.state_key, plan.masked, trainer.optimizers)
         try:
             self._begin(state)
-            self.resolve_times(trainer.estimated_stepping_batches)
+            self.resolve_times(steps_of_training(trainer, pl_module))
         except Exception:
             self._registry.release(self.state_key)
-            self._groups = []
+            for name, value in before.items():  # a refused resume takes nothing of what was there
+                setattr(self, name, value)
             raise
         self._module = ref(pl_module)
         for group in self._groups:
@@ -208,13 +218,12 @@ class SparseMethod(pl.Callback, ABC):
                 " ckpt_path."
             )
         if self._loaded is None and self._module() is pl_module:
-            return self.state_dict()
+            return self.state_dict() or None
         return self._loaded
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
-        self._awaiting_step, self._seen, self._collapsed = set(), set(), set()
+        self._awaiting_step, self._seen, self._had_gradients, self._warned = set(), set(), set(), set()
         self._stepped_in_batch = False
-        self._not_finite_for = 0
         if state is None:
             self.step = 0
             self.load_method_state({})
@@ -230,7 +239,8 @@ class SparseMethod(pl.Callback, ABC):
         for group in self._groups:
             group.load_(state["masks"])
         self.step = state["step"]
-        self._not_finite_for = state.get("not_finite_for", 0)
+        for group, lasted in zip(self._groups, state.get("not_finite_for", ()), strict=False):
+            group.not_finite_for = lasted
         self.load_method_state(state["method"])
 
     @final
@@ -244,6 +254,9 @@ class SparseMethod(pl.Callback, ABC):
                 self._awaiting_step.add(index)
                 self._seen.add(index)
                 self.before_step(trainer, group)
+        if optimizer in self._registry.idle_optimizers and self is _methods_in_training(trainer)[-1]:
+            self._registry.idle_optimizers.discard(optimizer)
+            optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
 
     def _post_hook(self, group: MaskGroup) -> Callable[..., None]:
         index = self._groups.index(group)
@@ -274,6 +287,9 @@ class SparseMethod(pl.Callback, ABC):
     ) -> None:
         for index in self._awaiting_step:
             self.step_skipped(self._groups[index])
+        for index in set(range(len(self._groups))) - self._seen - self._had_gradients:
+            if any(weight.parameter.grad is not None for weight in self._groups[index]):
+                self._had_gradients.add(index)  # looked for now, because validation clears them
         self._awaiting_step.clear()
         self.step += self._stepped_in_batch
         self._stepped_in_batch = False
@@ -287,8 +303,19 @@ class SparseMethod(pl.Callback, ABC):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply_masks(trainer)
-        for group in self._groups:
+        for index, group in enumerate(self._groups):
             check_ranks_agree(group)
+            if index in self._had_gradients - self._seen:
+                self._warn_once(
+                    f"{type(group.optimizer).__name__} has not stepped through Lightning in a whole epoch, so masks do"
+                    " not hold. In manual optimization, take it from self.optimizers() and call its step()"
+                )
+        thawed = [candidate.name for candidate in self._dense if _is_thawed(candidate)]
+        if thawed:
+            self._warn_once(
+                f"{', '.join(thawed)} can be trained now, but was frozen when masks were made, and stays dense. To mask"
+                " it, let it be trainable when fit begins"
+            )
         # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
         values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
         values |= self.extra_metrics()
@@ -327,6 +354,14 @@ class SparseMethod(pl.Callback, ABC):
 
     @final
     @override
+    @torch.no_grad()
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._apply_masks(trainer)  # in place: the averaged weights that are about to be written are the same tensors
+
+    @final
+    @override
     def state_dict(self) -> dict[str, Any]:
         if not self._groups:
             return {}  # the learning-rate finder asks before training begins
@@ -336,7 +371,8 @@ class SparseMethod(pl.Callback, ABC):
         return {
             "step": self.step + self._stepped_in_batch,
             "masks": masks,
-            "not_finite_for": self._not_finite_for,
+            "dense": [candidate.name for candidate in self._dense],
+            "not_finite_for": [group.not_finite_for for group in self._groups],
             "method": self.method_state(),
         }
 
@@ -346,7 +382,11 @@ class SparseMethod(pl.Callback, ABC):
         self._loaded = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_module": _nothing, "_handles": []}  # neither can go to another process
+        return self.__dict__ | {
+            "_module": _nothing,
+            "_visited": _nothing,
+            "_handles": [],
+        }  # neither can go to another process
 
     # Shared by the families.
 
@@ -357,19 +397,14 @@ class SparseMethod(pl.Callback, ABC):
         Raises:
             RuntimeError: It has.
         """
-        self._not_finite_for += 1
-        if self._not_finite_for >= _PATIENCE:
+        group.not_finite_for += 1
+        if group.not_finite_for >= _PATIENCE:
             names = [weight.name for weight in group if not all_finite([weight.grad])]
             raise RuntimeError(
                 f"The gradients of {', '.join(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
                 " change on such gradients. Training has diverged: lower the learning rate, clip gradients"
                 " (gradient_clip_val), or look for the loss that is not finite with Trainer(detect_anomaly=True)."
             )
-
-    @final
-    def be_reassured(self) -> None:
-        """To be called where gradients are finite."""
-        self._not_finite_for = 0
 
     @final
     def masks_changed(self, trainer: pl.Trainer, group: MaskGroup) -> None:
@@ -379,20 +414,33 @@ class SparseMethod(pl.Callback, ABC):
         mask_averaged_weights(trainer, group)
         self._registry.num_updates += 1
         for weight in group:
-            if weight.num_active == 0 and weight.name not in self._collapsed:
-                self._collapsed.add(weight.name)
-                rank_zero_warn(
-                    f"{type(self).__name__}: {weight.name} has no active weight left at step {self.step}; nothing flows"
-                    " through it. Set min_active to keep some in every layer, or leave it out with exclude=."
+            if weight.num_active == 0:
+                self._warn_once(
+                    f"{weight.name} has no active weight left; nothing flows through it. Set min_active to keep some in"
+                    " every layer, or leave it out with exclude="
                 )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(f"{type(self).__name__} at step {self.step}: {message}.")
 
 
 def total_target_sparsity(trainer: pl.Trainer) -> float:
     """The sparsity that the methods of ``trainer`` aim at now, over all their weights together."""
-    methods = [callback for callback in trainer.callbacks if isinstance(callback, SparseMethod) and callback.groups]  # type: ignore[attr-defined]
+    methods = _methods_in_training(trainer)
     sizes = [sum(group.numel for group in method.groups) for method in methods]
     zeros = [size * method.target_sparsity() for size, method in zip(sizes, methods, strict=True)]
     return sum(zeros) / sum(sizes) if sizes else 0.0
+
+
+def _methods_in_training(trainer: pl.Trainer) -> list[SparseMethod]:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, SparseMethod) and callback.groups]
+
+
+def _is_thawed(candidate: Candidate) -> bool:
+    return candidate.reason == "frozen" and candidate.parameter.requires_grad
 
 
 def _nothing() -> None:

@@ -51,9 +51,9 @@ def check_budget(group: MaskGroup, sparsity: float, min_active: int) -> None:
     budget = num_active(sparsity, group.numel)
     if budget < least:
         raise MisconfigurationException(
-            f"Sparsity {sparsity} leaves {budget} of {group.numel} weights, but at least {least} must stay active"
-            f" (min_active={min_active} in each of {len(group)} layers). The largest feasible sparsity is"
-            f" {largest_feasible_sparsity(least, group.numel)}."
+            f"Sparsity {sparsity} leaves {budget} of the {group.numel} weights of one optimizer, but at least {least}"
+            f" must stay active (min_active={min_active} in each of {len(group)} layers). The largest feasible sparsity"
+            f" is {largest_feasible_sparsity(least, group.numel)}."
         )
 
 

@@ -132,6 +132,11 @@ class DST(LatentMethod):
             dtype = torch.promote_types(weight.parameter.dtype, torch.float32)  # steps of 1e-5 vanish in a half
             zeros = torch.zeros(rows, dtype=dtype, device=weight.parameter.device)
             self.thresholds[weight.name] = nn.Parameter(zeros)
+            if not self.latent(weight).any():
+                rank_zero_warn(
+                    f"DST: {weight.name} is all zero, and DST cannot wake what has no magnitude. Initialize it, or"
+                    " leave it out with exclude=."
+                )
             self.resets[weight.name] = 0
         self._optimizers.append(_twin_optimizer(group, self.thresholds))
 
@@ -149,7 +154,7 @@ class DST(LatentMethod):
     @override
     def learn(self, group: MaskGroup) -> None:
         optimizer = self._optimizers[self.groups.index(group)]
-        for own, user in zip(optimizer.param_groups, group.optimizer.param_groups, strict=True):
+        for own, user in zip(optimizer.param_groups, _masked_param_groups(group), strict=True):
             own.update({key: value for key, value in user.items() if key != "params"})  # lr follows the schedule
         with torch.enable_grad():  # differentiable optimizers ask for it
             optimizer.step()
@@ -170,6 +175,8 @@ class DST(LatentMethod):
             self._steering.observe(actual, self.step / self._total_steps, 1.0 / self._total_steps)
 
     def _reset(self, weight: MaskedWeight) -> None:
+        if not self.thresholds[weight.name].any():
+            return  # nothing to undo: the weights themselves are zero
         if self.resets[weight.name] == 0:
             rank_zero_warn(
                 f"DST: {weight.name} has collapsed to sparsity {weight.sparsity:.4f} at step {self.step}; its"
@@ -247,11 +254,8 @@ def _twin_optimizer(group: MaskGroup, thresholds: Mapping[str, nn.Parameter]) ->
     """An optimizer of the class and the settings of the group's own, over the thresholds of its weights."""
     threshold_of = {id(weight.parameter): thresholds[weight.name] for weight in group}
     param_groups = [
-        {
-            **user,
-            "params": [threshold_of[id(parameter)] for parameter in user["params"] if id(parameter) in threshold_of],
-        }
-        for user in group.optimizer.param_groups
+        {**user, "params": [threshold_of[id(weight)] for weight in user["params"] if id(weight) in threshold_of]}
+        for user in _masked_param_groups(group)
     ]
     kind = type(group.optimizer)
     try:
@@ -261,3 +265,9 @@ def _twin_optimizer(group: MaskGroup, thresholds: Mapping[str, nn.Parameter]) ->
             f"DST steps its thresholds, which are vectors, with an optimizer like that of the weights, but"
             f" {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
         ) from error
+
+
+def _masked_param_groups(group: MaskGroup) -> list[dict[str, Any]]:
+    """The parameter groups of the optimizer that hold masked weights; those that a finetuning callback adds do not."""
+    masked = {id(weight.parameter) for weight in group}
+    return [user for user in group.optimizer.param_groups if any(id(weight) in masked for weight in user["params"])]

@@ -94,11 +94,11 @@ class GradualPruning(HardMaskMethod):
     @final
     @override
     def training_ended(self) -> None:
-        if self.progress < 1.0 and self.sparsity(self.progress) < self.sparsity(1.0):
+        final = self.sparsity(1.0)
+        if any(group.num_active > num_active(final, group.numel) for group in self.groups):
             rank_zero_warn(
-                f"{type(self).__name__}: training ended at step {self.step}, before the last update; sparsity is"
-                f" {self.registry.sparsity:.4f} instead of {self.sparsity(1.0):.4f}. Train to the end, or give an"
-                " earlier stop."
+                f"{type(self).__name__}: training ended at step {self.step} with sparsity {self.registry.sparsity:.4f}"
+                f" instead of {final:.4f}. Train to the last update, or give an earlier stop."
             )
 
     @final

@@ -48,6 +48,7 @@ class HardMaskMethod(SparseMethod):
         self.times = times
         self.replaces_step = replaces_step
         self._timetable = Timetable(every=1, start=0, stop=0)
+        self._resumed_stop: int | None = None
 
     @abstractmethod
     def update_masks(self, group: MaskGroup) -> None:
@@ -62,6 +63,9 @@ class HardMaskMethod(SparseMethod):
     @override
     def resolve_times(self, total_steps: float) -> None:
         self._timetable = self.times.resolve(total_steps)
+        if self._resumed_stop not in (None, self._timetable.stop):  # this training is longer or shorter than planned
+            for group in self.groups:
+                group.updated_at = min(group.updated_at, self._timetable.stop - 1)
         if self.step < self._timetable.stop and self._timetable.stop >= total_steps:
             rank_zero_warn(
                 f"{type(self).__name__} updates masks until step {self._timetable.stop}, but training ends after"
@@ -98,8 +102,8 @@ class HardMaskMethod(SparseMethod):
             for weight, its_changed in zip(group, group.split(changed), strict=True):
                 clear_moments(group.optimizer, weight.parameter, its_changed)
             self.masks_changed(trainer, group)
-        if self.replaces_step:
-            group.optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
+            if self.replaces_step:
+                self.registry.idle_optimizers.add(group.optimizer)
 
     def _is_due(self, group: MaskGroup) -> bool:
         latest = self._timetable.latest(self.step)
@@ -111,7 +115,7 @@ class HardMaskMethod(SparseMethod):
             return False  # training_step returned None
         usable = true_on_every_rank(all_finite(gradients), group.mask.device)
         if usable:
-            self.be_reassured()
+            group.not_finite_for = 0
         else:
             self.be_patient(group)
         return usable
@@ -124,9 +128,9 @@ class HardMaskMethod(SparseMethod):
     @final
     @override
     def method_state(self) -> dict[str, Any]:
-        return {}
+        return {"stop": self._timetable.stop}
 
     @final
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        """Masks, budgets and the time of the last update are all there is."""
+        self._resumed_stop = state.get("stop")

@@ -96,7 +96,7 @@ class LatentMethod(SparseMethod):
         gradients = [weight.parameter.grad for weight in group if weight.parameter.grad is not None]
         self._gradients_were_finite = bool(gradients) and all_finite(gradients)
         if self._gradients_were_finite:
-            self.be_reassured()
+            group.not_finite_for = 0
         elif gradients:
             self.be_patient(group)
         scale = gradient_scale(trainer, group.optimizer)

@@ -33,7 +33,8 @@ class PruneAndGrow(HardMaskMethod):
         allocation: How the budget is shared among layers.
         drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
             cosine; or a schedule of it.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
+        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at
+            least.
         stop: Time after which the masks stay.
         regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
         update_replaces_step: Whether the optimizer takes no step at an update.
@@ -63,7 +64,13 @@ class PruneAndGrow(HardMaskMethod):
         schedule = drop_fraction if isinstance(drop_fraction, Schedule) else Cosine(drop_fraction, 0.0)
         check_choice("allocation", allocation, LayerAllocation)
         check_count("min_active", min_active)
-        times = UpdateTimes(every=update_every, start=0, stop=stop)
+        if update_replaces_step and update_every == 1:
+            raise ValueError(
+                "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
+                " update_every of 10 steps or more, or update_replaces_step=False."
+            )
+        # What has just been grown needs steps to grow in.
+        times = UpdateTimes(every=update_every, start=0, stop=stop, least=10)
         super().__init__(times=times, replaces_step=update_replaces_step, include=include, exclude=exclude, seed=seed)
         self.sparsity = sparsity
         self.allocation: LayerAllocation = allocation

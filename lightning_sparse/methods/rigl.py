@@ -45,10 +45,12 @@ class RigL(PruneAndGrow):
         allocation: How the budget is shared among layers.
         drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
             cosine; or a schedule of it.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
+        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at
+            least.
         stop: Time after which the masks stay.
         regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
-        update_replaces_step: Whether the optimizer takes no step at an update.
+        update_replaces_step: Whether the optimizer takes no step at an update. It then finds no gradient (``None``),
+            and neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait too.
         min_active: Weights that every layer holds at least.
         include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
         exclude: Patterns of what stays dense. With ``allocation="uniform"`` the paper leaves the first layer dense.

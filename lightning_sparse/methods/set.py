@@ -42,7 +42,8 @@ class SET(PruneAndGrow):
         allocation: How the budget is shared among layers.
         drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
             cosine; or a schedule of it.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
+        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at
+            least.
         stop: Time after which the masks stay.
         regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
         min_active: Weights that every layer holds at least.

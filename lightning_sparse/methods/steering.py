@@ -7,9 +7,9 @@ where too much is left. The strength follows it in proportion, with an integral 
     \qquad \frac{dI}{dp} = \frac{e}{b\,\tau} \text{ after the arrival, where } |u| < 1
 
 and may turn negative to undo an overshoot. The scale :math:`A` is found while training, because a useful strength may
-be 1e-5 as well as 0.1: it grows as long as full strength does not close the gap, and is halved where sparsity crosses its
-target at speed. Optimizers that divide by the size of past gradients (Adam) thus see strengths of one size; an answer
-on a logarithmic scale they would not notice for a thousand steps.
+be 1e-5 as well as 0.1: it grows as long as full strength does not close the gap, and is halved where sparsity crosses
+its target at speed. Optimizers that divide by the size of past gradients (Adam) thus see strengths of one size; to an
+answer on a logarithmic scale they would be deaf for a thousand steps after a strong one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Steering"]
 _ARRIVAL = 0.7  # the share of training after which the target is the final sparsity
 _BAND = 0.05  # b: the error, a ratio of densities, that is answered with full strength
 _MEMORY = 0.03  # τ: the integral doubles the answer to a lasting error after this share of training
-_FIRST_SCALE = 1e-3
+_FIRST_SCALE = 3e-2  # too much for long trainings, and halved there before the thresholds have left 0 by much
 _LARGEST_SCALE = 0.5
 _GROWTH = 100.0  # A grows tenfold in 2.3 % of training,
 _LARGEST_GROWTH = 0.25  # and by a quarter in a step at most: momentum answers after ten

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from tests.methods.spies import StepIndexedToy
 
@@ -58,9 +57,11 @@ class MaskedNetwork(nn.Module):
         self.alpha = alpha
         self.reset_sparsity = reset_sparsity
         self.resets = 0
-        self.thresholds = nn.ParameterList(
-            nn.Parameter(torch.zeros(self._output_of(name).max() + 1).to(network.get_parameter(name))) for name in names
-        )
+        self.thresholds = nn.ParameterList(nn.Parameter(self._zeros(name)) for name in names)
+
+    def _zeros(self, name: str) -> Tensor:
+        """A threshold for each output of a weight, in its type."""
+        return self.network.get_parameter(name).new_zeros(int(self._output_of(name).max()) + 1)
 
     def _output_of(self, name: str) -> Tensor:
         """The output neuron or filter that each slice ``weight[i, j]`` feeds, counted over all groups."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
@@ -22,8 +23,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_sparse import DST, MaskRegistry
-from lightning_sparse.functional import num_active
+from lightning_sparse import DST, GMP, MaskRegistry, RigL
+from lightning_sparse.functional import num_active, unpack
 from lightning_sparse.methods.gradual_pruning import GradualPruning
 from tests.helpers import ConvToy, ToyModel, fit_two_processes, make_trainer
 from tests.methods.cases import CASES, GRADUAL, HARD, Case
@@ -740,3 +741,181 @@ def test_training_that_ends_early_says_what_sparsity_was_due(case: Case, tmp_pat
 
 def test_every_gradual_method_is_covered() -> None:
     assert {case.method for case in CASES} >= set(GradualPruning.__subclasses__())
+
+
+# What a stranger found, and must not find again.
+
+
+class _Endless(torch.utils.data.IterableDataset[Any]):
+    """Data without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(ToyModel().train_data)
+
+
+@every_gradual_method
+def test_fractions_of_a_training_without_a_length_are_refused(case: Case, tmp_path: Path) -> None:
+    loader = torch.utils.data.DataLoader(_Endless(), batch_size=8)
+    trainer = make_trainer(tmp_path, callbacks=[case.make(stop=0.8)])
+    with pytest.raises(ValueError, match="data loader without length"):
+        trainer.fit(ToyModel(), loader, ToyModel().val_dataloader())
+
+
+@pytest.mark.parametrize("rigl_is_first", [True, False])
+def test_a_step_that_one_method_leaves_out_starves_no_other(rigl_is_first: bool, tmp_path: Path) -> None:
+    rigl = RigL(0.5, update_every=2, stop=11, include=["network.0.*"])
+    gmp = GMP(0.9, update_every=1, stop=11, exclude=["network.0.*"])
+    watch = MaskWatch(gmp)
+    callbacks = [rigl, gmp] if rigl_is_first else [gmp, rigl]
+    make_trainer(tmp_path, callbacks=[*callbacks, watch]).fit(ToyModel())
+    assert [seen["step"] for seen in watch.history][:10] == list(range(10))
+
+
+def test_rigl_leaves_out_no_step_where_nothing_changes(tmp_path: Path) -> None:
+    method = RigL(0.5, update_every=4, stop=8)
+    model = ToyModel()
+    biases = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            biases.append(model.get_parameter("network.0.bias").detach().clone())
+
+    fit(method, tmp_path, Watch(), model=model)
+    still = [step for step in range(1, 16) if torch.equal(biases[step], biases[step - 1])]
+    assert still == [4]  # at step 8, f(t) = 0
+
+
+@every_gradual_method
+def test_resuming_for_a_shorter_training_still_reaches_the_final_sparsity(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "killed.ckpt"
+    longer = {"update_every": 1, "start": 0, "stop": 0.8}
+    with pytest.raises(KilledError):
+        fit(case.make(**longer), tmp_path, Kill(20, path), model=StepIndexedToy(), max_epochs=4)
+    resumed = case.make(**longer)
+    make_trainer(tmp_path, callbacks=[resumed], max_epochs=3).fit(StepIndexedToy(), ckpt_path=path)
+    assert resumed.registry.num_active == num_active(resumed.target_sparsity(), resumed.registry.numel)
+
+
+@every_method
+def test_a_layer_unfrozen_while_training_stays_dense_by_name(case: Case, tmp_path: Path) -> None:
+    class Thaw(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            pl_module.get_parameter("network.0.weight").requires_grad_(trainer.current_epoch == 1)
+
+    model = ToyModel()
+    model.get_parameter("network.0.weight").requires_grad_(False)
+    method = case.make()
+    with pytest.warns(UserWarning, match=r"network\.0\.weight can be trained now, but was frozen"):
+        fit(method, tmp_path, Thaw(), model=model)
+    assert "network.0.weight" not in method.registry
+
+
+@every_method
+def test_finetuning_callbacks_train_and_resume(case: Case, tmp_path: Path) -> None:
+    def once() -> Any:
+        return case.make(), Thawing()
+
+    class Thawing(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.network[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.network[0], optimizer, lr=0.01)
+
+    def trainable(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1)
+
+    path = tmp_path / "killed.ckpt"
+    with pytest.warns(UserWarning, match="was frozen when masks were made"):
+        method, finetuning = once()
+        fit(method, tmp_path, finetuning, model=StepIndexedToy(optimizer=trainable))
+    with pytest.raises(KilledError):
+        fit(once()[0], tmp_path, once()[1], Kill(12, path), model=StepIndexedToy(optimizer=trainable))
+    resumed, finetuning = once()
+    trainer = make_trainer(tmp_path, callbacks=[resumed, finetuning])
+    trainer.fit(StepIndexedToy(optimizer=trainable, seed=99), ckpt_path=path)
+    assert_same_masks(masks_of(resumed), masks_of(method))
+
+
+@every_method
+def test_averaged_checkpoints_within_an_epoch_hold_no_pruned_weight(case: Case, tmp_path: Path) -> None:
+    method = case.make()
+    averaging = EMAWeightAveraging(decay=0.8)
+    watch = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    make_trainer(tmp_path, callbacks=[method, averaging, watch], enable_checkpointing=True).fit(ToyModel())
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) >= 5
+    for path in paths:
+        checkpoint = torch.load(path, weights_only=True)
+        (masks,) = (state["masks"] for state in checkpoint["callbacks"].values() if "masks" in state)
+        for name, packed in masks.items():
+            mask = unpack(packed["bits"], tuple(packed["shape"]))
+            assert checkpoint["state_dict"][name][~mask].count_nonzero() == 0, f"{path.name}: {name}"
+
+
+@every_method
+def test_a_refused_resume_takes_nothing_from_a_trained_module(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.ckpt"
+    with pytest.raises(KilledError):
+        fit(case.make(), tmp_path, Kill(9, path))
+    checkpoint = torch.load(path, weights_only=True)
+    _cut(next(iter(checkpoint["callbacks"].values())))
+    torch.save(checkpoint, path)
+    method = case.make()
+    model = fit(method, tmp_path)
+    masks = masks_of(method)
+    with pytest.raises(MisconfigurationException):
+        make_trainer(tmp_path, callbacks=[method], max_epochs=3).fit(model, ckpt_path=path)
+    assert_same_masks(masks_of(method), masks)
+    assert method.step == 16
+
+
+@every_method
+def test_going_on_after_validating_a_checkpoint_takes_its_masks(case: Case, tmp_path: Path) -> None:
+    method = case.make()
+    path = tmp_path / "early.ckpt"
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(path)
+                saved.update(masks_of(method))
+
+    saved: dict[str, torch.Tensor] = {}
+    model = fit(method, tmp_path, Save())
+    make_trainer(tmp_path, callbacks=[method]).validate(model, ckpt_path=path, verbose=False)
+    look = _FirstLook(method)
+    make_trainer(tmp_path, callbacks=[method, look], max_epochs=2).fit(model)
+    assert_same_masks(look.masks, saved)
+
+
+@every_gradual_method
+def test_two_optimizers_and_max_steps_reach_the_final_sparsity(case: Case, tmp_path: Path) -> None:
+    method = case.make(update_every=1, start=0, stop=0.8)
+    fit(method, tmp_path, model=TwoOptimizers(), max_steps=20, max_epochs=-1)
+    assert method.step == 10
+    for group in method.groups:
+        assert group.num_active == num_active(method.target_sparsity(), group.numel)
+
+
+@every_method
+def test_an_optimizer_that_moves_weights_without_a_step_is_named(case: Case, tmp_path: Path) -> None:
+    class Sharpness(torch.optim.SGD):
+        def second_step(self) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(parameter.grad, alpha=0.01)
+
+    class Model(ToyModel):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = cast("Any", self.optimizers())
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.optimizer.second_step()
+
+    with pytest.warns(UserWarning) as warned:
+        fit(case.make(), tmp_path, model=Model(partial(Sharpness, lr=0.1)))
+    assert any("has not stepped through Lightning" in str(warning.message) for warning in warned)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lightning_sparse.masks.registry import MaskedWeight
 
 ALPHA = 0.01
 
@@ -366,7 +365,8 @@ class _NaN(ToyModel):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter in self.parameters():
-            torch.nan_to_num_(parameter.grad)
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_()
 
 
 def test_a_gradient_of_nan_moves_no_threshold_and_no_mask(tmp_path: Path) -> None:
@@ -515,7 +515,9 @@ def _bytes_held(method: DST) -> int:
     weights = method.weights
     held = [method.latent(weight) for weight in weights] + [weight.mask for weight in weights]
     held += list(method.thresholds.values())
-    held += [value for optimizer in method._optimizers for state in optimizer.state.values() for value in state.values()]
+    held += [
+        value for optimizer in method._optimizers for state in optimizer.state.values() for value in state.values()
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in held if isinstance(tensor, Tensor))
 
 
@@ -540,3 +542,9 @@ def test_a_new_fit_lets_go_of_everything_of_the_last(tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[method]).fit(ToyModel())
     gc.collect()
     assert [reference() is None for reference in held] == [True] * len(held)
+
+
+def test_training_that_misses_its_sparsity_says_so(tmp_path: Path) -> None:
+    model = ToyModel(partial(torch.optim.SGD, lr=1e-5))
+    with pytest.warns(UserWarning, match=r"DST: training ended at sparsity 0\.\d+ instead of 0\.9"):
+        make_trainer(tmp_path, callbacks=[DST(sparsity=0.9)]).fit(model)
