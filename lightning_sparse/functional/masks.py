@@ -75,6 +75,9 @@ def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
     if candidates.numel() == 0:
         raise ValueError(f"Cannot choose {k} entries: only 0 are eligible, the tensor is empty.")
     threshold = kth_smallest(candidates, min(k, candidates.numel()))
+    chosen = candidates <= threshold
+    if threshold < torch.inf and int(chosen.count_nonzero()) == k:
+        return chosen
     chosen = candidates < threshold
     ties = (candidates == threshold).logical_and_(among)
     missing = k - int(chosen.count_nonzero())

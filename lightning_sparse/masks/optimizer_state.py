@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_sparse.functional.masks import zero_pruned_
+
 __all__ = ["all_finite", "clear_moments", "gradient_scale", "keeps_zeros", "skipped_step"]
 
 # With zero weight, zero gradient and cleared moments these leave a weight exactly zero: their arithmetic is element
@@ -64,10 +66,13 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor
         parameter: One of its parameters.
         changed: ``bool``, the shape of the parameter.
     """
+    unchanged = ~changed
     for key, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            # Rprop's step sizes begin at the learning rate; its other state, like that of the others, at zero.
-            value.masked_fill_(changed, _learning_rate(optimizer, parameter) if key == "step_size" else 0)
+            if key == "step_size":  # Rprop's begin at the learning rate
+                value.masked_fill_(changed, _learning_rate(optimizer, parameter))
+            else:
+                zero_pruned_(value, unchanged)
 
 
 def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
@@ -77,8 +82,12 @@ def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no gradient holds inf or NaN; one transfer from the device."""
-    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+    """Whether no gradient holds inf or NaN; one transfer from the device, or two."""
+    # A sum with inf or NaN in it is inf or NaN: a finite one is proof, for a twentieth of the time of the second look.
+    sums = torch.stack(
+        [gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    )
+    return bool(sums.isfinite().all()) or bool(torch.stack([grad.isfinite().all() for grad in gradients]).all())
 
 
 def skipped_step(optimizer: Optimizer) -> bool:

@@ -1,0 +1,51 @@
+"""The benchmarks run, and count what they say they count; how long anything takes is asserted nowhere."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks import mnist, overhead, update
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+
+@pytest.mark.parametrize("benchmark", [overhead, update])
+def test_the_smallest_case_runs_and_writes_its_figures(benchmark: ModuleType, tmp_path: Path) -> None:
+    benchmark.main(["--smallest", "--json", str(tmp_path / "figures.json")])
+    content = json.loads((tmp_path / "figures.json").read_text())
+    assert content["rows"]
+    assert {"torch", "lightning", "cpus", "threads"} <= content["conditions"].keys()
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path: Path) -> Path:
+    """A folder of the four files in the real format, with 128 training and 32 test images of constant grey."""
+    for part, count in (("train", 128), ("t10k", 32)):
+        labels = bytes(index % 10 for index in range(count))
+        images = b"".join(bytes([25 * label]) * 784 for label in labels)
+        header = struct.pack(">IIII", 2051, count, 28, 28)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images))
+        header = struct.pack(">II", 2049, count)
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels))
+    return tmp_path
+
+
+def test_a_run_on_mnist_counts_its_own_zeros(tiny_mnist: Path) -> None:
+    result = mnist.train(mnist.Run("lenet300", "fggp", 0.9, seed=0, epochs=10), tiny_mnist)
+    assert sum(result["active"].values()) == 26_620
+    assert result["weights"] == 266_200
+    assert 0.0 <= result["accuracy"] <= 100.0
+
+
+def test_finished_runs_are_read_back_and_cut_lines_are_not(tmp_path: Path) -> None:
+    run = mnist.Run("lenet5", "gmp", 0.95, seed=1, epochs=20)
+    line = json.dumps({"network": "lenet5", "method": "gmp", "sparsity": 0.95, "seed": 1, "epochs": 20})
+    (tmp_path / "out.jsonl").write_text(line + "\n" + line[:30])
+    assert list(mnist.read(tmp_path / "out.jsonl")) == [run]
