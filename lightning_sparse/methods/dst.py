@@ -8,7 +8,8 @@ Differs from the paper and the authors' code:
     - The guard against collapse stands in the code alone, within the forward of linear and convolution layers. Here it
       acts when masks are renewed, never in evaluation, on recurrent layers too, and it is counted and named.
     - Thresholds take no step on a gradient that is inf or NaN (the authors' issue 2 tells of NaN late in VGG training),
-      and are not part of the norm that gradients are clipped by.
+      and their gradients are not clipped.
+    - What other code writes into a masked weight between steps is overwritten by the dense copy at the next step.
     - ``sparsity=``, which steers alpha, is not the paper's.
 """
 
@@ -33,6 +34,8 @@ from lightning_sparse.methods.steering import Steering
 
 __all__ = ["DST"]
 
+_TOLERANCE = 0.005  # of a sparsity that is asked for
+
 
 @final
 class DST(LatentMethod):
@@ -47,14 +50,15 @@ class DST(LatentMethod):
     A sleeping weight keeps its value, receives the structure gradient, and can wake. Thresholds begin at 0, the network
     dense; an optimizer of the class and the settings of the weights' own steps them, weight decay included.
 
-    Acts at every step. A layer of which at most one hundredth is left has its thresholds reset to 0.
+    Acts at every step. A layer of which at most one hundredth is left has its thresholds reset (``reset_sparsity``).
 
     Args:
         alpha: Strength of the regulariser, at least 0; it alone decides how sparse the network becomes. The authors'
             values: 5e-4 for the LeNets, 5e-6 for VGG-16 on CIFAR-10.
         sparsity: Instead of alpha, the sparsity to end with, in [0, 1): alpha is steered while training, so that
             sparsity follows a cubic until seven tenths of it and then stays.
-        reset_sparsity: The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never.
+        reset_sparsity: The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By
+            default 0.99, as in the authors' code, or, where ``sparsity`` is above 0.9, a tenth of its density.
         include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
         exclude: Patterns of what stays dense.
 
@@ -94,7 +98,7 @@ class DST(LatentMethod):
         alpha: float | None = None,
         *,
         sparsity: float | None = None,
-        reset_sparsity: float = 0.99,
+        reset_sparsity: float | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> None:
@@ -105,13 +109,14 @@ class DST(LatentMethod):
             )
         if alpha is not None and not (alpha >= 0.0 and math.isfinite(alpha)):
             raise ValueError(f"alpha is {alpha}; give the strength of a regulariser, at least 0, such as 5e-4.")
-        if reset_sparsity <= 0.0:
+        if reset_sparsity is not None and not reset_sparsity > 0.0:
             raise ValueError(f"reset_sparsity is {reset_sparsity}; give one above 0, or above 1 for none.")
         super().__init__(include=include, exclude=exclude, seed=0)
         self._fixed_alpha = alpha
         self.sparsity = sparsity
         self._steering = None if sparsity is None else Steering(sparsity)
-        self.reset_sparsity = reset_sparsity
+        # A network that is asked to be sparser than 90 % may have layers of more than 99 %.
+        self.reset_sparsity = max(0.99, 1 - (1 - (sparsity or 0.0)) / 10) if reset_sparsity is None else reset_sparsity
         self.thresholds: dict[str, nn.Parameter] = {}
         self.resets: dict[str, int] = {}
         self._optimizers: list[Optimizer] = []
@@ -127,6 +132,7 @@ class DST(LatentMethod):
         if group is self.groups[0]:
             self.thresholds, self.resets, self._optimizers = {}, {}, []
             self._steering = None if self.sparsity is None else Steering(self.sparsity)
+            self._total_steps = math.inf  # until resolve_times knows those of this training
         for weight in group:
             rows = weight.rows(weight.parameter).shape[0]
             dtype = torch.promote_types(weight.parameter.dtype, torch.float32)  # steps of 1e-5 vanish in a half
@@ -170,9 +176,7 @@ class DST(LatentMethod):
             if weight.sparsity >= self.reset_sparsity:
                 self._reset(weight)
         if self._steering and group is self.groups[-1]:
-            numel = sum(group.numel for group in self.groups)
-            actual = 1.0 - sum(group.num_active for group in self.groups) / numel
-            self._steering.observe(actual, self.step / self._total_steps, 1.0 / self._total_steps)
+            self._steering.observe(self._sparsity(), self.step / self._total_steps, 1.0 / self._total_steps)
 
     def _reset(self, weight: MaskedWeight) -> None:
         if not self.thresholds[weight.name].any():
@@ -203,6 +207,10 @@ class DST(LatentMethod):
             return self.registry[name].sparsity
         if self._steering:
             return self._steering.target(self.step / self._total_steps)
+        return self._sparsity()
+
+    def _sparsity(self) -> float:
+        """That of the weights of this method, together."""
         numel = sum(group.numel for group in self.groups)
         return 1.0 - sum(group.num_active for group in self.groups) / numel if numel else 0.0
 
@@ -217,16 +225,18 @@ class DST(LatentMethod):
 
     @override
     def training_ended(self) -> None:
-        if self._steering and abs(self._steering.sparsity - self.target_sparsity()) > 1e-9:
+        actual = self._sparsity()
+        if self._steering and abs(self._steering.sparsity - actual) > _TOLERANCE:
             rank_zero_warn(
-                f"DST: training ended at step {self.step} of {self._total_steps:g}, before sparsity"
-                f" {self._steering.sparsity} was due; it is {self.registry.sparsity:.4f}. Train to the end."
+                f"DST: training ended at sparsity {actual:.4f} instead of {self._steering.sparsity}, at step"
+                f" {self.step} of {self._total_steps:g}. Train to the end, longer, or with a larger learning rate:"
+                " thresholds move at that of the weights."
             )
 
     @override
     def learned_state(self) -> dict[str, Any]:
         return {
-            "thresholds": {name: threshold.detach().cpu() for name, threshold in self.thresholds.items()},
+            "thresholds": {name: threshold.detach().cpu().clone() for name, threshold in self.thresholds.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "resets": dict(self.resets),
             "steering": self._steering.state() if self._steering else {},
@@ -234,11 +244,16 @@ class DST(LatentMethod):
 
     @override
     def load_learned_state(self, state: Mapping[str, Any]) -> None:
-        missing = self.thresholds.keys() - state["thresholds"].keys()
-        if missing:
+        saved_thresholds = state.get("thresholds", {})
+        damaged = [
+            name
+            for name, threshold in self.thresholds.items()
+            if name not in saved_thresholds or saved_thresholds[name].shape != threshold.shape
+        ]
+        if damaged or len(state.get("optimizers", ())) != len(self._optimizers):
             raise MisconfigurationException(
-                f"The checkpoint holds no thresholds of {', '.join(sorted(missing))}. Resume with the module that wrote"
-                " it, or from an earlier checkpoint."
+                f"The checkpoint is cut short: it lacks the thresholds of {', '.join(damaged) or 'no weight'} or the"
+                " state of their optimizers. Resume with the module that wrote it, or from an earlier checkpoint."
             )
         with torch.no_grad():
             for name, threshold in self.thresholds.items():

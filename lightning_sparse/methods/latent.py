@@ -102,7 +102,7 @@ class LatentMethod(SparseMethod):
         scale = gradient_scale(trainer, group.optimizer)
         for weight in group:
             latent = self._latent[weight.name]
-            if self._gradients_were_finite and weight.parameter.grad is not None:
+            if weight.parameter.grad is not None:
                 self.rewrite_gradient(weight, latent, scale)
             weight.parameter.copy_(latent)
 
@@ -150,6 +150,11 @@ class LatentMethod(SparseMethod):
         self._latent = {}
         if not state:
             return
+        missing = {"asleep", "learned"} - state.keys()
+        if missing:
+            raise MisconfigurationException(
+                f"The checkpoint is cut short: it lacks {', '.join(sorted(missing))}. Resume from an earlier one."
+            )
         for weight in self.weights:
             self._latent[weight.name] = _awake_and_asleep(weight, state["asleep"])
         for group in self.groups:

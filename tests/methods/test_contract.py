@@ -49,8 +49,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     # Sixteen steps from dense to sparse are steered roughly.
     pytest.mark.filterwarnings("ignore:DST. .* has collapsed to sparsity"),
-    # Steps that the GradScaler skips are missing at the end of the course.
-    pytest.mark.filterwarnings("ignore:DST. training ended at step 15 of 24"),
+    # Nor does that always arrive.
+    pytest.mark.filterwarnings("ignore:DST. training ended at sparsity"),
 ]
 
 every_method = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -673,7 +673,7 @@ def test_a_layer_without_active_weights_is_named(case: Case, tmp_path: Path) -> 
     model = ToyModel()
     with torch.no_grad():
         model.get_parameter("network.4.weight").mul_(1e-6)
-    with pytest.warns(UserWarning, match=r"network\.\d\.weight has no active weight left at step"):
+    with pytest.warns(UserWarning, match=r"network\.\d\.weight has no active weight left"):
         fit(case.make(sparsity=0.99, allocation="global", min_active=0), tmp_path, model=model)
 
 
