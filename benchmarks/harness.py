@@ -52,12 +52,14 @@ class Baton:
 
 
 class Turns(L.Callback):
-    """Times each step, from one ``on_train_batch_start`` to the next, and passes the baton on after some of them.
+    """Times steps, from one ``on_train_batch_start`` to the next, and passes the baton on after some of them.
+
+    The first step of a turn, which finds the caches full of what others did, does not count.
 
     Args:
         runner: Name of this fit.
         baton: What its fits share.
-        every: Steps of a turn.
+        every: Steps of a turn, at least 2.
         clock: Tells the time in seconds.
     """
 
@@ -72,13 +74,15 @@ class Turns(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time; wait, where a turn is over, and note it again."""
+        """Note the time, or wait where a turn is over."""
         if self._start is not None:
             self.seconds.append(self.clock() - self._start)
-        if batch_idx % self.every == 0:
+        if batch_idx % self.every:
+            self._start = self.clock()
+        else:
+            self._start = None
             self.baton.pass_on()
             self.baton.wait_for_turn(self.runner)
-        self._start = self.clock()
 
 
 def alternate(
@@ -91,8 +95,8 @@ def alternate(
 
     Args:
         fits: By name, what trains with a callback; all take the same number of steps.
-        every: Steps of a turn.
-        skip: Steps at the beginning that do not count.
+        every: Steps of a turn, the first of which is not timed.
+        skip: Timed steps at the beginning that do not count.
         clock: Tells the time in seconds.
 
     Returns:

@@ -108,7 +108,8 @@ class After(L.Callback):
 def bytes_in_tensors() -> int:
     """Return the size of all storages that some Python object refers to."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # Subclasses such as the fake tensors of torch.compile have no storage of their own.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
