@@ -14,24 +14,20 @@ repeated, so the command may be stopped and given again::
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import lightning as L
 import torch
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.harness import print_table, quiet_trainer, silence_lightning, versions
+from benchmarks.runs import Plain, mean_and_deviation, read, train_missing
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.zoo import LeNet5Caffe, LeNet300100, MNISTDataModule
 
@@ -39,10 +35,6 @@ NETWORKS = {"lenet300": LeNet300100, "lenet5": LeNet5Caffe}
 METHODS = {"gmp": GMP, "fggp": FGGP}
 SPARSITIES = (0.9, 0.95, 0.98)
 SEEDS = (0, 1, 2)
-
-# Of a run's process, read when it starts. glibc returns freed memory to the system by default, and asks for it again at
-# every step: a tenth of the time.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @dataclass(frozen=True)
@@ -60,30 +52,6 @@ class Run:
         return f"{self.network} {self.method} {self.sparsity:g} seed {self.seed}"
 
 
-class Plain(L.LightningModule):
-    """A classifier that logs nothing in training, where logging would take a third of LeNet-300-100's step."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        # oneDNN's convolutions take half the time in this order of memory.
-        self.network = network.to(memory_format=torch.channels_last)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross entropy."""
-        images, labels = batch
-        return F.cross_entropy(self.network(images), labels)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the accuracy; Lightning weights its mean by the batches' sizes."""
-        images, labels = batch
-        correct = self.network(images).argmax(dim=1) == labels
-        self.log("accuracy", correct.double().mean(), batch_size=len(labels))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the paper's optimizer."""
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-
 def train(run: Run, data: Path) -> dict[str, Any]:
     """Train, and return the run with its results: test accuracy in percent, active weights, CPU seconds.
 
@@ -94,7 +62,7 @@ def train(run: Run, data: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     silence_lightning()
     L.seed_everything(run.seed, verbose=False)
-    module = Plain(NETWORKS[run.network]())
+    module = Plain(NETWORKS[run.network](), partial(torch.optim.SGD, lr=0.01, momentum=0.9))
     mnist = MNISTDataModule(data, batch_size=64)
     mnist.train_set.images = mnist.train_set.images[: run.train_images]
     mnist.train_set.labels = mnist.train_set.labels[: run.train_images]
@@ -134,39 +102,6 @@ def all_runs(only: Sequence[str] = (), seeds: Sequence[int] = SEEDS, **settings:
     ]
 
 
-def read(out: Path) -> dict[Run, dict[str, Any]]:
-    """Read what is finished; a line that was cut short by a stop does not count."""
-    finished: dict[Run, dict[str, Any]] = {}
-    for line in out.read_text().splitlines() if out.exists() else ():
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        finished[_run_of(result)] = result
-    return finished
-
-
-def train_missing(runs: Sequence[Run], data: Path, out: Path, jobs: int) -> None:
-    """Train the runs that ``out`` does not hold, ``jobs`` at a time, and append each as it finishes."""
-    finished = read(out)
-    missing = [run for run in runs if run not in finished]
-    os.environ.update(ENVIRONMENT)
-    one_process_per_run = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1)
-    with one_process_per_run as pool, out.open("a") as file:
-        if out.stat().st_size and not out.read_bytes().endswith(b"\n"):
-            file.write("\n")
-        results = pool.imap_unordered(partial(train, data=data), missing)
-        for number, result in enumerate(results, start=1):
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            cost = f"{result['accuracy']:.2f} %, {result['cpu_seconds']:.0f} s of one core"
-            print(f"{number}/{len(missing)}  {_run_of(result)}: {cost}", flush=True)
-
-
-def _run_of(result: dict[str, Any]) -> Run:
-    return Run(**{field.name: result[field.name] for field in fields(Run) if field.name in result})
-
-
 def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
     """Make the table: mean ± sample standard deviation over the seeds, and the sparsity counted in the weights."""
     table = Table("network", "method", "sparsity", "active weights", "test accuracy, %", "− dense", "seeds")
@@ -184,7 +119,7 @@ def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
             method,
             " / ".join(f"{1 - count / results[0]['weights']:.6f}" for count in sorted(active)),
             " / ".join(f"{count:,}" for count in sorted(active)) + f" of {results[0]['weights']:,}",
-            f"{mean(accuracies):.2f} ± {stdev(accuracies) if len(accuracies) > 1 else float('nan'):.2f}",
+            mean_and_deviation(accuracies),
             f"{mean(accuracies) - mean(dense):+.2f}" if dense and method != "dense" else "",
             str(len(results)),
         )
@@ -208,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
     runs = all_runs(arguments.only, arguments.seeds, **settings)
     if not arguments.table:
-        train_missing(runs, arguments.data, arguments.out, arguments.jobs)
-    finished = read(arguments.out)
+        train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
+    finished = read(arguments.out, Run)
     print_table(tabulate([finished[run] for run in runs if run in finished]))
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import mnist, overhead, update
+from benchmarks import dst, mnist, overhead, update
+from benchmarks.runs import read
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,4 +49,22 @@ def test_finished_runs_are_read_back_and_cut_lines_are_not(tmp_path: Path) -> No
     run = mnist.Run("lenet5", "gmp", 0.95, seed=1, epochs=20)
     line = json.dumps({"network": "lenet5", "method": "gmp", "sparsity": 0.95, "seed": 1, "epochs": 20})
     (tmp_path / "out.jsonl").write_text(line + "\n" + line[:30])
-    assert list(mnist.read(tmp_path / "out.jsonl")) == [run]
+    assert list(read(tmp_path / "out.jsonl", mnist.Run)) == [run]
+
+
+def test_a_run_of_dst_tells_each_epoch_what_is_left(tiny_mnist: Path) -> None:
+    result = dst.train(dst.Run("lenet300", 0.01, seed=0, epochs=3), tiny_mnist)
+    assert len(result["epochs_accuracy"]) == len(result["epochs_remaining"]) == 3
+    assert result["epochs_remaining"][-1] < 99.0
+    assert result["accuracy"] == result["epochs_accuracy"][-1]
+
+
+def test_the_table_of_dst_puts_sparse_runs_beside_dense_ones(tmp_path: Path) -> None:
+    common = {"network": "lstm-a", "cpu_seconds": 1.0}
+    dense = {**common, "alpha": None, "epochs_accuracy": [98.0, 97.0], "epochs_remaining": [100.0, 100.0]}
+    sparse = {**common, "alpha": 1e-4, "epochs_accuracy": [97.5, 96.5], "epochs_remaining": [5.0, 2.0]}
+    table = dst.tabulate([{**dense, "seed": 0}, {**sparse, "seed": 0}, {**dense, "seed": 1}, {**sparse, "seed": 1}])
+    rows = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert [column[1] for column in rows] == [
+        "lstm-a", "0.0001", "2.00 ± 0.00", "96.50 ± 0.00", "-0.50", "97.50 ± 0.00 (5.00 % left)", "2",
+    ]  # fmt: skip

@@ -10,7 +10,7 @@ from lightning_sparse.zoo.data import (
     MNISTDataModule,
     TensorImages,
 )
-from lightning_sparse.zoo.networks import LeNet5Caffe, LeNet300100
+from lightning_sparse.zoo.networks import LeNet5Caffe, LeNet300100, RowLSTM
 from lightning_sparse.zoo.recipes import list_recipes, recipe_path
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LeNet300100",
     "MNISTDataModule",
     "MissingDataError",
+    "RowLSTM",
     "TensorImages",
     "list_recipes",
     "recipe_path",

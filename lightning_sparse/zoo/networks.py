@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import final
 
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
-__all__ = ["LeNet5Caffe", "LeNet300100"]
+__all__ = ["LeNet5Caffe", "LeNet300100", "RowLSTM"]
 
 
 @final
@@ -79,3 +80,40 @@ class LeNet5Caffe(nn.Sequential):
                 fc2=nn.Linear(500, num_classes),
             )
         )
+
+
+@final
+class RowLSTM(nn.Module):
+    """Two LSTM layers that read an image row by row, and a linear layer on the last hidden state: sequential MNIST.
+
+    DST's LSTM-a has 128 hidden units, its LSTM-b 256. In the authors' code each gate has one bias, in torch's LSTM two;
+    theirs also hands the last state of a batch on to the next batch of other images, and this one begins at zero.
+    DST's figures count the gates' weights alone; the classifier is dense, which is ``exclude=["*classifier"]``.
+
+    Args:
+        hidden_size: Units of each layer.
+        in_features: Values in a row: 28 for MNIST.
+        num_classes: Logits that come out.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sparse.zoo import RowLSTM
+        >>> RowLSTM(hidden_size=128)(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 10])
+
+    References:
+        Liu et al., "Dynamic Sparse Training", ICLR 2020, https://arxiv.org/abs/2005.06870
+    """
+
+    def __init__(self, hidden_size: int = 128, in_features: int = 28, num_classes: int = 10) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(in_features, hidden_size, num_layers=2, batch_first=True)
+        self.classifier = nn.Linear(hidden_size, num_classes)
+        nn.init.uniform_(self.classifier.weight, -0.1, 0.1)
+        nn.init.zeros_(self.classifier.bias)
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of images of shape (N, 1, rows, in_features)."""
+        states, _ = self.lstm(images.squeeze(1))
+        return self.classifier(states[:, -1])

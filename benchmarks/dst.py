@@ -1,0 +1,192 @@
+"""What DST reaches on MNIST: how much is left, and how accurate it is, as alpha grows (table 1 of the paper).
+
+Set-up of "Dynamic Sparse Training" (Liu et al., ICLR 2020, https://arxiv.org/abs/2005.06870) and of its authors' code:
+20 epochs; the LeNets with batch 64 and SGD (learning rate 0.01, momentum 0.9), the LSTMs with batch 100 and Adam
+(learning rate 0.001); no weight decay. The classifier of the LSTMs stays dense and is not counted, as there. Images are
+standardised, which theirs are not. The alphas of the paper's rows are not known, so several are tried.
+
+Reported are the last epoch and, beside it, the authors' way: the best epoch of each run, chosen on the test set. Each
+run is a process of its own with one thread, and appends one line to ``--out``; runs that are there already are not
+repeated, so the command may be stopped and given again::
+
+    python -m benchmarks.dst --data data --out dst.jsonl --jobs 2
+    python -m benchmarks.dst --out dst.jsonl --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import lightning as L
+import torch
+from rich.table import Table
+from torch import nn
+from typing_extensions import override
+
+from benchmarks.harness import print_table, quiet_trainer, silence_lightning, versions
+from benchmarks.runs import Plain, mean_and_deviation, read, train_missing
+from lightning_sparse import DST
+from lightning_sparse.zoo import LeNet5Caffe, LeNet300100, MNISTDataModule, RowLSTM
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one network of the table is trained, and with which alphas."""
+
+    network: Callable[[], nn.Module]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    batch_size: int
+    alphas: tuple[float, ...]
+    exclude: tuple[str, ...] = ()
+
+
+SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+SETTINGS = {
+    "lenet300": Setting(LeNet300100, SGD, 64, (3e-4, 5e-4, 7e-4, 1e-3)),
+    "lenet5": Setting(LeNet5Caffe, SGD, 64, (3e-4, 5e-4, 1e-3)),
+    "lstm-a": Setting(partial(RowLSTM, hidden_size=128), ADAM, 100, (1e-4, 3e-4), exclude=("*classifier",)),
+    "lstm-b": Setting(partial(RowLSTM, hidden_size=256), ADAM, 100, (1e-4,), exclude=("*classifier",)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what is trained, how strong the regulariser is (None: dense), from which seed, for how long."""
+
+    network: str
+    alpha: float | None
+    seed: int
+    epochs: int = 20
+    train_images: int = 60_000
+
+    def __str__(self) -> str:
+        return f"{self.network} {'dense' if self.alpha is None else f'alpha {self.alpha:g}'} seed {self.seed}"
+
+
+class Remaining(L.Callback):
+    """Notes after each epoch the accuracy and the share of the weights that is left, both in percent."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self.weights = weights
+        self.accuracy: list[float] = []
+        self.remaining: list[float] = []
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count in the weights themselves."""
+        left = sum(int(weight.count_nonzero()) for weight in self.weights)
+        self.accuracy.append(100 * float(trainer.callback_metrics["accuracy"]))
+        self.remaining.append(100 * left / sum(weight.numel() for weight in self.weights))
+
+
+def train(run: Run, data: Path) -> dict[str, Any]:
+    """Train, and return the run with its results: by epoch, test accuracy and remaining weights in percent.
+
+    Args:
+        run: What to train.
+        data: Folder of MNIST's four files.
+    """
+    torch.set_num_threads(1)
+    silence_lightning()
+    L.seed_everything(run.seed, verbose=False)
+    setting = SETTINGS[run.network]
+    module = Plain(setting.network(), setting.optimizer)
+    mnist = MNISTDataModule(data, batch_size=setting.batch_size)
+    mnist.train_set.images = mnist.train_set.images[: run.train_images]
+    mnist.train_set.labels = mnist.train_set.labels[: run.train_images]
+    dense = {f"{pattern.lstrip('*')}.weight" for pattern in setting.exclude}
+    weights = [value for name, value in module.network.named_parameters() if value.dim() > 1 and name not in dense]
+    notes = Remaining(weights)
+    methods = [] if run.alpha is None else [DST(run.alpha, exclude=setting.exclude or None)]
+    trainer = quiet_trainer(max_epochs=run.epochs, callbacks=[*methods, notes])
+    start = time.process_time()
+    trainer.fit(module, mnist)
+    return asdict(run) | {
+        "accuracy": notes.accuracy[-1],
+        "epochs_accuracy": notes.accuracy,
+        "epochs_remaining": notes.remaining,
+        "layers_remaining": [round(100 * int(value.count_nonzero()) / value.numel(), 3) for value in weights],
+        "resets": sum(sum(method.resets.values()) for method in methods),
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "versions": versions(),
+    }
+
+
+def all_runs(
+    only: Sequence[str] = (), seeds: Sequence[int] = SEEDS, alphas: Sequence[float] = (), **settings: int
+) -> list[Run]:
+    """Return the runs of the reproduction, seed by seed.
+
+    Args:
+        only: Names of networks; all where it has none.
+        seeds: Seeds of each.
+        alphas: Strengths of the regulariser; those of each network's setting where it has none.
+        settings: Fields of :class:`Run` that are to differ from the reproduction's.
+    """
+    return [
+        Run(network, alpha, seed, **settings)
+        for seed in seeds
+        for network in only or SETTINGS
+        for alpha in (None, *(alphas or SETTINGS[network].alphas))
+    ]
+
+
+def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
+    """Make the table: mean ± sample standard deviation over the seeds."""
+    table = Table("network", "alpha", "remaining, %", "test accuracy, %", "− dense", "best epoch, %", "seeds")
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in finished:
+        cells.setdefault((result["network"], result["alpha"] or 0.0), []).append(result)
+    for network, alpha in sorted(cells, key=lambda cell: (list(SETTINGS).index(cell[0]), cell[1])):
+        results = cells[network, alpha]
+        last = [result["epochs_accuracy"][-1] for result in results]
+        dense = [result["epochs_accuracy"][-1] for result in cells.get((network, 0.0), ())]
+        best_epochs = [
+            max(zip(result["epochs_accuracy"], result["epochs_remaining"], strict=True)) for result in results
+        ]
+        best = mean_and_deviation([accuracy for accuracy, _ in best_epochs])
+        left = mean(remaining for _, remaining in best_epochs)
+        table.add_row(
+            network,
+            f"{alpha:g}" if alpha else "dense",
+            mean_and_deviation([result["epochs_remaining"][-1] for result in results]) if alpha else "100",
+            mean_and_deviation(last),
+            f"{mean(last) - mean(dense):+.2f}" if dense and alpha else "",
+            f"{best} ({left:.2f} % left)" if alpha else best,
+            str(len(results)),
+        )
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST's four files")
+    parser.add_argument("--out", type=Path, default=Path("dst.jsonl"), help="file that runs are appended to")
+    parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--only", nargs="+", default=[], choices=[*SETTINGS], help="networks")
+    parser.add_argument("--alphas", nargs="+", type=float, default=[], help="instead of the settings'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--train-images", type=int, default=60_000, help="train on the first so many")
+    arguments = parser.parse_args(argv)
+    if not arguments.table:
+        settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
+        runs = all_runs(arguments.only, arguments.seeds, arguments.alphas, **settings)
+        train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
+    print_table(tabulate(list(read(arguments.out, Run).values())))
+
+
+if __name__ == "__main__":
+    main()
