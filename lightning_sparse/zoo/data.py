@@ -192,6 +192,8 @@ class MNISTDataModule(InMemoryDataModule):
         root: Folder to look in.
         download: Fetch the files with torchvision into ``<root>/MNIST/raw`` if they are not there.
         batch_size: Images per batch and process.
+        standardize: Whether pixels have mean 0 and standard deviation 1; otherwise they stay in [0, 1], as in the code
+            of DST.
 
     Raises:
         MissingDataError: On use, if a file is not there and ``download`` is off.
@@ -204,10 +206,13 @@ class MNISTDataModule(InMemoryDataModule):
         LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", Proc. IEEE 1998
     """
 
-    def __init__(self, root: str | Path = "data", download: bool = False, batch_size: int = 64) -> None:
+    def __init__(
+        self, root: str | Path = "data", download: bool = False, batch_size: int = 64, standardize: bool = True
+    ) -> None:
         super().__init__(batch_size)
         self.root = Path(root)
         self.download = download
+        self.standardize = standardize
 
     @override
     def prepare_data(self) -> None:
@@ -222,7 +227,8 @@ class MNISTDataModule(InMemoryDataModule):
     def load(self) -> tuple[TensorImages, TensorImages]:
         """Read and standardise the four files."""
         train_images, train_labels, test_images, test_labels = (read_idx(path) for path in self._paths())
-        return _standardised(train_images, train_labels), _standardised(test_images, test_labels)
+        mean, std = (MNIST_MEAN, MNIST_STD) if self.standardize else (0.0, 1.0)
+        return _scaled(train_images, train_labels, mean, std), _scaled(test_images, test_labels, mean, std)
 
     def _paths(self) -> list[Path]:
         found = {name: find_idx(self.root, name) for name in MNIST_FILES}
@@ -242,6 +248,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _standardised(pixels: Tensor, labels: Tensor) -> TensorImages:
-    images = pixels.unsqueeze(1).float().div_(255).sub_(MNIST_MEAN).div_(MNIST_STD)
+def _scaled(pixels: Tensor, labels: Tensor, mean: float, std: float) -> TensorImages:
+    images = pixels.unsqueeze(1).float().div_(255).sub_(mean).div_(std)
     return TensorImages(images, labels.long())

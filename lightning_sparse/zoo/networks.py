@@ -88,7 +88,7 @@ class RowLSTM(nn.Module):
 
     DST's LSTM-a has 128 hidden units, its LSTM-b 256. In the authors' code each gate has one bias, in torch's LSTM two;
     theirs also hands the last state of a batch on to the next batch of other images, and this one begins at zero.
-    DST's figures count the gates' weights alone; the classifier is dense, which is ``exclude=["*classifier"]``.
+    DST's figures count the gates' weights alone; the classifier is dense, which is ``exclude=["*classifier.*"]``.
 
     Args:
         hidden_size: Units of each layer.

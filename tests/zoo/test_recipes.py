@@ -5,16 +5,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import MultiStepLR
 
 import lightning_sparse
-from lightning_sparse import SparsityMonitor
+from lightning_sparse import DST, SparsityMonitor
 from lightning_sparse.cli import SparseCLI
+from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
-from lightning_sparse.zoo import Classifier, MNISTDataModule, list_recipes, recipe_path
+from lightning_sparse.methods.catalog import all_methods
+from lightning_sparse.methods.gradual_pruning import GradualPruning
+from lightning_sparse.methods.prune_and_grow import PruneAndGrow
+from lightning_sparse.schedules import as_schedule
+from lightning_sparse.zoo import CIFAR10DataModule, Classifier, MNISTDataModule, list_recipes, recipe_path
+from lightning_sparse.zoo.data import InMemoryDataModule
+from tests.zoo.cifar_files import expect_small_files, write_binary
 from tests.zoo.idx_files import write_mnist
 
-EVERY_RECIPE = pytest.mark.parametrize("name", list_recipes())
-SPARSE_RECIPES = pytest.mark.parametrize("name", [name for name in list_recipes() if not name.endswith("dense")])
+METHODS_OF = {
+    "digits": ("fggp",),
+    **dict.fromkeys(("lenet300", "lenet5"), ("dense", "gmp", "fggp", "dst")),
+    **dict.fromkeys(("lstm-a", "lstm-b", "vgg16", "wrn16-8", "wrn28-8"), ("dense", "dst")),
+    **dict.fromkeys(("resnet20", "resnet34"), ("dense", "set", "rigl")),
+    "resnet50": ("dense", "set", "rigl", "gmp", "fggp"),
+    "vgg19": ("dense", "gmp", "fggp"),
+}
+NAMES = {f"{method}-{network}" for network, methods in METHODS_OF.items() for method in methods}
 TINY = [
     "--trainer.max_epochs=2",
     "--trainer.limit_train_batches=8",
@@ -24,6 +39,8 @@ TINY = [
     "--trainer.enable_model_summary=false",
     "--trainer.log_every_n_steps=1",
 ]
+NARROW = "--model.network.width=4"
+NARROW_OF = {"vgg": NARROW, "resnet": NARROW, "wrn": "--model.network.widen_factor=1"}
 
 
 @pytest.fixture(autouse=True)
@@ -32,75 +49,199 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def parsed(name: str, *options: str) -> SparseCLI:
-    return SparseCLI(["--config", name, *options, *TINY], run=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lightning-sparse"])  # LightningCLI warns of a command line beside its arguments
+        return SparseCLI(["--config", name, "--trainer.accelerator=cpu", *options], run=False)
+
+
+def narrow(name: str) -> list[str]:
+    """The option that makes a recipe's network narrow, if it is for CIFAR-10."""
+    return [option for network, option in NARROW_OF.items() if f"-{network}" in name]
+
+
+def callbacks_of(cli: SparseCLI) -> list[object]:
+    return [*cli.trainer.callbacks]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def methods_of(cli: SparseCLI) -> list[SparseMethod]:
-    return [callback for callback in cli.trainer.callbacks if isinstance(callback, SparseMethod)]  # pyright: ignore[reportAttributeAccessIssue]
+    return [callback for callback in callbacks_of(cli) if isinstance(callback, SparseMethod)]
 
 
-def test_there_is_a_recipe_for_each_network_and_method() -> None:
-    pairs = product(("lenet300", "lenet5"), ("dense", "gmp", "fggp"))
-    assert set(list_recipes()) == {"digits-fggp", *map("-".join, pairs)}
+def optimizer_of(cli: SparseCLI) -> tuple[torch.optim.Optimizer, dict[int, int]]:
+    """The optimizer that a recipe makes, and how often its learning rate falls to a tenth at which epoch."""
+    made = cli.model.configure_optimizers()
+    if isinstance(made, torch.optim.Optimizer):
+        return made, {}
+    assert isinstance(made, dict)
+    scheduler = made["lr_scheduler"]["scheduler"]  # pyright: ignore[reportTypedDictNotRequiredAccess,reportIndexIssue,reportArgumentType,reportCallIssue]
+    assert isinstance(scheduler, MultiStepLR)
+    assert scheduler.gamma == 0.1
+    return made["optimizer"], dict(scheduler.milestones)
 
 
-@EVERY_RECIPE
-def test_a_recipe_makes_the_method_that_its_name_says(name: str) -> None:
-    expected = name.split("-")[1].upper()
-    assert [type(method).__name__ for method in methods_of(parsed(name))] == ([] if expected == "DENSE" else [expected])
+def settings_of(cli: SparseCLI, *keys: str) -> list[object]:
+    """Epochs, batch size, and settings of the optimizer."""
+    assert isinstance(cli.datamodule, InMemoryDataModule)
+    optimizer, _ = optimizer_of(cli)
+    return [cli.trainer.max_epochs, cli.datamodule.batch_size, *(optimizer.defaults[key] for key in keys)]
 
 
-@SPARSE_RECIPES
-def test_the_last_epoch_of_a_recipe_is_95_percent_sparse(name: str) -> None:
-    (method,) = methods_of(parsed(name))
-    assert vars(method)["sparsity"](1.0) == pytest.approx(0.95)
+def test_there_is_a_recipe_for_each_method_that_a_paper_has_on_a_network() -> None:
+    assert set(list_recipes()) == NAMES
 
 
-@SPARSE_RECIPES
+@pytest.fixture(scope="module", params=list_recipes())
+def cli(request: pytest.FixtureRequest) -> SparseCLI:
+    """Each recipe in turn, parsed once for all tests of the class, with a narrow network to save time."""
+    return parsed(request.param, *narrow(request.param))
+
+
+@pytest.fixture(scope="module")
+def name(cli: SparseCLI) -> str:
+    return Path(str(cli.config["config"][0])).stem
+
+
+class TestRecipe:
+    def test_makes_the_method_that_its_name_says(self, cli: SparseCLI, name: str) -> None:
+        prefix = name.partition("-")[0]
+        expected = (
+            [] if prefix == "dense" else [method for method in all_methods() if method.__name__.lower() == prefix]
+        )
+        assert [type(method) for method in methods_of(cli)] == expected
+        assert expected or prefix == "dense"
+
+    def test_gives_its_method_last_and_logs_what_it_does(self, cli: SparseCLI) -> None:
+        given = [callback["class_path"].rpartition(".")[2] for callback in cli.config["trainer"]["callbacks"] or []]
+        expected = [type(method).__name__ for method in methods_of(cli)]
+        assert given == (["SparsityMonitor", *expected] if expected else [])
+        assert any(isinstance(callback, SparsityMonitor) for callback in callbacks_of(cli)) == bool(expected)
+
+    def test_logs_under_its_own_name(self, cli: SparseCLI, name: str) -> None:
+        assert cli.trainer.logger is not None
+        assert cli.trainer.logger.name == name
+
+    def test_leaves_dense_what_is_there(self, cli: SparseCLI) -> None:
+        for method in methods_of(cli):
+            dense = select_weights(cli.model, include=method.include, exclude=method.exclude)
+            assert len(select_weights(cli.model).masked) - len(dense.masked) == len(method.exclude or ())
+
+    def test_names_itself_and_its_source_in_the_header(self, name: str) -> None:
+        header = recipe_path(name).read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+        assert all(line.startswith("#") for line in header)
+        assert any(f"lightning-sparse fit --config {name} " in line for line in header)
+        assert any(year in " ".join(header) for year in ("2016", "2020", "2025")) or name.endswith("digits")
+
+    def test_is_a_file_of_the_package(self, name: str) -> None:
+        assert Path(lightning_sparse.__file__).parent in recipe_path(name).parents
+
+
+@pytest.mark.parametrize("name", ["fggp-digits", "gmp-lenet300", "set-resnet20", "rigl-resnet20"])
 def test_sparsity_can_be_set_on_the_command_line(name: str) -> None:
     (method,) = methods_of(parsed(name, "--trainer.callbacks.sparsity=0.5"))
-    assert vars(method)["sparsity"](1.0) == pytest.approx(0.5)
+    assert isinstance(method, (GradualPruning, PruneAndGrow))
+    assert as_schedule(method.sparsity)(1.0) == 0.5
 
 
-@EVERY_RECIPE
-def test_a_recipe_logs_under_its_own_name(name: str) -> None:
-    logger = parsed(name).trainer.logger
-    assert logger is not None
-    assert logger.name == name
+def test_a_recipe_of_dst_can_be_given_a_sparsity_instead_of_its_alpha() -> None:
+    cli = parsed("dst-lenet300", "--trainer.callbacks.alpha=null", "--trainer.callbacks.sparsity=0.95")
+    (method,) = methods_of(cli)
+    assert isinstance(method, DST)
+    assert method.sparsity == 0.95
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("lenet")])
-def test_mnist_recipes_train_as_the_code_of_dst_does(name: str) -> None:
-    cli = SparseCLI(["--config", name], run=False)
-    assert isinstance(cli.model, Classifier)
-    assert isinstance(cli.datamodule, MNISTDataModule)
-    optimizer = cli.model.configure_optimizers()
-    assert isinstance(optimizer, torch.optim.SGD)
-    settings = [optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay", "nesterov")]
-    assert [cli.trainer.max_epochs, cli.datamodule.batch_size, *settings] == [20, 64, 0.01, 0.9, 0, False]
-
-
-@SPARSE_RECIPES
-def test_sparse_recipes_log_their_sparsity(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if "lenet" in name))
+def test_the_lenets_train_as_the_code_of_dst_does(name: str) -> None:
     cli = parsed(name)
-    assert any(isinstance(callback, SparsityMonitor) for callback in cli.trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(cli.datamodule, MNISTDataModule)
+    assert settings_of(cli, "lr", "momentum", "weight_decay", "nesterov") == [20, 64, 0.01, 0.9, 0, False]
+    assert optimizer_of(cli)[1] == {}
 
 
-@pytest.mark.parametrize("name", ["digits-fggp", "lenet300-gmp", "lenet5-fggp"])
-def test_a_recipe_trains_to_its_sparsity(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["-".join(pair) for pair in product(("dense", "dst"), ("lstm-a", "lstm-b"))])
+def test_the_lstms_train_as_the_code_of_dst_does(name: str) -> None:
+    cli = parsed(name)
+    assert isinstance(cli.model, Classifier)
+    assert isinstance(optimizer_of(cli)[0], torch.optim.Adam)
+    assert settings_of(cli, "lr", "weight_decay") == [20, 100, 1e-3, 0]
+    assert cli.model.network.get_submodule("classifier").in_features == {"a": 128, "b": 256}[name[-1]]
+
+
+# Epochs, batch size, learning rate, momentum, weight decay, Nesterov; where the learning rate falls; clipping.
+CIFAR = {
+    "dense-vgg16": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], None),
+    "dst-wrn16-8": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], None),
+    "dense-resnet20": ([164, 128, 0.1, 0.9, 1e-4, False], [82, 123], None),
+    "rigl-resnet34": ([250, 128, 0.1, 0.9, 1e-4, True], [125, 187], 1.0),
+    "dense-resnet50": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
+    "gmp-vgg19": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
+}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_networks_for_cifar_train_as_their_papers_state(name: str) -> None:
+    cli = parsed(name, *narrow(name))
+    settings, milestones, clipping = CIFAR[name]
+    assert isinstance(cli.datamodule, CIFAR10DataModule)
+    assert cli.datamodule.augment
+    assert settings_of(cli, "lr", "momentum", "weight_decay", "nesterov") == settings
+    assert optimizer_of(cli)[1] == dict.fromkeys(milestones, 1)
+    assert cli.trainer.gradient_clip_val == clipping
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("dst-lenet300", 5e-4), ("dst-lenet5", 5e-4), ("dst-lstm-a", 1e-4), ("dst-wrn28-8", 5e-6)]
+)
+def test_recipes_of_dst_have_the_alpha_of_the_authors(name: str, alpha: float) -> None:
+    (method,) = methods_of(parsed(name, *narrow(name)))
+    assert isinstance(method, DST)
+    assert method.alpha == alpha
+
+
+@pytest.mark.parametrize(("name", "every"), [("rigl-resnet34", 4000), ("set-resnet34", 1500)])
+def test_what_east_compares_with_is_set_as_itop_has_it(name: str, every: int) -> None:
+    (method,) = methods_of(parsed(name, *narrow(name)))
+    assert isinstance(method, PruneAndGrow)
+    assert as_schedule(method.sparsity)(1.0) == 0.999
+    assert [method.drop_fraction(0.0), method.drop_fraction(1.0)] == [0.5, 0.005]
+    assert [method.times.every, method.times.stop, method.replaces_step] == [every, 1.0, False]
+
+
+TRAINED = {
+    "fggp-digits": [],
+    "gmp-lenet300": [],
+    "fggp-lenet5": [],
+    "fggp-resnet50": ["--trainer.callbacks.update_every=4"],
+    # the classifier begins with the smallest weights, which go first in a network as narrow as that
+    "gmp-vgg19": ["--trainer.callbacks.update_every=4", "--trainer.callbacks.min_active=8"],
+    "rigl-resnet34": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
+    "set-resnet20": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_trains_to_its_sparsity(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_small_files(monkeypatch)
     write_mnist(tmp_path / "data")
-    cli = parsed(name, "--data.batch_size=8")
+    write_binary(tmp_path / "data")
+    cli = parsed(name, *narrow(name), "--data.batch_size=8", *TRAINED[name], *TINY)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     (method,) = methods_of(cli)
     assert method.registry.num_active == int(0.05 * method.registry.numel + 1e-9)
 
 
+@pytest.mark.parametrize("name", ["dst-vgg16", "dst-wrn16-8", "dst-lstm-a"])
+def test_a_recipe_of_dst_learns_thresholds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_small_files(monkeypatch)
+    write_mnist(tmp_path / "data")
+    write_binary(tmp_path / "data")
+    cli = parsed(name, *narrow(name), "--data.batch_size=8", *TINY)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    (method,) = methods_of(cli)
+    assert isinstance(method, DST)
+    assert all(threshold.any() for threshold in method.thresholds.values())
+    assert 0 < method.registry.num_active < method.registry.numel
+
+
 def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no recipe named 'lenet'\. The recipes are digits-fggp, lenet300-dense"):
+    with pytest.raises(ValueError, match=r"no recipe named 'lenet'\. The recipes are dense-lenet300, dense-lenet5, .*"):
         recipe_path("lenet")
-
-
-@EVERY_RECIPE
-def test_a_recipe_is_a_file_of_the_package(name: str) -> None:
-    assert recipe_path(name).is_file()
-    assert Path(lightning_sparse.__file__).parent in recipe_path(name).parents

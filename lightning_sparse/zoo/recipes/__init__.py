@@ -13,7 +13,7 @@ def list_recipes() -> list[str]:
 
     Example:
         >>> from lightning_sparse.zoo.recipes import list_recipes
-        >>> "lenet300-fggp" in list_recipes()
+        >>> "fggp-lenet300" in list_recipes()
         True
     """
     return sorted(path.stem for path in _folder().glob("*.yaml"))
@@ -30,8 +30,8 @@ def recipe_path(name: str) -> Path:
 
     Example:
         >>> from lightning_sparse.zoo.recipes import recipe_path
-        >>> recipe_path("lenet300-fggp").name
-        'lenet300-fggp.yaml'
+        >>> recipe_path("fggp-lenet300").name
+        'fggp-lenet300.yaml'
     """
     if name not in list_recipes():
         raise ValueError(f"There is no recipe named {name!r}. The recipes are {', '.join(list_recipes())}.")
