@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
-from lightning_sparse.masks import MaskedWeight, MaskRegistry
-from lightning_sparse.methods import DST, FGGP, GMP, SET, RigL, SparseMethod
+from lightning_sparse.masks import MaskedWeight, MaskRegistry, load_masks, save_masks
+from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
+from lightning_sparse.modules import DyReLUPhasing, WeightSharing, share_weights, unshare_weights
 from lightning_sparse.monitor import SparsityMonitor
+from lightning_sparse.reporting import report
 
 __all__ = [
     "DST",
+    "EAST",
     "FGGP",
     "GMP",
     "SET",
+    "DyReLUPhasing",
+    "FixedMask",
     "MaskRegistry",
     "MaskedWeight",
     "RigL",
     "SparseMethod",
     "SparsityMonitor",
+    "WeightSharing",
     "__version__",
     "functional",
+    "load_masks",
+    "report",
+    "save_masks",
     "schedules",
+    "share_weights",
+    "unshare_weights",
 ]

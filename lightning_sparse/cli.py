@@ -1,22 +1,28 @@
-"""The command ``lightning-sparse``: train from a recipe or any YAML file, and report how sparse a checkpoint is."""
+"""The command ``lightning-sparse``: train from a recipe or any YAML file, and look at checkpoints and their masks."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
+import textwrap
 import warnings
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]  # listed in its __all__
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from typing_extensions import override
 
 # Importing the package makes its methods, the monitor and the zoo known by their bare class names.
 import lightning_sparse
-from lightning_sparse.report import CheckpointError, checkpoint_sparsity, sparsity_table
+from lightning_sparse.masks import CheckpointError, read_masks, save_masks
+from lightning_sparse.reporting import checkpoint_sparsity, compare_masks, overlap_table, sparsity_table
 from lightning_sparse.zoo import MissingDataError, list_recipes, recipe_path
 
 if TYPE_CHECKING:
@@ -30,6 +36,10 @@ TRAINER_COMMANDS = {
     "test": "test a checkpoint, likewise",
     "predict": "predict with a checkpoint, likewise",
 }
+
+
+class CommandError(ValueError):
+    """What was asked for cannot be done; the message says why, and what to do."""
 
 
 @final
@@ -58,7 +68,7 @@ class SparseCLI(LightningCLI):
 
     Example:
         >>> from lightning_sparse.cli import SparseCLI
-        >>> cli = SparseCLI(["--config", "digits-fggp", "--trainer.callbacks.sparsity", "0.9"], run=False)
+        >>> cli = SparseCLI(["--config", "fggp-digits", "--trainer.callbacks.sparsity", "0.9"], run=False)
         >>> type(cli.model).__name__
         'Classifier'
     """
@@ -94,34 +104,123 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     try:
-        if options.command == "report":
+        if options.command not in TRAINER_COMMANDS:
             if others:
-                parser.error(f"report does not know {' '.join(others)}.")
-            report(options.checkpoint, all_tensors=options.all)
+                parser.error(f"{options.command} does not know {' '.join(others)}.")
+            options.run(options)
         else:
             with warnings.catch_warnings():
                 # the zoo's data modules have no workers on purpose
                 warnings.filterwarnings("ignore", ".*does not have many workers.*")
                 SparseCLI(arguments)
-    except (CheckpointError, MissingDataError) as error:
+    except (CheckpointError, CommandError, MissingDataError) as error:
         print(f"lightning-sparse: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def report(checkpoint: str, *, all_tensors: bool) -> None:
-    """Print the sparsity of each layer of a checkpoint, and of all of them together."""
-    Console().print(sparsity_table(checkpoint_sparsity(checkpoint, all_tensors=all_tensors), title=checkpoint))
+def _report(options: argparse.Namespace) -> None:
+    layers = checkpoint_sparsity(options.checkpoint, all_tensors=options.all)
+    Console().print(sparsity_table(layers, title=options.checkpoint))
+
+
+def _extract_masks(options: argparse.Namespace) -> None:
+    masks = read_masks(options.checkpoint)
+    _refuse_to_overwrite(options.file)
+    save_masks(options.file, masks)
+    print(f"{options.file}: the masks of {', '.join(masks)}.")
+
+
+def _compare_masks(options: argparse.Namespace) -> None:
+    first, second = read_masks(options.a), read_masks(options.b)
+    try:
+        overlaps = compare_masks(first, second)
+    except ValueError as error:
+        raise CommandError(f"A is {options.a} and B is {options.b}. {error}") from error
+    Console().print(overlap_table(overlaps, title=f"A: {options.a}  B: {options.b}"))
+
+
+def _list_recipes(options: argparse.Namespace) -> None:
+    del options
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for name in list_recipes():
+        table.add_row(name, escape(_summary(name)))
+    Console().print(table)
+
+
+def _show_recipe(options: argparse.Namespace) -> None:
+    print(_recipe(options.name).read_text(encoding="utf-8"), end="")
+
+
+def _copy_recipe(options: argparse.Namespace) -> None:
+    source = _recipe(options.name)
+    target = options.file or f"{options.name}.yaml"
+    _refuse_to_overwrite(target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise CommandError(f"{target} cannot be written: {error.strerror}.") from error
+    print(f"{target}: train with `lightning-sparse fit --config {target}`.")
+
+
+def _recipe(name: str) -> Path:
+    try:
+        return recipe_path(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _summary(name: str) -> str:
+    """The first sentence of the comment with which a recipe begins."""
+    lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines))
+    return comment.partition(". ")[0].removesuffix(".") + "."
+
+
+def _refuse_to_overwrite(file: str) -> None:
+    if Path(file).exists():
+        raise CommandError(f"{file} is there already. Remove it, or name another file.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lightning-sparse", description="Sparse training for any LightningModule.")
     parser.add_argument("--version", action="version", version=f"lightning-sparse {lightning_sparse.__version__}")
-    parser.epilog = f"recipes: {', '.join(list_recipes())}"
+    # a name must not be broken at its hyphens, which argparse would do
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = textwrap.fill(f"recipes: {', '.join(list_recipes())}", width=100, break_on_hyphens=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)  # LightningCLI parses the rest
     checkpoint = commands.add_parser("report", help="print the sparsity of each layer of a checkpoint")
     checkpoint.add_argument("checkpoint", help="a Lightning checkpoint, of ours or not, or a file with a state dict")
     checkpoint.add_argument("--all", action="store_true", help="biases, normalisation and integer tensors too")
+    checkpoint.set_defaults(run=_report)
+    _add_masks_commands(commands.add_parser("masks", help="take the masks out of a checkpoint, or compare two"))
+    _add_recipes_commands(commands.add_parser("recipes", help="list the recipes; show one, or copy it to change it"))
     return parser
+
+
+def _add_masks_commands(parser: argparse.ArgumentParser) -> None:
+    source = "a checkpoint of any method, one with zeros in its weights, or a file of masks"
+    commands = parser.add_subparsers(dest="masks_command", metavar="COMMAND", required=True)
+    extract = commands.add_parser("extract", help="write the masks of a checkpoint to a file, one bit a weight")
+    extract.add_argument("checkpoint", help=source)
+    extract.add_argument("file", help="where to write them, for FixedMask(masks=FILE) or load_masks")
+    extract.set_defaults(run=_extract_masks)
+    compare = commands.add_parser("compare", help="print how alike the masks of two files are, for each layer")
+    compare.add_argument("a", metavar="A", help=source)
+    compare.add_argument("b", metavar="B", help="another")
+    compare.set_defaults(run=_compare_masks)
+
+
+def _add_recipes_commands(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_list_recipes)
+    commands = parser.add_subparsers(dest="recipes_command", metavar="COMMAND")
+    show = commands.add_parser("show", help="print a recipe")
+    show.add_argument("name", help="one of the recipes")
+    show.set_defaults(run=_show_recipe)
+    copy = commands.add_parser("copy", help="copy a recipe, to change it and give it to --config")
+    copy.add_argument("name", help="one of the recipes")
+    copy.add_argument("file", nargs="?", help="where to; NAME.yaml in this folder if left out")
+    copy.set_defaults(run=_copy_recipe)

@@ -8,11 +8,12 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_sparse
 from lightning_sparse.cli import SparseCLI, main
-from lightning_sparse.report import checkpoint_sparsity
-from lightning_sparse.zoo import list_recipes
+from lightning_sparse.reporting import checkpoint_sparsity
+from lightning_sparse.zoo import list_recipes, recipe_path
 
 TINY = [
     "--trainer.max_epochs=2",
@@ -37,24 +38,24 @@ def exit_code(*arguments: str) -> object:
 
 
 def test_fit_trains_a_recipe_and_leaves_a_sparse_checkpoint(tmp_path: Path) -> None:
-    assert main(["fit", "--config", "digits-fggp", "--trainer.callbacks.sparsity=0.75", *TINY]) == 0
-    (checkpoint,) = tmp_path.glob("logs/digits-fggp/version_0/checkpoints/*.ckpt")
+    assert main(["fit", "--config", "fggp-digits", "--trainer.callbacks.sparsity=0.75", *TINY]) == 0
+    (checkpoint,) = tmp_path.glob("logs/fggp-digits/version_0/checkpoints/*.ckpt")
     layers = checkpoint_sparsity(checkpoint)
     assert sum(layer.num_active for layer in layers) == 50_200 // 4
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_trained_checkpoint_can_be_validated_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--config", "digits-fggp", *TINY])
-    (checkpoint,) = tmp_path.glob("logs/digits-fggp/version_0/checkpoints/*.ckpt")
-    assert main(["validate", "--config", "digits-fggp", "--ckpt_path", str(checkpoint), *TINY]) == 0
+    main(["fit", "--config", "fggp-digits", *TINY])
+    (checkpoint,) = tmp_path.glob("logs/fggp-digits/version_0/checkpoints/*.ckpt")
+    assert main(["validate", "--config", "fggp-digits", "--ckpt_path", str(checkpoint), *TINY]) == 0
     assert main(["report", str(checkpoint)]) == 0
     assert "95.00%" in capsys.readouterr().out
 
 
 def test_the_saved_configuration_trains_again(tmp_path: Path) -> None:
-    main(["fit", "--config", "digits-fggp", *TINY])
-    saved = tmp_path / "logs/digits-fggp/version_0/config.yaml"
+    main(["fit", "--config", "fggp-digits", *TINY])
+    saved = tmp_path / "logs/fggp-digits/version_0/config.yaml"
     assert "Unable to serialize" not in saved.read_text()
     assert main(["fit", "--config", str(saved)]) == 0
 
@@ -95,8 +96,8 @@ def test_a_default_classifier_has_a_configuration_that_can_be_saved(tmp_path: Pa
 
 
 def test_a_file_goes_before_a_recipe_of_that_name(tmp_path: Path) -> None:
-    (tmp_path / "digits-fggp").write_text("model: lightning.pytorch.demos.boring_classes.BoringModel")
-    cli = SparseCLI(["--config", "digits-fggp", "--trainer.logger=false"], run=False)
+    (tmp_path / "fggp-digits").write_text("model: lightning.pytorch.demos.boring_classes.BoringModel")
+    cli = SparseCLI(["--config", "fggp-digits", "--trainer.logger=false"], run=False)
     assert isinstance(cli.model, L.LightningModule)
     assert type(cli.model).__name__ == "BoringModel"
 
@@ -105,11 +106,11 @@ def test_an_unknown_recipe_is_one_sentence_that_lists_the_known_ones(capsys: pyt
     assert exit_code("fit", "--config", "lenet301") == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "There is no recipe named 'lenet301'" in sentence
-    assert "lenet300-fggp" in sentence
+    assert "fggp-lenet300" in sentence
 
 
 def test_missing_data_is_one_sentence_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "lenet300-fggp", *TINY]) == 2
+    assert main(["fit", "--config", "fggp-lenet300", *TINY]) == 2
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("lightning-sparse: error: MNIST is not complete: looked in data/MNIST/raw and in data")
     assert "--data.download=true" in sentence
@@ -144,7 +145,7 @@ def test_report_refuses_options_that_it_does_not_know(tmp_path: Path, capsys: py
 def test_help_names_every_command_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--help") == 0
     shown = capsys.readouterr().out
-    for name in ("fit", "validate", "test", "predict", "report", *list_recipes()):
+    for name in ("fit", "validate", "test", "predict", "report", "masks", "recipes", *list_recipes()):
         assert name in shown
 
 
@@ -164,3 +165,132 @@ def test_the_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys:
         runpy.run_path(str(Path(lightning_sparse.__file__).with_name("__main__.py")), run_name="__main__")
     assert stopped.value.code == 2
     assert "nowhere.ckpt" in capsys.readouterr().err
+
+
+def checkpoint_with(mask: str, path: str) -> None:
+    """A checkpoint of one layer of eight weights; those are zero whose digit is."""
+    torch.save({"state_dict": {"fc.weight": torch.tensor([[float(bit) for bit in mask]])}}, path)
+
+
+def test_masks_are_extracted_to_a_file_that_can_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_with("11010000", "a.ckpt")
+    assert main(["masks", "extract", "a.ckpt", "a.masks"]) == 0
+    assert "fc.weight" in capsys.readouterr().out
+    masks = lightning_sparse.load_masks("a.masks")
+    assert masks["fc.weight"].tolist() == [[True, True, False, True, False, False, False, False]]
+
+
+def test_masks_of_a_trained_recipe_are_those_that_it_ended_with(tmp_path: Path) -> None:
+    recipe = next(name for name in list_recipes() if "digits" in name)
+    main(["fit", "--config", recipe, *TINY])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert main(["masks", "extract", str(checkpoint), "digits.masks"]) == 0
+    active = {name: int(mask.sum()) for name, mask in lightning_sparse.load_masks("digits.masks").items()}
+    assert active == {layer.name: layer.num_active for layer in checkpoint_sparsity(checkpoint)}
+
+
+def test_fixed_masks_train_from_the_command_line_and_their_configuration_again(tmp_path: Path) -> None:
+    model = BoringModel()
+    with torch.no_grad():
+        model.layer.weight[:, ::2] = 0
+    lightning_sparse.save_masks("half.masks", model)
+    arguments = ["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--trainer.callbacks=FixedMask"]
+    arguments += ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule", "--seed_everything=0"]
+    assert main(["fit", *arguments, "--trainer.callbacks.masks=half.masks", *TINY]) == 0
+    (saved,) = tmp_path.rglob("config.yaml")
+    assert yaml.safe_load(saved.read_text())["trainer"]["callbacks"][0]["init_args"]["masks"] == "half.masks"
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert [layer.num_active for layer in checkpoint_sparsity(checkpoint)] == [32]
+    assert main(["fit", "--config", str(saved)]) == 0
+
+
+def test_masks_are_compared_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_with("11010000", "a.ckpt")  # 3 active, 5 of 8 are zeros
+    checkpoint_with("11001110", "b.ckpt")  # 5 active; 2 in both, 6 in one at least, 2 of 3 kept
+    main(["masks", "extract", "b.ckpt", "b.masks"])
+    capsys.readouterr()
+    assert main(["masks", "compare", "a.ckpt", "b.masks"]) == 0
+    shown = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fc.weight", "8", "62.50%", "37.50%", "0.3333", "66.67%"] in shown
+    assert ["total", "8", "62.50%", "37.50%", "0.3333", "66.67%"] in shown
+
+
+def test_masks_of_two_networks_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_with("1101", "a.ckpt")
+    checkpoint_with("110100", "b.ckpt")
+    assert main(["masks", "compare", "a.ckpt", "b.ckpt"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "A is a.ckpt and B is b.ckpt. The masks of fc.weight have the shapes (1, 4) and (1, 6)" in sentence
+
+
+@pytest.mark.parametrize("command", [["extract", "none.ckpt", "a.masks"], ["compare", "none.ckpt", "a.masks"]])
+def test_masks_of_a_missing_file_are_one_sentence(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["masks", *command]) == 2
+    assert capsys.readouterr().err == "lightning-sparse: error: There is no file none.ckpt.\n"
+
+
+def test_a_dense_checkpoint_has_no_masks_to_extract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_with("11111111", "a.ckpt")
+    assert main(["masks", "extract", "a.ckpt", "a.masks"]) == 2
+    assert "a.ckpt is dense" in capsys.readouterr().err
+    assert not (tmp_path / "a.masks").exists()
+
+
+def test_nothing_that_is_there_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_with("11010000", "a.ckpt")
+    before = (tmp_path / "a.ckpt").read_bytes()
+    assert main(["masks", "extract", "a.ckpt", "a.ckpt"]) == 2
+    assert main(["recipes", "copy", list_recipes()[0], "a.ckpt"]) == 2
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "error: a.ckpt is there already. Remove it, or name another file."
+    ] * 2
+    assert (tmp_path / "a.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments", [["masks"], ["masks", "unpack"], ["recipes", "bake"], ["recipes", "show"]])
+def test_a_command_that_there_is_not_shows_those_that_there_are(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) == 2
+    assert "usage: lightning-sparse" in capsys.readouterr().err
+
+
+def test_every_recipe_is_listed_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list_recipes()
+    for line in lines:
+        sentence = line.partition(" ")[2].strip()
+        assert len(sentence.split()) >= 4
+        assert sentence.endswith(".")
+
+
+def test_a_recipe_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in list_recipes():
+        assert main(["recipes", "show", name]) == 0
+        assert capsys.readouterr().out == recipe_path(name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", [None, "mine.yaml"])
+def test_a_copied_recipe_can_be_trained(file: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    name = next(name for name in list_recipes() if "digits" in name)
+    assert main(["recipes", "copy", name, *([file] if file else [])]) == 0
+    target = file or f"{name}.yaml"
+    assert f"fit --config {target}" in capsys.readouterr().out
+    assert Path(target).read_bytes() == recipe_path(name).read_bytes()
+    assert type(SparseCLI(["--config", target], run=False).model).__name__ == "Classifier"
+
+
+@pytest.mark.parametrize("command", ["show", "copy"])
+def test_an_unknown_recipe_cannot_be_looked_at(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", command, "lenet301"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "There is no recipe named 'lenet301'" in sentence
+
+
+def test_a_recipe_is_not_copied_into_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "copy", list_recipes()[0], "nowhere/mine.yaml"]) == 2
+    assert "nowhere/mine.yaml cannot be written: No such file or directory." in capsys.readouterr().err

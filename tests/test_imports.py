@@ -16,9 +16,9 @@ LAYERS = [
     {"_version", "functional"},
     {"schedules", "modules"},
     {"masks"},
-    {"methods", "metrics", "monitor"},
+    {"methods", "metrics", "monitor", "reporting"},
     {"__init__"},
-    {"report", "zoo"},
+    {"zoo"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["kth_smallest", "largest", "pack", "smallest", "unpack", "zero_pruned_"]
+__all__ = ["kth_smallest", "largest", "multiplier", "pack", "smallest", "unpack", "zero_pruned_"]
 
 # Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
 _CHUNK = 1 << 17
@@ -112,7 +112,7 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         tensor: Floating point, any shape and strides.
-        mask: ``bool``, the shape of ``tensor``; ``True`` = active.
+        mask: ``bool``, the shape of ``tensor``; ``True`` = active. Or its :func:`multiplier`, which is faster.
 
     Returns:
         ``tensor``.
@@ -122,6 +122,9 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
         tensor([ 1.,  0., -3.])
     """
     bits = tensor.detach().view(_INTEGER_OF_WIDTH[tensor.element_size()])
+    if mask.dtype == bits.dtype:
+        bits.mul_(mask)
+        return tensor
     keep = mask.view(torch.int8)
     order = memory_order(keep)
     one_order = bits.permute(order).is_contiguous() and keep.permute(order).is_contiguous()
@@ -130,6 +133,22 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
     else:
         bits.mul_(keep)
     return tensor
+
+
+def multiplier(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as integers 1 and 0 of the width of ``dtype``: what :func:`zero_pruned_` multiplies by in the end.
+
+    It takes the memory of a weight, and half the time of the mask itself.
+
+    Args:
+        mask: ``bool``, any shape and strides, which are kept.
+        dtype: Floating-point type of the tensors whose entries are to be zeroed.
+
+    Example:
+        >>> multiplier(torch.tensor([True, False]), torch.float32)
+        tensor([1, 0], dtype=torch.int32)
+    """
+    return mask.to(_INTEGER_OF_WIDTH[dtype.itemsize])
 
 
 def _multiply_in_chunks_(bits: Tensor, keep: Tensor) -> None:

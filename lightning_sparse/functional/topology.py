@@ -16,6 +16,7 @@ __all__ = [
     "count_bits",
     "count_changed",
     "count_dead",
+    "count_shared",
     "dead_neurons",
     "exploration_rate",
     "mask_change",
@@ -127,6 +128,25 @@ def count_changed(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[int, in
         )
     changed = [(before ^ after).count_nonzero() for before, after in zip(old, new, strict=True)]
     return _sum(changed), sum(mask.numel() for mask in new)
+
+
+def count_shared(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[int, int]:
+    """How many weights are active in both, and how many in one of them at least: their ratio is Jaccard's index.
+
+    Args:
+        old: ``bool``, of any shapes.
+        new: ``bool``, of the shapes of ``old``.
+
+    Raises:
+        ValueError: There is no mask, one is not ``bool``, or the shapes differ.
+
+    Example:
+        >>> count_shared([torch.tensor([True, True, False])], [torch.tensor([True, False, True])])
+        (1, 3)
+    """
+    changed, _ = count_changed(old, new)
+    both = _sum([(before & after).count_nonzero() for before, after in zip(old, new, strict=True)])
+    return both, both + changed
 
 
 def count_dead(rows: Sequence[Tensor]) -> tuple[int, int]:

@@ -1,6 +1,19 @@
 """The masks of one module: which weights, who owns them, and how they stay true."""
 
+from lightning_sparse.masks.checkpoint import CheckpointError
+from lightning_sparse.masks.files import load_masks, read_masks, save_masks
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.selection import Candidate, Plan, select_weights
 
-__all__ = ["Candidate", "MaskGroup", "MaskRegistry", "MaskedWeight", "Plan", "select_weights"]
+__all__ = [
+    "Candidate",
+    "CheckpointError",
+    "MaskGroup",
+    "MaskRegistry",
+    "MaskedWeight",
+    "Plan",
+    "load_masks",
+    "read_masks",
+    "save_masks",
+    "select_weights",
+]

@@ -10,10 +10,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sparse.functional.masks import memory_order, pack, unpack, zero_pruned_
-from lightning_sparse.masks.selection import Candidate
+from lightning_sparse.functional.masks import memory_order, multiplier, pack, unpack, zero_pruned_
+from lightning_sparse.masks.selection import Candidate, canonical_name
 
 __all__ = ["MaskGroup", "MaskRegistry", "MaskedWeight"]
+
+
+# Weights of a layer for which a second mask, as wide as the weights, is kept: 1 MiB. A step of a network of such layers
+# is so short that reading a mask of bytes shows.
+_SMALL = 2**18
 
 
 class PackedMask(TypedDict):
@@ -44,6 +49,7 @@ class MaskedWeight:
         self.mask = _view_as(flat_mask, candidate.parameter)
         self.num_active = self.budget = self.numel
         self._candidate = candidate
+        self._multiplier = self.mask
 
     @property
     def numel(self) -> int:
@@ -54,6 +60,11 @@ class MaskedWeight:
     def shape(self) -> torch.Size:
         """Shape of the weight."""
         return self.parameter.shape
+
+    @property
+    def unshared_numel(self) -> int:
+        """Number of weights that the module would have here if each use had its own."""
+        return self.numel * self._candidate.uses
 
     @property
     def sparsity(self) -> float:
@@ -92,7 +103,18 @@ class MaskedWeight:
     @torch.no_grad()
     def apply_(self) -> None:
         """Zero the pruned weights."""
-        zero_pruned_(self.parameter, self.mask)
+        self.zero_pruned_(self.parameter)
+
+    def zero_pruned_(self, tensor: Tensor) -> None:
+        """Zero the entries of ``tensor``, of the weight's shape, where weights were pruned at the last count."""
+        as_wide = self._multiplier.element_size() == tensor.element_size()
+        zero_pruned_(tensor, self._multiplier if as_wide else self.mask)
+
+    def recount(self, num_active: int) -> None:
+        """Take the number of active weights, and make what follows from a new mask."""
+        self.num_active = num_active
+        if self.numel <= _SMALL:
+            self._multiplier = multiplier(self.mask, self.parameter.dtype)
 
     def __repr__(self) -> str:
         return f"MaskedWeight({self.name}, {tuple(self.shape)}, sparsity={self.sparsity:.4f})"
@@ -135,6 +157,11 @@ class MaskGroup(Sequence[MaskedWeight]):
         return self.mask.numel()
 
     @property
+    def unshared_numel(self) -> int:
+        """Number of weights that there would be if each use of a shared one had its own; budgets count these."""
+        return sum(weight.unshared_numel for weight in self)
+
+    @property
     def num_active(self) -> int:
         """Active weights, as counted at the last update."""
         return sum(weight.num_active for weight in self)
@@ -152,7 +179,7 @@ class MaskGroup(Sequence[MaskedWeight]):
         """Count the active weights anew; one transfer from the device."""
         counts = torch.stack([weight.mask.count_nonzero() for weight in self]).tolist()
         for weight, num_active in zip(self, counts, strict=True):
-            weight.num_active = num_active
+            weight.recount(num_active)
 
     def apply_(self) -> None:
         """Zero the pruned weights."""
@@ -213,6 +240,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
     """
 
     _of_module: ClassVar[WeakKeyDictionary[nn.Module, MaskRegistry]] = WeakKeyDictionary()
+    _left_in: ClassVar[WeakKeyDictionary[nn.Module, dict[str, Tensor]]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._weights: dict[str, MaskedWeight] = {}
@@ -226,9 +254,34 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         return cls._of_module.setdefault(module, cls())
 
     @classmethod
+    def find(cls, module: nn.Module) -> MaskRegistry | None:
+        """The registry of ``module`` if there is one, in a training."""
+        return cls._of_module.get(module)
+
+    @classmethod
     def forget(cls, module: nn.Module) -> None:
         """Let the next :meth:`of` make a new registry; those who hold this one keep it."""
-        cls._of_module.pop(module, None)
+        registry = cls._of_module.pop(module, None)
+        if registry:
+            cls._left_in[module] = {name: pack(weight.mask) for name, weight in registry.items()}
+
+    @classmethod
+    def left_in(cls, module: nn.Module) -> dict[str, Tensor]:
+        """The masks with which the last training of ``module`` ended, by name.
+
+        Empty where there was none, and where weights have moved since: it then no longer is that sparse module.
+        """
+        parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+        masks: dict[str, Tensor] = {}
+        for name, bits in cls._left_in.get(module, {}).items():
+            parameter = parameters.get(name)
+            if parameter is None or bits.numel() != -(-parameter.numel() // 8):
+                return {}
+            mask = unpack(bits, parameter.shape).to(parameter.device)
+            if parameter.detach()[~mask].any():
+                return {}
+            masks[name] = mask
+        return masks
 
     def claim(
         self, owner: str, candidates: Sequence[Candidate], optimizers: Sequence[torch.optim.Optimizer]
@@ -272,9 +325,17 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         return sum(weight.num_active for weight in self.values())
 
     @property
+    def unshared_numel(self) -> int:
+        """Number of weights that there would be if each use of a shared one had its own."""
+        return sum(weight.unshared_numel for weight in self.values())
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of zeros among the weights that have a mask; 0 before there is one."""
-        return 1.0 - self.num_active / self.numel if self else 0.0
+        """Fraction that is not stored of the weights that have a mask; 0 before there is one.
+
+        Of weights that are shared, each use counts: it is the sparsity of an unshared network that stores as many.
+        """
+        return 1.0 - self.num_active / self.unshared_numel if self else 0.0
 
     def __getitem__(self, name: str) -> MaskedWeight:
         return self._weights[name]

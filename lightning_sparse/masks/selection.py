@@ -17,7 +17,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Candidate", "Plan", "canonical_name", "select_weights"]
+from lightning_sparse.modules.dyrelu import HyperLinear
+from lightning_sparse.modules.weight_sharing import SharedConvolution, uses_of
+
+__all__ = ["Candidate", "Plan", "canonical_name", "judge_parameters", "select_weights"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,6 +59,7 @@ class Candidate:
         reason: Why it is left dense; empty where it is masked.
         groups: Groups of a convolution.
         input_first: Whether dimension 0 counts inputs rather than outputs, as in a transposed convolution.
+        uses: How many convolutions use it, where :class:`~lightning_sparse.modules.WeightSharing` lets several.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Candidate:
     reason: str = ""
     groups: int = 1
     input_first: bool = False
+    uses: int = 1
 
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor``, shaped like the weight, as one row of inputs for each output neuron or filter.
@@ -103,6 +108,11 @@ class Plan(Sequence[Candidate]):
     def masked(self) -> list[Candidate]:
         """The parameters that are masked."""
         return [candidate for candidate in self if not candidate.reason]
+
+    @property
+    def weights(self) -> list[Candidate]:
+        """The parameters that are masked, and those that would be if they were not frozen."""
+        return [candidate for candidate in self if candidate.reason in ("", "frozen")]
 
     def without(self, names: Iterable[str]) -> Plan:
         """This plan with ``names`` left dense, as they were in the run that is being resumed."""
@@ -168,12 +178,7 @@ def select_weights(
         >>> [(candidate.name, candidate.reason) for candidate in plan]
         [('0.weight', ''), ('0.bias', 'bias'), ('1.weight', 'norm'), ('1.bias', 'norm')]
     """
-    owned = list(_owned_parameters(module))
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            _check_matches_something(argument, pattern, owned)
-    candidates = _without_ties([_judge(item, include, exclude) for item in owned])
-    plan = Plan(candidates)
+    plan = judge_parameters(module, include=include, exclude=exclude)
     if not plan.masked:
         raise MisconfigurationException(
             f"{type(module).__name__} has no weight to mask. Its parameters and the reasons:\n{plan}\n"
@@ -181,6 +186,24 @@ def select_weights(
             " weight, name it in full in include=."
         )
     return plan
+
+
+def judge_parameters(
+    module: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> Plan:
+    """The plan of :func:`select_weights`, even where it leaves nothing to mask, as for a frozen module.
+
+    Example:
+        >>> plan = judge_parameters(nn.Linear(4, 3).requires_grad_(False))
+        >>> plan.masked, [candidate.name for candidate in plan.weights]
+        ([], ['weight'])
+    """
+    owned = list(_owned_parameters(module))
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            _check_matches_something(argument, pattern, owned)
+    uses = uses_of(module)
+    return Plan(_without_ties([_judge(item, include, exclude, uses.get(id(item.parameter), 1)) for item in owned]))
 
 
 @dataclass(frozen=True)
@@ -228,7 +251,7 @@ def _check_matches_something(argument: str, pattern: str, owned: Sequence[_Owned
     )
 
 
-def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None) -> Candidate:
+def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None, uses: int) -> Candidate:
     transposed = isinstance(item.module, _TRANSPOSED)
     groups = item.module.groups if isinstance(item.module, _CONVOLUTIONS + _TRANSPOSED) else 1
     return Candidate(
@@ -238,6 +261,7 @@ def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] |
         reason=_reason(item, include, exclude),
         groups=groups,
         input_first=transposed or type(item.module).__name__ == _LINEAR_IN_OUT,
+        uses=uses,
     )
 
 
@@ -259,6 +283,8 @@ def _reason(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] 
 
 
 def _reason_of_rules(item: _Owned) -> str:
+    if isinstance(item.module, HyperLinear | SharedConvolution):
+        return "auxiliary: added by a callback"
     if isinstance(item.module, _NORMS) or type(item.module).__name__.lower().endswith("norm"):
         return "norm"
     if "bias" in item.local_name:

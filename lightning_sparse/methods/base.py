@@ -16,6 +16,9 @@ The training loop, with the points at which a method acts::
 
 The clock counts optimizer steps that were really taken. With several optimizers (manual optimization) it counts the
 batches in which one of them stepped.
+
+One method may go on where another has ended: given its checkpoint as ``ckpt_path``, or its module, it takes over the
+masks (``inherited``), and its own training, of which durations may be fractions, begins there.
 """
 
 from __future__ import annotations
@@ -34,13 +37,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sparse.masks.averaging import mask_averaged_weights
+from lightning_sparse.masks.checkpoint import masks_by_method
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.selection import Candidate, select_weights
-from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy, steps_of_training
+from lightning_sparse.masks.succession import forget_pruned, waking_zeros
+from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy, steps_of_training, steps_taken
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
     from lightning_sparse.methods.paper import Paper
@@ -78,6 +84,8 @@ class SparseMethod(pl.Callback, ABC):
         self.include = None if include is None else tuple(include)
         self.exclude = None if exclude is None else tuple(exclude)
         self.seed = seed
+        # Lightning asks for it at every hook.
+        self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)
         self.step = 0
         self._registry = MaskRegistry()
         self._groups: list[MaskGroup] = []
@@ -87,6 +95,9 @@ class SparseMethod(pl.Callback, ABC):
         self._seen: set[int] = set()
         self._had_gradients: set[int] = set()
         self._loaded: Mapping[str, Any] | None = None
+        self._loaded_of_others: Mapping[str, Tensor] = {}
+        self._inherited: Mapping[str, Tensor] = {}
+        self._began_at = 0
         self._module: Callable[[], pl.LightningModule | None] = _nothing
         self._visited: Callable[[], pl.LightningModule | None] = _nothing
         self._dense: list[Candidate] = []
@@ -100,7 +111,10 @@ class SparseMethod(pl.Callback, ABC):
 
     @abstractmethod
     def initialize_masks(self, group: MaskGroup) -> None:
-        """Write the masks with which training begins into ``group.mask``, which is all active."""
+        """Write the masks with which training begins into ``group.mask``, which is all active.
+
+        Where ``self.inherited`` has masks, training goes on from them as far as the method can.
+        """
 
     @abstractmethod
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
@@ -134,6 +148,10 @@ class SparseMethod(pl.Callback, ABC):
     def training_ended(self) -> None:
         """Training has run to its end; say what the user should know of it."""
 
+    def companions(self) -> Sequence[pl.Callback]:
+        """Callbacks that the method brings with it; they work in the Trainer, right behind it."""
+        return ()
+
     # What a user reads.
 
     @property
@@ -152,21 +170,35 @@ class SparseMethod(pl.Callback, ABC):
         return [weight for group in self._groups for weight in group]
 
     @property
+    def dense(self) -> Sequence[Candidate]:
+        """The parameters of the module that this method leaves dense, each with its reason."""
+        return self._dense
+
+    @property
+    def inherited(self) -> Mapping[str, Tensor]:
+        """The masks that this training began with because another method had left them, by parameter name."""
+        return self._inherited
+
+    @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
+        return self._state_key
 
     # The hooks.
 
     @final
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for companion in reversed(self.companions()):
+            if companion not in callbacks:  # Lightning comes to it next in this very loop
+                callbacks.insert(callbacks.index(self) + 1, companion)
         if stage != "fit":
-            self._visited, self._loaded = ref(pl_module), None
+            self._visited, self._loaded, self._loaded_of_others = ref(pl_module), None, {}
             return
         # A state that is here already came with weights that validate or test has put into the module.
         if not (self._module() is pl_module is self._visited()):
-            self._loaded = None
+            self._loaded, self._loaded_of_others = None, {}
         if self._module() is not pl_module:
             self._groups = []
         refuse_strategy(type(self).__name__, trainer)
@@ -191,8 +223,10 @@ class SparseMethod(pl.Callback, ABC):
         self._registry = MaskRegistry.of(pl_module)
         self._groups = self._registry.claim(self.state_key, plan.masked, trainer.optimizers)
         try:
+            self._inherited = self._masks_of_others(trainer, pl_module) if state is None else {}
+            self._began_at = steps_taken(trainer, pl_module) if state is None else state.get("began_at", 0)
             self._begin(state)
-            self.resolve_times(steps_of_training(trainer, pl_module))
+            self.resolve_times(steps_of_training(trainer, pl_module) - self._began_at)
         except Exception:
             self._registry.release(self.state_key)
             for name, value in before.items():  # a refused resume takes nothing of what was there
@@ -203,12 +237,16 @@ class SparseMethod(pl.Callback, ABC):
             broadcast_(group.mask)
             group.recount()
             group.apply_()
+            if state is None:
+                forget_pruned(group, self._inherited)
             mask_averaged_weights(trainer, group)
             self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
         rank_zero_info(f"{type(self).__name__}: {plan.summary} Sparsity {self._registry.sparsity:.4f}.")
 
     def _state_to_continue(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any] | None:
         """What a checkpoint holds, or what this callback knows of the module from an earlier fit."""
+        if self._loaded is None and self._loaded_of_others:
+            return None
         # At step 0 the path is that of the weights which the learning-rate finder has just put back.
         if self._loaded is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
@@ -218,8 +256,26 @@ class SparseMethod(pl.Callback, ABC):
                 " ckpt_path."
             )
         if self._loaded is None and self._module() is pl_module:
-            return self.state_dict() or None
+            return self.state_dict() | {"began_at": 0} if self._groups else None
         return self._loaded
+
+    def _masks_of_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Tensor]:
+        """The masks that another method has left, in the checkpoint that is resumed or in the module."""
+        left = self._loaded_of_others or MaskRegistry.left_in(pl_module)
+        for weight in self.weights:
+            if weight.name in left and left[weight.name].shape != weight.shape:
+                raise MisconfigurationException(
+                    f"The checkpoint's mask of {weight.name} has shape {tuple(left[weight.name].shape)}, but the weight"
+                    f" has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
+                )
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        unmasked = left.keys() - self._registry.keys()
+        if unmasked and [callback for callback in callbacks if isinstance(callback, SparseMethod)][-1] is self:
+            self._warn_once(
+                f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over, so"
+                " their zeros are trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
+            )
+        return {weight.name: left[weight.name] for weight in self.weights if weight.name in left}
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         self._awaiting_step, self._seen, self._had_gradients, self._warned = set(), set(), set(), set()
@@ -229,6 +285,7 @@ class SparseMethod(pl.Callback, ABC):
             self.load_method_state({})
             for group in self._groups:
                 self.initialize_masks(group)
+            self._warn_of_waking()
             return
         missing = {"step", "masks", "method"} - state.keys()
         if missing:
@@ -242,6 +299,14 @@ class SparseMethod(pl.Callback, ABC):
         for group, lasted in zip(self._groups, state.get("not_finite_for", ()), strict=False):
             group.not_finite_for = lasted
         self.load_method_state(state["method"])
+
+    def _warn_of_waking(self) -> None:
+        names = waking_zeros(self._groups, self._inherited)
+        if names:
+            self._warn_once(
+                f"{', '.join(names)} hold zeros as after a sparse training, and no masks came with them: the zeros are"
+                " trained again. To go on from their masks, resume with ckpt_path, or train with FixedMask"
+            )
 
     @final
     @override
@@ -370,11 +435,27 @@ class SparseMethod(pl.Callback, ABC):
             masks |= group.packed()
         return {
             "step": self.step + self._stepped_in_batch,
+            "began_at": self._began_at,
             "masks": masks,
             "dense": [candidate.name for candidate in self._dense],
             "not_finite_for": [group.not_finite_for for group in self._groups],
             "method": self.method_state(),
         }
+
+    @final
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        here = {callback.state_key for callback in callbacks}
+        states: Mapping[str, Any] = checkpoint.get("callbacks", {})
+        others = {key: state for key, state in states.items() if key not in here}
+        # One of the same class with other include= or exclude= is no other method: that resume is refused.
+        if self.state_key not in states and not any(key.startswith(f"{type(self).__name__}{{") for key in others):
+            left = masks_by_method({"callbacks": others}, "the checkpoint")
+            masks = {name: mask for its_masks in left.values() for name, mask in its_masks.items()}
+            self._loaded_of_others = masks or self._loaded_of_others  # the learning-rate finder's file has none
 
     @final
     @override
@@ -429,7 +510,7 @@ class SparseMethod(pl.Callback, ABC):
 def total_target_sparsity(trainer: pl.Trainer) -> float:
     """The sparsity that the methods of ``trainer`` aim at now, over all their weights together."""
     methods = _methods_in_training(trainer)
-    sizes = [sum(group.numel for group in method.groups) for method in methods]
+    sizes = [sum(group.unshared_numel for group in method.groups) for method in methods]
     zeros = [size * method.target_sparsity() for size, method in zip(sizes, methods, strict=True)]
     return sum(zeros) / sum(sizes) if sizes else 0.0
 

@@ -16,7 +16,7 @@ from lightning_sparse.functional.allocation import (
 )
 from lightning_sparse.masks.registry import MaskGroup
 
-__all__ = ["LayerAllocation", "check_budget", "check_choice", "check_count", "layer_budgets"]
+__all__ = ["LayerAllocation", "budget_of", "check_budget", "check_choice", "check_count", "layer_budgets"]
 
 LayerAllocation = Literal["uniform", "er", "erk"]
 """The proportions in which layers share a budget: alike, Erdős–Rényi, Erdős–Rényi–Kernel."""
@@ -28,15 +28,23 @@ _SHARES: dict[LayerAllocation, Callable[..., list[int]]] = {
 }
 
 
-def layer_budgets(group: MaskGroup, sparsity: float, allocation: LayerAllocation, min_active: int) -> list[int]:
-    """One budget for each layer; none above what is active now.
+def budget_of(group: MaskGroup, sparsity: float) -> int:
+    """The weights that ``sparsity`` leaves active in the group, of those that it would have unshared."""
+    return min(num_active(sparsity, group.unshared_numel), group.numel)
+
+
+def layer_budgets(
+    group: MaskGroup, sparsity: float, allocation: LayerAllocation, min_active: int, *, grow: bool = False
+) -> list[int]:
+    """One budget for each layer; none above what is active now, unless masks may ``grow``.
 
     The sum is that of ``sparsity``, or what is active where that is less.
     """
+    capacities = [weight.numel if grow else weight.num_active for weight in group]
     return _SHARES[allocation](
         [weight.shape for weight in group],
-        min(num_active(sparsity, group.numel), group.num_active),
-        capacities=[weight.num_active for weight in group],
+        min(budget_of(group, sparsity), sum(capacities)),
+        capacities=capacities,
         min_active=min_active,
     )
 
@@ -48,12 +56,12 @@ def check_budget(group: MaskGroup, sparsity: float, min_active: int) -> None:
         MisconfigurationException: It leaves no weight, or fewer than ``min_active`` in each layer.
     """
     least = max(1, sum(min(min_active, weight.numel) for weight in group))
-    budget = num_active(sparsity, group.numel)
+    budget = budget_of(group, sparsity)
     if budget < least:
         raise MisconfigurationException(
-            f"Sparsity {sparsity} leaves {budget} of the {group.numel} weights of one optimizer, but at least {least}"
-            f" must stay active (min_active={min_active} in each of {len(group)} layers). The largest feasible sparsity"
-            f" is {largest_feasible_sparsity(least, group.numel)}."
+            f"Sparsity {sparsity} leaves {budget} of the {group.unshared_numel} weights of one optimizer, but at least"
+            f" {least} must stay active (min_active={min_active} in each of {len(group)} layers). The largest feasible"
+            f" sparsity is {largest_feasible_sparsity(least, group.unshared_numel)}."
         )
 
 

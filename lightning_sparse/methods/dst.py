@@ -211,7 +211,7 @@ class DST(LatentMethod):
 
     def _sparsity(self) -> float:
         """That of the weights of this method, together."""
-        numel = sum(group.numel for group in self.groups)
+        numel = sum(group.unshared_numel for group in self.groups)
         return 1.0 - sum(group.num_active for group in self.groups) / numel if numel else 0.0
 
     @override

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.allocation import num_active
 from lightning_sparse.functional.masks import largest
 from lightning_sparse.masks.randomness import random_scores
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
-from lightning_sparse.methods.budgets import check_budget, check_choice, check_count, layer_budgets
+from lightning_sparse.masks.succession import inherit_
+from lightning_sparse.methods.budgets import budget_of, check_budget, check_choice, check_count, layer_budgets
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.schedules import Duration, Polynomial, Schedule, UpdateTimes, as_schedule, check_fraction
 
@@ -35,7 +35,8 @@ class GradualPruning(HardMaskMethod):
     Args:
         sparsity: The final sparsity, in [0, 1), reached from dense along the cubic
             :math:`s_t = s_f (1 - (1 - p)^3)`; or a schedule of it. A schedule that begins above 0 begins with random
-            masks, shared among layers by ``allocation`` (by ERK where it is ``"global"``).
+            masks, shared among layers by ``allocation`` (by ERK where it is ``"global"``), unless another
+            method has left its own: they are pruned further once the schedule asks for more.
         allocation: Which weights are ranked together: all, or those of a layer, with its share of the budget.
         update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
         start: Time of the first update.
@@ -95,7 +96,7 @@ class GradualPruning(HardMaskMethod):
     @override
     def training_ended(self) -> None:
         final = self.sparsity(1.0)
-        if any(group.num_active > num_active(final, group.numel) for group in self.groups):
+        if any(group.num_active > budget_of(group, final) for group in self.groups):
             rank_zero_warn(
                 f"{type(self).__name__}: training ended at step {self.step} with sparsity {self.registry.sparsity:.4f}"
                 f" instead of {final:.4f}. Train to the last update, or give an earlier stop."
@@ -106,7 +107,8 @@ class GradualPruning(HardMaskMethod):
     def initialize_masks(self, group: MaskGroup) -> None:
         check_budget(group, self.sparsity(1.0), self.min_active)  # refuse at the start what the end could not do
         sparsity = self.sparsity(0.0)
-        if sparsity == 0.0:
+        if self.inherited or sparsity == 0.0:  # what is pruned stays pruned, and the first update prunes the rest
+            inherit_(group, self.inherited, self.seed)
             return
         for weight, budget in zip(group, self._budgets(group, sparsity), strict=True):
             scores = random_scores(weight, self.seed, step=0)
@@ -118,7 +120,7 @@ class GradualPruning(HardMaskMethod):
     def update_masks(self, group: MaskGroup) -> None:
         sparsity = self.sparsity(self.progress)
         if self.allocation == "global":
-            self._prune_together(group, group.num_active - num_active(sparsity, group.numel))
+            self._prune_together(group, group.num_active - budget_of(group, sparsity))
         else:
             for weight, budget in zip(group, self._budgets(group, sparsity), strict=True):
                 self._prune_layer(weight, weight.num_active - budget)

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import zero_pruned_
 from lightning_sparse.masks.distributed import broadcast_, true_on_every_rank
 from lightning_sparse.masks.optimizer_state import all_finite, clear_moments, keeps_zeros
 from lightning_sparse.masks.registry import MaskGroup
@@ -79,7 +78,7 @@ class HardMaskMethod(SparseMethod):
             self._update(trainer, group)
         for weight in group:
             if weight.parameter.grad is not None and weight.num_active < weight.numel:
-                zero_pruned_(weight.parameter.grad, weight.mask)
+                weight.zero_pruned_(weight.parameter.grad)
 
     @final
     @override

@@ -128,7 +128,8 @@ class LatentMethod(SparseMethod):
     def renew(self, weight: MaskedWeight) -> None:
         """Make the mask of ``weight`` anew, and count it."""
         weight.mask.copy_(self.new_mask(weight, self._latent[weight.name]))
-        weight.num_active = weight.budget = int(weight.mask.count_nonzero())
+        weight.recount(int(weight.mask.count_nonzero()))
+        weight.budget = weight.num_active
 
     def _renew_all(self, group: MaskGroup) -> None:
         for weight in group:

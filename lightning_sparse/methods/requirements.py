@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["refuse_optimizers", "refuse_strategy", "steps_of_training"]
+__all__ = ["refuse_optimizers", "refuse_strategy", "steps_of_training", "steps_taken"]
 
 # By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
 _UNSUPPORTED_STRATEGIES = {
@@ -32,6 +32,11 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
     if trainer.max_steps != -1 and not pl_module.automatic_optimization:
         return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
     return total
+
+
+def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
+    return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))
 
 
 def refuse_strategy(method: str, trainer: pl.Trainer) -> None:

@@ -41,7 +41,8 @@ class RigL(PruneAndGrow):
     update_every=4000, stop=1.0, update_replaces_step=False)``.
 
     Args:
-        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on.
+        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on; or a schedule of it,
+            such as :class:`~lightning_sparse.schedules.Cyclic`, over the time to ``stop``.
         allocation: How the budget is shared among layers.
         drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
             cosine; or a schedule of it.
@@ -84,7 +85,7 @@ class RigL(PruneAndGrow):
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | Schedule,
         *,
         allocation: LayerAllocation = "erk",
         drop_fraction: float | Schedule = 0.3,

@@ -38,7 +38,8 @@ class SET(PruneAndGrow):
     ``drop_fraction``, :math:`\zeta` in the paper.
 
     Args:
-        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on.
+        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on; or a schedule of it,
+            such as :class:`~lightning_sparse.schedules.Cyclic`, over the time to ``stop``.
         allocation: How the budget is shared among layers.
         drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
             cosine; or a schedule of it.
@@ -80,7 +81,7 @@ class SET(PruneAndGrow):
 
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | Schedule,
         *,
         allocation: LayerAllocation = "erk",
         drop_fraction: float | Schedule = 0.3,

@@ -396,3 +396,43 @@ def test_a_checkpoint_of_more_masks_than_asked_for_is_taken() -> None:
     randomize(group)
     other.load_(group.packed())
     assert torch.equal(other[0].mask, group[0].mask)
+
+
+def trained(module: nn.Linear) -> nn.Linear:
+    """The module as a training leaves it: the first of its two weights is pruned, and the registry forgotten."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    (group,) = MaskRegistry.of(module).claim("method", select_weights(module).masked, [optimizer])
+    group.mask[0] = False
+    group.apply_()
+    MaskRegistry.forget(module)
+    return module
+
+
+def test_a_module_is_found_to_have_a_registry_only_in_training() -> None:
+    module = nn.Linear(2, 1)
+    assert MaskRegistry.find(module) is None
+    registry = MaskRegistry.of(module)
+    assert MaskRegistry.find(module) is registry
+    MaskRegistry.forget(module)
+    assert MaskRegistry.find(module) is None
+
+
+def test_the_masks_that_a_training_has_left_are_remembered() -> None:
+    module = trained(nn.Linear(2, 1))
+    MaskRegistry.of(module)
+    MaskRegistry.forget(module)  # a training that was refused had no masks, and left none
+    assert {name: mask.tolist() for name, mask in MaskRegistry.left_in(module).items()} == {"weight": [[False, True]]}
+    assert MaskRegistry.left_in(nn.Linear(2, 1)) == {}
+
+
+def test_masks_are_no_longer_those_of_a_module_whose_pruned_weights_have_moved() -> None:
+    module = trained(nn.Linear(2, 1))
+    with torch.no_grad():
+        module.weight[0, 0] = 1.0
+    assert MaskRegistry.left_in(module) == {}
+
+
+def test_masks_are_no_longer_those_of_a_module_whose_layer_was_replaced() -> None:
+    module = trained(nn.Linear(2, 1))
+    module.weight = nn.Parameter(torch.zeros(1, 20))
+    assert MaskRegistry.left_in(module) == {}

@@ -1,0 +1,196 @@
+"""Masks as files of their own, in the safetensors format: one bit a weight, and nothing in them that could run.
+
+A file holds one ``uint8`` tensor for each weight, under its name, packed as :func:`~lightning_sparse.functional.pack`
+does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``1``, and ``shapes``: the
+shape of each mask, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.masks.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    masks_by_method,
+    masks_of_zeros,
+    state_dict_of,
+)
+from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
+from lightning_sparse.masks.selection import judge_parameters
+
+__all__ = ["load_masks", "read_masks", "save_masks"]
+
+_FORMAT, _VERSION = "lightning_sparse.masks", "1"
+
+
+class _HasRegistry(Protocol):
+    """A method of sparse training, seen from below."""
+
+    @property
+    def registry(self) -> MaskRegistry: ...
+
+
+def save_masks(
+    path: str | Path, masks: Mapping[str, Tensor] | Mapping[str, MaskedWeight] | _HasRegistry | nn.Module
+) -> None:
+    """Write masks to a file: one bit a weight, in the safetensors format.
+
+    In a training on several processes, whose masks are the same, let one of them write.
+
+    Args:
+        path: The file; one that is there is overwritten.
+        masks: A mapping from names to ``bool`` tensors, ``True`` = active; a registry; a callback, whose registry is
+            meant, with the masks of every method of its module; or a module, whose zeros are meant: in a training its
+            registry, and otherwise the weights that a method would mask.
+
+    Raises:
+        ValueError: There is no mask, or one is not ``bool``.
+
+    Example:
+        >>> from lightning_sparse import load_masks, save_masks
+        >>> module = nn.Linear(2, 2)
+        >>> _ = module.weight.data.copy_(torch.eye(2))
+        >>> save_masks("eye.masks", module)
+        >>> load_masks("eye.masks")
+        {'weight': tensor([[ True, False],
+                [False,  True]])}
+    """
+    tensors = _tensors(masks)
+    if not tensors:
+        raise ValueError(
+            f"There is no mask to write to {path}. A callback has masks from the start of its training on; to save"
+            " those of a checkpoint, use `lightning-sparse masks extract`."
+        )
+    for name, mask in tensors.items():
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"The mask of {name} is {mask.dtype}; give torch.bool, True = active, as in `weight != 0`."
+            )
+    shapes = {name: list(mask.shape) for name, mask in tensors.items()}
+    metadata = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(shapes)}
+    save_file({name: pack(mask) for name, mask in tensors.items()}, str(path), metadata)
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Read the masks that :func:`save_masks` wrote.
+
+    Returns:
+        ``bool`` tensors with the shapes of the weights, on the CPU, by name in alphabetical order.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds no masks.
+
+    Example:
+        >>> from lightning_sparse import load_masks, save_masks
+        >>> save_masks("fc.masks", {"fc.weight": torch.tensor([[True, False]])})
+        >>> load_masks("fc.masks")
+        {'fc.weight': tensor([[ True, False]])}
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is a folder; give the file itself." if path.is_dir() else f"There is no file {path}."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            packed = {name: cast("Tensor", file.get_tensor(name)) for name in sorted(file.keys())}
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or is not a file of masks: safetensors cannot read it ({error}). Files of masks are"
+            " written by save_masks and by `lightning-sparse masks extract`."
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} holds tensors in the safetensors format, but no masks. Files of masks are written by save_masks"
+            " and by `lightning-sparse masks extract`."
+        )
+    if metadata.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path} was written in version {metadata.get('version')} of the format of masks, and this is {_VERSION}."
+            " Upgrade lightning-sparse."
+        )
+    return _unpacked(packed, metadata, path)
+
+
+def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Read masks from whatever holds some: a file of masks, a checkpoint of a method, or one with zeros in it.
+
+    Args:
+        path: What :func:`save_masks` wrote, a Lightning checkpoint, or a file with a state dict. Masks that methods
+            have saved in a checkpoint go before the zeros of its weights.
+        names: The weights that are asked for where masks are read off zeros; by default all that have some.
+
+    Returns:
+        ``bool`` tensors with the shapes of the weights, on the CPU, by name.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or neither.
+
+    Example:
+        >>> from lightning_sparse.masks import read_masks
+        >>> torch.save({"fc.weight": torch.eye(2)}, "eye.pt")
+        >>> read_masks("eye.pt")
+        {'fc.weight': tensor([[ True, False],
+                [False,  True]])}
+    """
+    if _looks_like_safetensors(Path(path)):
+        return load_masks(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        if not Path(path).is_file() or is_zipfile(path):  # a zip archive is a checkpoint, if a bad one
+            raise
+        raise CheckpointError(f"{error} Nor is it a file of masks.") from error
+    methods = masks_by_method(checkpoint, path)
+    if methods:
+        return {name: mask for masks in methods.values() for name, mask in masks.items()}
+    masks = masks_of_zeros(state_dict_of(checkpoint, path), names)
+    if all(mask.all() for mask in masks.values()):
+        raise CheckpointError(
+            f"{path} is dense: no method has saved masks in it, and there is no weight in it with zeros. Give the"
+            " checkpoint of a sparse training, or a file that save_masks wrote."
+        )
+    return masks
+
+
+def _tensors(masks: Any) -> dict[str, Tensor]:
+    if isinstance(masks, nn.Module):
+        registry = MaskRegistry.find(masks)
+        if registry is None:
+            return {weight.name: weight.parameter.detach() != 0 for weight in judge_parameters(masks).weights}
+        masks = registry
+    elif not isinstance(masks, Mapping):
+        masks = masks.registry
+    return {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
+
+
+def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:
+    try:
+        shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
+        if shapes.keys() != packed.keys():
+            raise ValueError(f"there are shapes of {sorted(shapes)} and masks of {sorted(packed)}.")
+        return {name: unpack(bits, tuple(shapes[name])) for name, bits in packed.items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its masks do not fit their shapes ({error}) Write it anew."
+        ) from error
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    """Whether a JSON header follows eight bytes of its length; zip archives and pickles begin otherwise."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"

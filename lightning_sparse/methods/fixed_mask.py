@@ -1,0 +1,179 @@
+"""FixedMask: fine-tuning with a topology that does not move.
+
+Paper:  Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,
+        https://arxiv.org/abs/1506.02626 (the third of its three steps: train, prune, retrain what is left)
+Code:   none was published
+Differs from the paper:
+    - Masks may come from any method, or from another run on other weights.
+    - The paper retrains with less dropout and a lower learning rate; both are the user's here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.masks.files import read_masks
+from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
+from lightning_sparse.methods.hard_mask import HardMaskMethod
+from lightning_sparse.methods.paper import Paper
+from lightning_sparse.schedules import UpdateTimes
+
+__all__ = ["FixedMask"]
+
+
+@final
+class FixedMask(HardMaskMethod):
+    r"""Fixed masks: fine-tune with a topology that does not move.
+
+    With :math:`M` from where ``masks`` says, each step trains the active weights alone:
+
+    .. math:: W \leftarrow M \odot \bigl(W - \eta\, (M \odot \nabla L)\bigr) .
+
+    There is no sparsity to ask for: it, and its target, is that of the masks. They are read as training begins;
+    resumed with ``ckpt_path``, a training goes on with those that are in its checkpoint.
+
+    Args:
+        masks: Where the masks come from:
+
+            - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left
+              masks, as after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
+            - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a
+              checkpoint that nothing of ours has trained, whose zeros are taken.
+            - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
+
+            A path or a mapping has a mask for every weight that is masked here, and wins over a checkpoint's.
+        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
+        exclude: Patterns of what stays dense.
+
+    Raises:
+        MisconfigurationException: As training begins: no weight has a zero, or names or shapes of the masks are not
+            those of the module.
+        CheckpointError: As training begins: the file is missing, damaged, or holds no masks.
+        ValueError: A mask in a mapping is not ``bool``.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_sparse import FixedMask
+        >>> fixed = FixedMask(masks={"layer.weight": torch.eye(2, 32, dtype=torch.bool)})
+        >>> trainer = L.Trainer(max_steps=20, callbacks=[fixed], logger=False, enable_checkpointing=False,
+        ...                     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> fixed.registry
+        MaskRegistry(1 weights, sparsity=0.9688)
+
+    References:
+        Han et al., `Learning both Weights and Connections for Efficient Neural Networks
+        <https://arxiv.org/abs/1506.02626>`_, NeurIPS 2015.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        authors="Han et al.",
+        title="Learning both Weights and Connections for Efficient Neural Networks",
+        venue="NeurIPS 2015",
+        url="https://arxiv.org/abs/1506.02626",
+    )
+
+    def __init__(
+        self,
+        masks: str | Path | Mapping[str, Tensor] | None = None,
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> None:
+        for name, mask in masks.items() if isinstance(masks, Mapping) else ():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"masks[{name!r}] is {kind}; give a tensor of torch.bool, as in `weight != 0`.")
+        # The one update is over before training begins.
+        super().__init__(times=UpdateTimes(every=1, start=0, stop=0), include=include, exclude=exclude, seed=0)
+        self.masks = masks
+        self._chosen: Mapping[str, Tensor] = {}
+
+    @override
+    def initialize_masks(self, group: MaskGroup) -> None:
+        if group is self.groups[0]:
+            self._chosen = self._masks_in_module() if self.masks is None else self._masks_given(self.masks)
+        for weight in group:
+            weight.mask.copy_(self._chosen[weight.name])
+            weight.budget = int(weight.mask.count_nonzero())
+            if weight.budget == 0:
+                rank_zero_warn(
+                    f"FixedMask: {weight.name} has no active weight, and so never will; nothing flows through it. Leave"
+                    " it out with exclude= to train it."
+                )
+        group.updated_at = 0
+        if group is self.groups[-1]:
+            self._chosen = {}
+
+    def _masks_in_module(self) -> Mapping[str, Tensor]:
+        zeros = {weight.name: weight.parameter != 0 for weight in self.weights}
+        masks = zeros | dict(self.inherited)  # a weight that was just grown is zero, and active
+        if all(mask.all() for mask in masks.values()):
+            raise MisconfigurationException(
+                f"FixedMask found no zero in {', '.join(masks)}: the module is dense. Load sparse weights into it"
+                " before fit, resume a sparse training with ckpt_path, or name the masks: FixedMask(masks=PATH)."
+            )
+        return masks
+
+    def _masks_given(self, given: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if isinstance(given, Mapping):
+            masks, source = given, "The mapping masks="
+        else:
+            masks, source = read_masks(given, names=[weight.name for weight in self.weights]), f"{given}"
+        known = [weight.name for weight in self.weights] + [candidate.name for candidate in self.dense]
+        unknown = [name for name in masks if name not in known]
+        if unknown:
+            near = _near(unknown, [weight.name for weight in self.weights])
+            raise MisconfigurationException(
+                f"{source} has masks of {', '.join(unknown)}, which the module does not have. Its weights near them:"
+                f" {', '.join(near)}. Give the masks of this module."
+            )
+        missing = [weight.name for weight in self.weights if weight.name not in masks]
+        if missing:
+            raise MisconfigurationException(
+                f"{source} has no mask of {', '.join(missing)}; it has masks of {', '.join(masks) or 'nothing'}. To"
+                f" leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}."
+            )
+        _check_shapes(self.weights, masks, source)
+        return masks
+
+    @override
+    def update_masks(self, group: MaskGroup) -> None:
+        raise AssertionError("Fixed masks have no update.")
+
+    @override
+    def target_sparsity(self, name: str | None = None) -> float:
+        weights = self.weights if name is None else [self.registry[name]]
+        numel = sum(weight.numel for weight in weights)
+        return 1.0 - sum(weight.num_active for weight in weights) / numel if numel else 0.0
+
+    @override
+    def training_ended(self) -> None:
+        """The sparsity was there from the start."""
+
+
+def _check_shapes(weights: Sequence[MaskedWeight], masks: Mapping[str, Tensor], source: str) -> None:
+    wrong = [
+        f"{weight.name} is {tuple(weight.shape)} and its mask {tuple(masks[weight.name].shape)}"
+        for weight in weights
+        if masks[weight.name].shape != weight.shape
+    ]
+    if wrong:
+        raise MisconfigurationException(
+            f"{source} has masks of other shapes than the module: {'; '.join(wrong)}. Give the masks of this module."
+        )
+
+
+def _near(unknown: Iterable[str], known: Sequence[str]) -> list[str]:
+    near = [name for each in unknown for name in difflib.get_close_matches(each, known, n=3, cutoff=0.4)]
+    return list(dict.fromkeys(near or known[:8]))

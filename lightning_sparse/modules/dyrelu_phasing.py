@@ -1,0 +1,381 @@
+"""DyReLU phasing: every ReLU is a Dynamic ReLU while the network finds its way, and a ReLU again at the end.
+
+Paper:  Li et al., "Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning", TMLR 2025,
+        https://arxiv.org/abs/2411.13545
+Code:   https://github.com/TensorStrike/ES2
+Differs from the authors' code:
+    - beta falls at every step, there at every epoch.
+    - There, with frozen Dynamic ReLUs, the phase begins only where an epoch's number equals its start, which the
+      default start (62.5) never does. Here it begins.
+    - When the phase is over, the parameters of the Dynamic ReLUs are dropped; there they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, final
+from weakref import ref
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers.multiprocessing import (
+    _MultiProcessingLauncher,  # pyright: ignore[reportPrivateUsage]
+)
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from typing_extensions import Self, override
+
+from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again
+from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
+from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["DyReLUPhasing"]
+
+_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+
+
+@final
+class DyReLUPhasing(pl.Callback):
+    r"""Puts Dynamic ReLU in the place of every ``nn.ReLU``, and takes it back to ReLU while training.
+
+    With the share :math:`\beta` of Dynamic ReLU, each :class:`~lightning_sparse.modules.PhasedReLU` computes
+
+    .. math:: \max\bigl((1 + \beta\,\theta_{a_1})\, x + \tfrac12 \beta\,\theta_{b_1},\;
+        \beta\,\theta_{a_2}\, x + \tfrac12 \beta\,\theta_{b_2}\bigr), \qquad
+        \beta = 1 - \frac{t - t_{start}}{t_{stop} - t_{start}} \text{ in } [0, 1]
+
+    From ``stop`` on it is a plain ReLU, and the state of module and optimizer no longer holds its parameters: a
+    checkpoint that is written then loads into the module as it was before. When the fit ends, the module holds its
+    ``nn.ReLU`` again. A fit that ends earlier leaves the Dynamic ReLUs, which the network needs, and says so.
+
+    How many channels come to a ReLU is found by one forward of ``example_input_array`` or, where the module has none,
+    of a training batch's first element. Calls of ``F.relu`` cannot be replaced and are named.
+
+    Args:
+        start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
+        stop: Time at which it is 0. The defaults are about those of the authors' code: 62.5 and 124 of 250 epochs.
+        reduction: That of each :class:`~lightning_sparse.modules.DyReLU`.
+        freeze: Whether the Dynamic ReLUs learn no more once :math:`\beta` falls (the code's ``disable_drelu_grad``).
+        include: Globs of the names of the ReLUs, from the LightningModule on; all where None.
+        exclude: Globs of those that stay as they are.
+        seed: Seed of the first values of the Dynamic ReLUs' parameters.
+
+    Raises:
+        ValueError: A duration is negative or a fraction above 1, or ``stop`` comes before ``start``.
+        MisconfigurationException: On setup, if a glob matches no ReLU or the channels cannot be found.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_sparse.modules import DyReLUPhasing
+        >>> from lightning_sparse.zoo import Classifier, DigitsDataModule, LeNet300100
+        >>> model = Classifier(LeNet300100(in_features=64))
+        >>> trainer = L.Trainer(max_steps=20, callbacks=[DyReLUPhasing()], logger=False, enable_checkpointing=False,
+        ...                     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(model, DigitsDataModule())
+        >>> model.network.relu1
+        ReLU()
+
+    References:
+        Li et al., `Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning
+        <https://arxiv.org/abs/2411.13545>`_, TMLR 2025.
+    """
+
+    def __init__(
+        self,
+        start: Duration = 0.25,
+        stop: Duration = 0.5,
+        *,
+        reduction: int = 4,
+        freeze: bool = False,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if reduction < 1:
+            raise ValueError(f"reduction is {reduction}; the hidden layer has that many times fewer units, at least 1.")
+        self.times = UpdateTimes(every=1, start=start, stop=stop)
+        self.reduction = reduction
+        self.freeze = freeze
+        self.include = None if include is None else tuple(include)
+        self.exclude = None if exclude is None else tuple(exclude)
+        self.seed = seed
+        self.beta = 1.0
+        self._timetable = Timetable(every=1, start=0, stop=0)
+        self._sites: dict[str, PhasedReLU] = {}
+        self._ignored_before: Any = None
+        self._finished: Callable[[], nn.Module | None] = _nothing
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # A checkpoint that is about to be loaded, of which nothing is known yet, says whether a site is phased out.
+        # Where there is none, a module whose phase is over stays as it is, and so does one that is only looked at.
+        there_before = phased_relus(pl_module)
+        if not there_before:
+            self._insert(trainer, pl_module, stage)
+        self._sites = phased_relus(pl_module)
+        if not there_before and (stage != "fit" or self._finished() is pl_module):
+            for site in self._sites.values():
+                site.phase_out()
+        if stage != "fit":
+            return
+        self._finished = _nothing
+        # DDP waits for the gradient of every parameter that it knows, and these will have none. on_after_backward does
+        # what it did for them.
+        self._ignored_before = getattr(pl_module, _IGNORED_BY_DDP, None)
+        own = {f"{name}.{key}" for name, site in self._sites.items() for key in (*_names(site),)}
+        setattr(pl_module, _IGNORED_BY_DDP, own | set(self._ignored_before or ()))
+        copy_again(trainer, pl_module, self)
+
+    def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        relus = {name: child for name, child in pl_module.named_modules() if isinstance(child, nn.ReLU)}
+        for argument, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns or ():
+                if not any(fnmatchcase(name, pattern) for name in relus):
+                    raise MisconfigurationException(
+                        f"DyReLUPhasing: {argument}={pattern!r} matches none of the ReLUs: {', '.join(relus)}."
+                    )
+        wanted = {name: relu for name, relu in relus.items() if self._wants(name)}
+        if not wanted and stage == "fit":
+            rank_zero_warn(
+                f"DyReLUPhasing: {type(pl_module).__name__} has no nn.ReLU when fit sets up, so nothing is phased. Make"
+                " activations nn.ReLU modules, in __init__."
+            )
+            return
+        if stage != "fit":
+            for relu in wanted.values():
+                _replace(pl_module, relu, PhasedReLU(relu, (), self.reduction))
+            return
+        channels, functions = _watch_a_forward(trainer, pl_module)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for name, relu in wanted.items():
+                if channels.get(relu):
+                    site = PhasedReLU(relu, channels[relu], self.reduction)
+                    _replace(pl_module, relu, site.to(pl_module.device))
+                else:
+                    rank_zero_warn(f"DyReLUPhasing: forward does not reach {name}, which stays a ReLU.")
+        if functions:
+            rank_zero_warn(
+                f"DyReLUPhasing: relu is called as a function in {', '.join(functions)}, and stays a ReLU there. Use"
+                " nn.ReLU modules to have it phased."
+            )
+
+    def _wants(self, name: str) -> bool:
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude or ()):
+            return False
+        return self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_in_optimizer(trainer, {name: list(site.parameters()) for name, site in self._sites.items()}, type(self))
+
+    @override
+    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._timetable = self.times.resolve(trainer.estimated_stepping_batches)
+        for parameter in self._parameters() if _world_size() > 1 else ():
+            distributed.broadcast(parameter, src=0)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._is_over():
+            return
+        self.beta = 1.0 - self._timetable.progress(trainer.global_step)
+        for site in self._sites.values():
+            site.beta.fill_(self.beta)
+            site.requires_grad_(not (self.freeze and self.beta < 1.0))
+        if self.beta == 0.0:
+            self._phase_out(trainer)
+
+    def _phase_out(self, trainer: pl.Trainer) -> None:
+        """Be ReLUs from now on, and leave the optimizer nothing to move."""
+        for site in self._sites.values():
+            site.phase_out()
+        for parameter in self._parameters():
+            parameter.grad = None
+            for optimizer in trainer.optimizers:
+                optimizer.state.pop(parameter, None)
+
+    @override
+    @torch.no_grad()
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Of accumulated batches too: what was averaged before is equal on every rank, and stays what it is.
+        if _world_size() == 1 or self._is_over():
+            return
+        learning = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        if not learning:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+        mean = torch.cat([gradient.flatten() for gradient in gradients]) / _world_size()
+        distributed.all_reduce(mean)
+        for parameter, part in zip(learning, mean.split([p.numel() for p in learning]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        beta = 0.0 if self._is_over() else self.beta
+        pl_module.log("dyrelu/beta", beta, on_step=False, on_epoch=True, sync_dist=True)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_over():
+            self._finished = ref(pl_module)
+        else:
+            # The main process, which only takes weights from those that it has started, has a module without them.
+            stays = not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+            rank_zero_warn(
+                f"DyReLUPhasing: training ended at beta {self.beta:.3f}, and the module"
+                f" {'still holds' if stays else 'is left without'} the Dynamic ReLUs that it needs. Train to the stop"
+                " of the phase, or give an earlier stop; a checkpoint that was written now goes on from here."
+            )
+            for site in self._sites.values() if not stays else ():
+                _replace(pl_module, site, site.relu)
+        self._leave(pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+
+    def _leave(self, pl_module: pl.LightningModule) -> None:
+        """Take out of the module what is a ReLU by now."""
+        for site in phased_relus(pl_module).values():
+            if site.is_phased_out:
+                _replace(pl_module, site, site.relu)
+        if self._ignored_before is not None:
+            setattr(pl_module, _IGNORED_BY_DDP, self._ignored_before)
+        elif hasattr(pl_module, _IGNORED_BY_DDP):
+            delattr(pl_module, _IGNORED_BY_DDP)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"sites": list(self._sites)}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("sites")
+        if trainer.state.fn == "fit" and self._sites and saved != list(self._sites):
+            raise MisconfigurationException(
+                f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._sites)}, but"
+                f" {'none' if saved is None else ', '.join(saved)}, so its optimizers do not know their parameters."
+                " Resume with the callbacks that wrote it. To begin with its weights, load them with"
+                " load_from_checkpoint and call fit without ckpt_path."
+            )
+
+    def _is_over(self) -> bool:
+        return all(site.is_phased_out for site in self._sites.values())
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for site in self._sites.values() for parameter in site.parameters()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_finished": _nothing}  # a reference cannot go to another process
+
+
+def _names(site: PhasedReLU) -> list[str]:
+    return [name for name, _ in (*site.named_parameters(), *site.named_buffers())]
+
+
+def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is; one module may be at several places."""
+    names = [name for name, child in module.named_modules(remove_duplicate=False) if child is old]
+    for name in names:
+        module.set_submodule(name, new)
+
+
+def _watch_a_forward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[nn.Module, set[int]], list[str]]:
+    """Run one forward; return the channels that came to each ``nn.ReLU``, and the modules that call relu themselves."""
+    training = {child: child.training for child in pl_module.modules()}
+    watch = _Watch(pl_module)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            pl_module.eval()
+            inputs = _example_inputs(trainer, pl_module)
+            with watch:
+                pl_module(**inputs) if isinstance(inputs, Mapping) else pl_module(*inputs)
+    except Exception as error:
+        raise MisconfigurationException(
+            "DyReLUPhasing must know how many channels come to each ReLU, and a forward of"
+            f" {type(pl_module).__name__} failed: {error!r} Set self.example_input_array in the module's __init__ to"
+            " what forward takes, a batch of two or so."
+        ) from error
+    finally:
+        for child, mode in training.items():
+            child.training = mode
+    return watch.channels, sorted(watch.functions)
+
+
+def _example_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, ...] | Mapping[str, Any]:
+    example = pl_module.example_input_array
+    if example is None:
+        batch = next(iter(trainer.fit_loop._data_source.dataloader()))  # pyright: ignore[reportPrivateUsage]
+        batch = pl_module._on_before_batch_transfer(batch)  # pyright: ignore[reportPrivateUsage]
+        batch = pl_module._apply_batch_transfer_handler(batch, torch.device("cpu"))  # pyright: ignore[reportPrivateUsage]
+        example = batch[0] if isinstance(batch, Sequence) else batch
+    if isinstance(example, Mapping):
+        return example
+    return tuple(example) if isinstance(example, list | tuple) else (example,)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which module is at work, what comes to each ``nn.ReLU``, and who calls relu as a function."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.channels: dict[nn.Module, set[int]] = {}
+        self.functions: set[str] = set()
+        self._names = {child: name or type(child).__name__ for name, child in module.named_modules()}
+        self._at_work: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+
+    @override
+    def __enter__(self) -> Self:
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._begin))
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    @override
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._at_work.append(module)
+        if isinstance(module, nn.ReLU) and inputs[0].dim() > 1:
+            self.channels.setdefault(module, set()).add(inputs[0].shape[1])
+
+    def _end(self, *_: Any) -> None:
+        self._at_work.pop()
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _RELU_FUNCTIONS and self._at_work and not isinstance(self._at_work[-1], nn.ReLU):
+            self.functions.add(self._names[self._at_work[-1]])
+        return func(*args, **(kwargs or {}))
+
+
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,336 @@
+"""Weight sharing: in a stage of equal blocks, later blocks reuse the convolutions of an earlier one.
+
+Paper:  Li et al., "Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning", TMLR 2025,
+        https://arxiv.org/abs/2411.13545
+Code:   https://github.com/TensorStrike/ES2
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again
+
+__all__ = [
+    "SharedConvolution",
+    "WeightSharing",
+    "share_weights",
+    "shared_convolutions",
+    "unshare_weights",
+    "uses_of",
+]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@final
+class SharedConvolution(nn.Module):
+    r"""A convolution with the weights of another one, times a scalar of its own: :math:`W = s\, W_{source}`.
+
+    Its only parameters are the scalar ``scale``, which begins uniformly random in (0, 1), and its own bias if it had
+    one. In ``state_dict`` it is a plain convolution, with :math:`W` as ``weight``, so that a checkpoint loads into the
+    network as it was before; loading finds the scalar that comes closest to the weights it is given.
+
+    Args:
+        convolution: The convolution that it stands for; stride, padding and the like are its own.
+        source: The convolution whose weights it uses, of the same shape.
+
+    Raises:
+        ValueError: The two have weights of different shapes.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_sparse.modules import SharedConvolution
+        >>> first, second = nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)
+        >>> shared = SharedConvolution(second, first)
+        >>> [name for name, _ in shared.named_parameters()]
+        ['scale']
+        >>> bool((shared.weight == shared.scale * first.weight).all())
+        True
+    """
+
+    def __init__(self, convolution: Convolution, source: Convolution) -> None:
+        super().__init__()
+        if convolution.weight.shape != source.weight.shape or convolution.groups != source.groups:
+            raise ValueError(
+                f"A convolution of {tuple(convolution.weight.shape)} cannot use the weights of one of"
+                f" {tuple(source.weight.shape)}; they need equal shapes and groups."
+            )
+        self.scale = nn.Parameter(torch.rand((), dtype=source.weight.dtype, device=source.weight.device))
+        self.bias = convolution.bias
+        self._source = (source,)  # in a tuple, so that it is no child: its weight has one name
+        self._convolution = (convolution,)
+        self.register_state_dict_post_hook(_save_as_plain)
+        self.register_load_state_dict_pre_hook(_load_from_plain)
+
+    @property
+    def source(self) -> Convolution:
+        """The convolution whose weights it uses."""
+        return self._source[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """Its weights, computed anew; shape of the source's."""
+        return self.scale * self._source[0].weight
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Convolve."""
+        return self._convolution[0]._conv_forward(inputs, self.weight, self.bias)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def unshared(self) -> Convolution:
+        """A plain convolution that computes the same, with a copy of the weights."""
+        convolution = self._convolution[0]
+        convolution.weight = nn.Parameter(self.weight.clone())
+        convolution.bias = self.bias
+        return convolution.train(self.training)
+
+    @override
+    def extra_repr(self) -> str:
+        return self._convolution[0].extra_repr()
+
+
+def share_weights(
+    module: nn.Module, *, own: int = 2, stages: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, str]:
+    r"""Let the blocks of a stage from number ``own`` on reuse the convolutions of block ``own - 1``, in place.
+
+    A stage is a :class:`~torch.nn.Sequential` or :class:`~torch.nn.ModuleList` of blocks that hold convolutions. In
+    block :math:`i \ge R` each convolution whose counterpart in block :math:`R - 1` has the same name and shape becomes
+    a :class:`SharedConvolution`, :math:`W_i = s_i W_{R-1}`. Norms, activations and what has no counterpart, such as a
+    convolution in a shortcut, stay the block's own. Nothing happens to what is shared already.
+
+    Args:
+        module: Any module, for example a torchvision ResNet.
+        own: Blocks of each stage that keep their weights, at least 1: :math:`R`. It is 2 in EAST, because the first
+            block of a stage may change the number of channels.
+        stages: Globs of the names of stages; all stages where None.
+        seed: Seed of the scalars, which begin uniformly random in (0, 1).
+
+    Returns:
+        The name of each convolution that now shares, and of the one whose weights it uses.
+
+    Raises:
+        ValueError: ``own`` is below 1, or a glob matches no stage.
+
+    Example:
+        >>> from torchvision.models import resnet34
+        >>> from lightning_sparse.modules import share_weights
+        >>> shared = share_weights(resnet34())
+        >>> len(shared), shared["layer3.5.conv2"]
+        (16, 'layer3.1.conv2')
+
+    References:
+        Li et al., `Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning
+        <https://arxiv.org/abs/2411.13545>`_, TMLR 2025.
+    """
+    if own < 1:
+        raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
+    found = dict(_stages(module))
+    for pattern in stages or ():
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(
+                f"stages={pattern!r} matches no stage of equal blocks. The stages are {', '.join(found) or 'none'}."
+            )
+    shared: dict[str, str] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, stage in found.items():
+            if stages is None or any(fnmatchcase(name, pattern) for pattern in stages):
+                shared |= _share_in_stage(name, list(stage.named_children()), own)
+    return shared
+
+
+def unshare_weights(module: nn.Module) -> list[str]:
+    """Give every :class:`SharedConvolution` in ``module`` weights of its own again, in place: for export.
+
+    Outputs stay the same. The convolutions are plain again and store every weight, with zeros where the shared ones
+    have them.
+
+    Returns:
+        The names of the convolutions.
+
+    Example:
+        >>> from torchvision.models import resnet34
+        >>> from lightning_sparse.modules import share_weights, unshare_weights
+        >>> network = resnet34()
+        >>> _ = share_weights(network)
+        >>> unshare_weights(network)[0], type(network.layer1[2].conv1).__name__
+        ('layer1.2.conv1', 'Conv2d')
+    """
+    shared = shared_convolutions(module)
+    for name, convolution in shared.items():
+        module.set_submodule(name, convolution.unshared())
+    return list(shared)
+
+
+def shared_convolutions(module: nn.Module) -> dict[str, SharedConvolution]:
+    """Every :class:`SharedConvolution` in a module by its name.
+
+    Example:
+        >>> from torch import nn
+        >>> list(shared_convolutions(nn.Sequential(SharedConvolution(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)))))
+        ['0']
+    """
+    return {name: child for name, child in module.named_modules() if isinstance(child, SharedConvolution)}
+
+
+def uses_of(module: nn.Module) -> dict[int, int]:
+    """How often each weight that is shared is used, by its ``id``; those that are used once are not there.
+
+    Example:
+        >>> from torchvision.models import resnet34
+        >>> network = resnet34()
+        >>> _ = share_weights(network)
+        >>> uses_of(network)[id(network.layer3[1].conv1.weight)]
+        5
+    """
+    copies = Counter(id(convolution.source.weight) for convolution in shared_convolutions(module).values())
+    return {weight: 1 + count for weight, count in copies.items()}
+
+
+@final
+class WeightSharing(pl.Callback):
+    r"""Shares weights within residual stages while training, as a callback: see :func:`share_weights`.
+
+    The module changes when ``fit``, ``validate`` or ``test`` sets up, before its optimizers are made, and stays shared
+    afterwards; :func:`unshare_weights` gives plain convolutions for export. The sparsity of a method beside it counts
+    the weights as the network had them unshared: at sparsity :math:`s` as many weights are stored as at :math:`s`
+    without sharing, among fewer places.
+
+    The optimizer's weight decay draws the scalars towards 0 like any other parameter, as in the authors' code.
+
+    Args:
+        own: Blocks of each stage that keep their weights, at least 1.
+        stages: Globs of the names of stages, from the LightningModule on (``"network.layer*"``); all where None.
+        seed: Seed of the scalars.
+
+    Raises:
+        ValueError: ``own`` is below 1, or a glob matches no stage.
+
+    Example:
+        >>> from lightning_sparse import FGGP
+        >>> from lightning_sparse.modules import WeightSharing
+        >>> callbacks = [WeightSharing(), FGGP(sparsity=0.99)]
+
+    References:
+        Li et al., `Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning
+        <https://arxiv.org/abs/2411.13545>`_, TMLR 2025.
+    """
+
+    def __init__(self, *, own: int = 2, stages: Sequence[str] | None = None, seed: int = 0) -> None:
+        if own < 1:
+            raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
+        self.own = own
+        self.stages = None if stages is None else tuple(stages)
+        self.seed = seed
+        self._convolutions: dict[str, SharedConvolution] = {}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        shared = share_weights(pl_module, own=self.own, stages=self.stages, seed=self.seed)
+        self._convolutions = shared_convolutions(pl_module)
+        if shared:
+            rank_zero_info(f"WeightSharing: {len(shared)} convolutions use the weights of another one.")
+            if stage == "fit":
+                copy_again(trainer, pl_module, self)
+        elif not self._convolutions:
+            rank_zero_warn(
+                f"WeightSharing: {type(pl_module).__name__} has no stage of more than {self.own} equal blocks with"
+                " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in __init__."
+            )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scales = {name: [convolution.scale] for name, convolution in self._convolutions.items()}
+        check_in_optimizer(trainer, scales, type(self))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        scales = {name: convolution.scale.detach().cpu() for name, convolution in self._convolutions.items()}
+        return {"scales": scales}
+
+    @override
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        scales = state_dict.get("scales", {})
+        for name, convolution in self._convolutions.items():
+            if name in scales:  # exactly; what the module's state gave is rounded
+                convolution.scale.copy_(scales[name])
+
+
+def _stages(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost containers of blocks that hold convolutions."""
+    for name, child in module.named_children():
+        full = f"{prefix}{name}"
+        if isinstance(child, nn.Sequential | nn.ModuleList) and sum(map(_is_block, child.children())) > 1:
+            yield full, child
+        else:
+            yield from _stages(child, f"{full}.")
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it holds convolutions and is none."""
+    kinds = (*_CONVOLUTIONS, SharedConvolution)
+    return not isinstance(module, kinds) and any(isinstance(child, kinds) for child in module.modules())
+
+
+def _share_in_stage(stage: str, blocks: Sequence[tuple[str, nn.Module]], own: int) -> dict[str, str]:
+    blocks = [(name, block) for name, block in blocks if _is_block(block)]
+    if len(blocks) <= own:
+        return {}
+    source_name, source_block = blocks[own - 1]
+    shared: dict[str, str] = {}
+    sources: dict[str, Any] = dict(source_block.named_modules())
+    for name, block in blocks[own:]:
+        if type(block) is not type(source_block):
+            continue
+        for local, child in list(block.named_modules()):
+            source = sources.get(local)
+            if isinstance(child, _CONVOLUTIONS) and isinstance(source, type(child)) and _fits(child, source):
+                block.set_submodule(local, SharedConvolution(child, source))
+                shared[f"{stage}.{name}.{local}"] = f"{stage}.{source_name}.{local}"
+    return shared
+
+
+def _fits(convolution: Convolution, source: Convolution) -> bool:
+    return (
+        convolution.weight.shape == source.weight.shape
+        and convolution.groups == source.groups
+        and convolution.weight is not source.weight
+    )
+
+
+def _save_as_plain(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    assert isinstance(module, SharedConvolution)
+    bias = state.pop(f"{prefix}bias", None)
+    del state[f"{prefix}scale"]
+    state[f"{prefix}weight"] = module.weight.detach()
+    if bias is not None:
+        state[f"{prefix}bias"] = bias  # in the order of a plain convolution
+
+
+def _load_from_plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    r"""The scalar of least squares: :math:`s = \langle W, W_{source} \rangle / \lVert W_{source} \rVert^2`.
+
+    Blocks are loaded in order, so the source has its weights by now.
+    """
+    assert isinstance(module, SharedConvolution)
+    weight = state.pop(f"{prefix}weight", None)
+    if weight is None:
+        return  # reported as missing: the scalar
+    source = module.source.weight.detach().double()
+    squares = (source * source).sum()
+    scale = (weight.to(source) * source).sum() / squares if squares > 0 else module.scale
+    state[f"{prefix}scale"] = scale.detach().to(module.scale)

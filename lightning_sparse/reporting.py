@@ -1,0 +1,422 @@
+"""How sparse is it: a module, or any Lightning checkpoint or state dict, whatever trained it; and how alike two are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_sparse.functional.topology import count_active, count_dead, count_shared
+from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, state_dict_of
+from lightning_sparse.masks.selection import Candidate, canonical_name, judge_parameters
+from lightning_sparse.metrics.flops import ForwardFLOPs
+
+__all__ = [
+    "CheckpointError",
+    "LayerSparsity",
+    "MaskOverlap",
+    "SparsityReport",
+    "checkpoint_sparsity",
+    "compare_masks",
+    "overlap_table",
+    "report",
+    "sparsity_table",
+]
+
+
+@final
+@dataclass(frozen=True)
+class LayerSparsity:
+    """How many weights of one tensor are zero.
+
+    Args:
+        name: Key of the tensor in the state dict.
+        shape: Shape of the tensor.
+        num_active: Weights that are not zero.
+        dead_rows: Output neurons, filters or gate rows all of whose weights are zero; ``None`` where the type of the
+            layer is not known, as in a checkpoint.
+        dead_columns: Input neurons or channels all of whose weights are zero, in this layer; ``None`` as above.
+        flops: Operations of the layer in a forward pass, two for a multiplication and an addition, those with a zero
+            left out; ``None`` without an example input.
+
+    Example:
+        >>> from lightning_sparse.reporting import LayerSparsity
+        >>> LayerSparsity("fc.weight", (10, 20), num_active=50).sparsity
+        0.75
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_active: int
+    dead_rows: int | None = None
+    dead_columns: int | None = None
+    flops: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """All weights, zero or not."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are zero; 0 for an empty tensor."""
+        return 1 - self.num_active / self.numel if self.numel else 0.0
+
+
+@final
+@dataclass(frozen=True)
+class SparsityReport:
+    """The sparsity of each layer, and of all of them together; what is printed is a table.
+
+    Args:
+        layers: The layers that are counted, in the order of the module.
+        flops: Operations of a forward pass, those with a zero weight left out; ``None`` without an example input.
+        dense_flops: Those of the same network dense.
+    """
+
+    layers: tuple[LayerSparsity, ...]
+    flops: int | None = None
+    dense_flops: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """All weights of the layers, zero or not."""
+        return sum(layer.numel for layer in self.layers)
+
+    @property
+    def num_active(self) -> int:
+        """Weights of the layers that are not zero."""
+        return sum(layer.num_active for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the layers' weights that are zero."""
+        return 1 - self.num_active / self.numel if self.numel else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as dictionaries, lists and numbers, for JSON or a data frame."""
+        layers = [{**asdict(layer), "shape": list(layer.shape), "sparsity": layer.sparsity} for layer in self.layers]
+        return {
+            "sparsity": self.sparsity,
+            "numel": self.numel,
+            "num_active": self.num_active,
+            "flops": self.flops,
+            "dense_flops": self.dense_flops,
+            "layers": layers,
+        }
+
+    def __rich__(self) -> Table:
+        table = sparsity_table(self.layers)
+        if self.flops is not None and self.dense_flops is not None:
+            rest = self.flops - sum(layer.flops or 0 for layer in self.layers)
+            table.caption = (
+                f"{self.flops:,} of {self.dense_flops:,} dense FLOPs, {rest:,} of them in what is not listed;"
+                " theoretical: dense kernels carry out all"
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True, force_terminal=False, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: bool = False) -> SparsityReport:
+    """Count the zeros of a module, or of a checkpoint.
+
+    Args:
+        source: A module, of which the weights are counted that a method would mask, frozen ones too; or the path of a
+            checkpoint, see :func:`checkpoint_sparsity`.
+        example: An input of the module, for its operations: one tensor, a tuple of arguments, or a dictionary of them
+            by name. The module runs on it once, in evaluation mode.
+        all_tensors: Count biases, normalisation and all other parameters too.
+
+    Returns:
+        One entry per layer; ``print`` shows a table, ``to_dict`` gives plain data.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
+        ValueError: The module has no weight to count, or an example input was given for a checkpoint.
+
+    Example:
+        >>> from lightning_sparse import report
+        >>> module = nn.Linear(3, 2, bias=False)
+        >>> _ = module.weight.data.copy_(torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 1.0]]))
+        >>> print(report(module, torch.ones(5, 3)))
+        ┏━━━━━━━━┳━━━━━━━┳━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━┓
+        ┃ layer  ┃ shape ┃ weights ┃ active ┃ sparsity ┃ dead rows ┃ dead columns ┃ FLOPs ┃
+        ┡━━━━━━━━╇━━━━━━━╇━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━┩
+        │ weight │ 2 × 3 │       6 │      2 │   66.67% │         1 │            1 │    20 │
+        ├────────┼───────┼─────────┼────────┼──────────┼───────────┼──────────────┼───────┤
+        │ total  │       │       6 │      2 │   66.67% │         1 │            1 │    20 │
+        └────────┴───────┴─────────┴────────┴──────────┴───────────┴──────────────┴───────┘
+        ...
+        >>> report(module).to_dict()["layers"][0]["dead_rows"]
+        1
+    """
+    if isinstance(source, nn.Module):
+        return _report_of_module(source, example, all_tensors)
+    if example is not None:
+        raise ValueError(f"{source} is a checkpoint, which takes no example input; load it and report the module.")
+    return SparsityReport(tuple(checkpoint_sparsity(source, all_tensors=all_tensors)))
+
+
+def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[LayerSparsity]:
+    """Count the zeros in the tensors of a checkpoint.
+
+    A checkpoint is a Lightning checkpoint, a dictionary that holds a state dict under "state_dict", "model_state_dict"
+    or "model", or a bare state dict. Code in the file is never run. Tensors that :mod:`torch.nn.utils.prune` split into
+    ``<name>_orig`` and ``<name>_mask`` are reported as their product.
+
+    Args:
+        path: The file.
+        all_tensors: Count biases, normalisation and integer tensors too, and not only floating-point tensors with at
+            least two dimensions.
+
+    Returns:
+        One entry per tensor, in the order of the file.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, unsafe to load, or holds no such tensors.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sparse.reporting import checkpoint_sparsity
+        >>> torch.save({"fc.weight": torch.eye(4), "fc.bias": torch.zeros(4)}, "eye.pt")
+        >>> [(layer.name, layer.num_active) for layer in checkpoint_sparsity("eye.pt")]
+        [('fc.weight', 4)]
+    """
+    tensors = state_dict_of(load_checkpoint(path), path)
+    layers = [
+        LayerSparsity(name, tuple(tensor.shape), int(tensor.count_nonzero()))
+        for name, tensor in tensors.items()
+        if all_tensors or (tensor.ndim >= 2 and tensor.is_floating_point())
+    ]
+    if not layers:
+        raise CheckpointError(
+            f"{path} has {len(tensors)} tensors, none of them floating point with two dimensions or more; "
+            "ask for all tensors (--all) to see them."
+        )
+    return layers
+
+
+def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) -> Table:
+    """Lay out layers and their total for a terminal.
+
+    Args:
+        layers: What :func:`checkpoint_sparsity` returned, or the layers of a report.
+        title: Printed above the table.
+
+    Example:
+        >>> from lightning_sparse.reporting import LayerSparsity, sparsity_table
+        >>> sparsity_table([LayerSparsity("fc.weight", (10, 20), num_active=50)]).row_count
+        2
+    """
+    layers = list(layers)
+    table = Table(title=None if title is None else escape(title))
+    table.add_column("layer", overflow="fold")
+    known = [
+        (header, key)
+        for header, key in (("dead rows", "dead_rows"), ("dead columns", "dead_columns"), ("FLOPs", "flops"))
+        if any(getattr(layer, key) is not None for layer in layers)
+    ]
+    for header in ("shape", "weights", "active", "sparsity", *(header for header, _ in known)):
+        table.add_column(header, justify="right")
+    for layer in layers:
+        shape = " × ".join(map(str, layer.shape)) or "scalar"
+        counts = (getattr(layer, key) for _, key in known)
+        table.add_row(
+            escape(layer.name),
+            shape,
+            f"{layer.numel:,}",
+            f"{layer.num_active:,}",
+            f"{layer.sparsity:.2%}",
+            *("" if count is None else f"{count:,}" for count in counts),
+        )
+    total = SparsityReport(tuple(layers))
+    sums = (sum(getattr(layer, key) or 0 for layer in layers) for _, key in known)
+    table.add_section()
+    table.add_row(
+        "total",
+        "",
+        f"{total.numel:,}",
+        f"{total.num_active:,}",
+        f"{total.sparsity:.2%}",
+        *(f"{count:,}" for count in sums),
+        style="bold",
+    )
+    return table
+
+
+@final
+@dataclass(frozen=True)
+class MaskOverlap:
+    """How alike two masks of a layer are.
+
+    Args:
+        name: The layer.
+        numel: Its weights, active or not.
+        active_before: Active weights of the first mask.
+        active_after: Active weights of the second.
+        shared: Weights that are active in both.
+
+    Example:
+        >>> from lightning_sparse.reporting import MaskOverlap
+        >>> overlap = MaskOverlap("fc.weight", numel=8, active_before=4, active_after=2, shared=2)
+        >>> overlap.jaccard, overlap.kept
+        (0.5, 0.5)
+    """
+
+    name: str
+    numel: int
+    active_before: int
+    active_after: int
+    shared: int
+
+    @property
+    def jaccard(self) -> float:
+        """Jaccard's index, in [0, 1]: active in both, over active in one at least; 1 where nothing is active."""
+        either = self.active_before + self.active_after - self.shared
+        return self.shared / either if either else 1.0
+
+    @property
+    def kept(self) -> float:
+        """Share of the first mask's active weights that are active in the second, in [0, 1]; 1 where there are none."""
+        return self.shared / self.active_before if self.active_before else 1.0
+
+
+def compare_masks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[MaskOverlap]:
+    """Say for each layer how much of one topology is in another.
+
+    Args:
+        before: ``bool`` masks by name.
+        after: Those of another run, or of another time, for the same layers.
+
+    Raises:
+        ValueError: Names or shapes differ; the message says which.
+
+    Example:
+        >>> from lightning_sparse.reporting import compare_masks
+        >>> first, second = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+        >>> compare_masks({"fc.weight": first}, {"fc.weight": second})
+        [MaskOverlap(name='fc.weight', numel=3, active_before=2, active_after=2, shared=1)]
+    """
+    if before.keys() != after.keys():
+        only = {"first": before.keys() - after.keys(), "second": after.keys() - before.keys()}
+        sides = [f"{', '.join(sorted(names))} in the {side} alone" for side, names in only.items() if names]
+        raise ValueError(f"The masks are of different layers: {'; '.join(sides)}. Compare masks of one network.")
+    for name, mask in before.items():
+        if mask.shape != after[name].shape:
+            raise ValueError(
+                f"The masks of {name} have the shapes {tuple(mask.shape)} and {tuple(after[name].shape)}. Compare masks"
+                " of one network."
+            )
+    return [_overlap(name, mask, after[name]) for name, mask in before.items()]
+
+
+def overlap_table(overlaps: Iterable[MaskOverlap], title: str | None = None) -> Table:
+    """Lay out the overlaps of layers, and of all of them together, for a terminal.
+
+    Args:
+        overlaps: What :func:`compare_masks` returned.
+        title: Printed above the table.
+
+    Example:
+        >>> from lightning_sparse.reporting import MaskOverlap, overlap_table
+        >>> overlap_table([MaskOverlap("fc.weight", numel=8, active_before=4, active_after=2, shared=2)]).row_count
+        2
+    """
+    overlaps = list(overlaps)
+    table = Table(title=None if title is None else escape(title))
+    table.add_column("layer", overflow="fold")
+    for header in ("weights", "sparsity of A", "sparsity of B", "Jaccard", "of A kept in B"):
+        table.add_column(header, justify="right")
+    total = MaskOverlap(
+        "total",
+        *(sum(getattr(overlap, key) for overlap in overlaps) for key in ("numel", "active_before", "active_after")),
+        shared=sum(overlap.shared for overlap in overlaps),
+    )
+    for overlap in (*overlaps, total):
+        if overlap is total:
+            table.add_section()
+        table.add_row(
+            escape(overlap.name),
+            f"{overlap.numel:,}",
+            f"{1 - overlap.active_before / overlap.numel:.2%}",
+            f"{1 - overlap.active_after / overlap.numel:.2%}",
+            f"{overlap.jaccard:.4f}",
+            f"{overlap.kept:.2%}",
+            style="bold" if overlap is total else None,
+        )
+    return table
+
+
+def _overlap(name: str, before: Tensor, after: Tensor) -> MaskOverlap:
+    (active_before, numel), (active_after, _) = count_active([before]), count_active([after])
+    return MaskOverlap(name, numel, active_before, active_after, count_shared([before], [after])[0])
+
+
+def _report_of_module(module: nn.Module, example: Any, all_tensors: bool) -> SparsityReport:
+    counter = None if example is None else _count_flops(module, example)
+    plan = judge_parameters(module)
+    counted = [item for item in plan if not item.reason.startswith("tied: to")] if all_tensors else plan.weights
+    if not counted:
+        raise ValueError(
+            f"{type(module).__name__} has no weight to count. Its parameters and the reasons:\n{plan}\n"
+            "Ask for all_tensors=True to count them all."
+        )
+    by_name = counter.by_parameter if counter else {}
+    layers = tuple(_layer(item, by_name.get(item.name)) for item in counted)
+    if counter is None:
+        return SparsityReport(layers)
+    saved = sum(by_name.get(layer.name, 0) - (layer.flops or 0) for layer in layers)
+    return SparsityReport(layers, counter.total - saved, counter.total)
+
+
+def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
+    value = candidate.parameter.detach()
+    num_active = int(value.count_nonzero())
+    flops = None if dense_flops is None else round(dense_flops * num_active / max(1, value.numel()))
+    if candidate.reason not in ("", "frozen"):
+        return LayerSparsity(candidate.name, tuple(value.shape), num_active, flops=flops)
+    rows = candidate.rows(value != 0)
+    return LayerSparsity(
+        candidate.name,
+        tuple(value.shape),
+        num_active,
+        dead_rows=count_dead([rows])[0],
+        dead_columns=count_dead([_by_input(candidate, rows)])[0],
+        flops=flops,
+    )
+
+
+def _by_input(candidate: Candidate, rows: Tensor) -> Tensor:
+    """Rows of shape ``(outputs, fan-in)`` as one row for each input neuron or channel, kernel positions included."""
+    inputs = candidate.parameter.shape[0] // candidate.groups if candidate.input_first else candidate.parameter.shape[1]
+    of_group = rows.reshape(candidate.groups, len(rows) // candidate.groups, inputs, -1)
+    return of_group.transpose(1, 2).reshape(candidate.groups * inputs, -1)
+
+
+def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:
+    arguments = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
+    named = dict(example) if isinstance(example, Mapping) else {}
+    parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        # With gradients: without them, operations on copies would be taken for those of compiled code.
+        with torch.enable_grad(), ForwardFLOPs(parameters) as counter:
+            module(*arguments, **named)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return counter

@@ -1,0 +1,279 @@
+"""FixedMask: where its masks come from, that they stay, and what it refuses."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sparse import GMP, FixedMask, save_masks
+from lightning_sparse.cli import SparseCLI
+from lightning_sparse.functional import unpack
+from lightning_sparse.masks import CheckpointError, MaskGroup, MaskRegistry, select_weights
+from tests.helpers import ToyModel, fit_two_processes, make_trainer
+from tests.methods.cases import random_masks
+from tests.methods.spies import ZeroWatch, masks_of
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, mask in first.items():
+        assert torch.equal(mask, second[name]), name
+
+
+def zero(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+
+
+def fit(method: FixedMask, root: Path, model: Any = None, **overrides: Any) -> ToyModel:
+    model = ToyModel() if model is None else model
+    make_trainer(root, callbacks=[method], **overrides).fit(model)
+    return model
+
+
+# By hand. Eight weights of one neuron, of which the loss is their sum of squares with inputs of one:
+#   index   0    1    2    3    4    5    6    7
+WEIGHTS = [0.5, 0.0, -1.0, 0.0, 0.0, 2.0, 0.0, 0.25]
+
+
+class Neuron(L.LightningModule):
+    """One neuron with eight weights; its loss is the sum of (w - 1)², so that the gradient of each is 2 (w - 1)."""
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1, bias=False)
+        self.layer.weight = nn.Parameter(torch.tensor([weights]))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return F.mse_loss(self.layer.weight, torch.ones(1, 8), reduction="sum")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.25)
+
+    def train_dataloader(self) -> list[Tensor]:
+        return [torch.zeros(1)]
+
+
+def test_a_step_trains_the_active_weights_alone(tmp_path: Path) -> None:
+    # w - 0.25 * 2 (w - 1) = (w + 1) / 2 where w is not zero; zeros stay.
+    neuron, fixed = Neuron(WEIGHTS), FixedMask()
+    make_trainer(tmp_path, callbacks=[fixed], max_epochs=1).fit(neuron)
+    assert neuron.layer.weight.tolist() == [[0.75, 0, 0.0, 0, 0, 1.5, 0, 0.625]]
+    assert fixed.registry["layer.weight"].mask.tolist() == [[True, False, True, False, False, True, False, True]]
+    assert fixed.registry.sparsity == fixed.target_sparsity() == fixed.target_sparsity("layer.weight") == 0.5
+
+
+def test_an_active_weight_that_has_become_zero_is_trained_on(tmp_path: Path) -> None:
+    # Weight 2 is zero after the first step, as above, and 0.5 after the second: the masks were read once.
+    neuron = Neuron(WEIGHTS)
+    make_trainer(tmp_path, callbacks=[FixedMask()], max_epochs=2).fit(neuron)
+    assert neuron.layer.weight.tolist() == [[0.875, 0, 0.5, 0, 0, 1.25, 0, 0.8125]]
+
+
+def test_masks_that_are_given_are_laid_on_dense_weights(tmp_path: Path) -> None:
+    mask = torch.tensor([[True, True, False, False, False, False, False, False]])
+    neuron = Neuron([0.5] * 8)
+    make_trainer(tmp_path, callbacks=[FixedMask({"layer.weight": mask})], max_epochs=1).fit(neuron)
+    assert neuron.layer.weight.tolist() == [[0.75, 0.75, 0, 0, 0, 0, 0, 0]]
+
+
+@given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5]), min_size=1, max_size=8), min_size=1, max_size=4))
+def test_zeros_and_nothing_else_are_masked(rows: list[list[float]]) -> None:
+    rows[0][0] = 0.0  # not dense
+    module = nn.ModuleList(nn.Linear(len(row), 1, bias=False) for row in rows)
+    for layer, row in zip(module, rows, strict=True):
+        layer.weight = nn.Parameter(torch.tensor([row]))
+    method, group = _claimed(module)
+    empty = not all(any(row) for row in rows)
+    with pytest.warns(UserWarning, match="has no active weight") if empty else nullcontext():
+        method.initialize_masks(group)
+    assert group.mask.tolist() == [value != 0.0 for row in rows for value in row]
+    assert [weight.budget for weight in group] == [len(row) - row.count(0.0) for row in rows]
+
+
+def _claimed(module: nn.Module) -> tuple[FixedMask, MaskGroup]:
+    method = FixedMask()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    method._groups = MaskRegistry().claim("method", select_weights(module).masked, [optimizer])
+    return method, method._groups[0]
+
+
+# Where masks come from.
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The checkpoint of a network pruned by GMP, and its masks."""
+    method = GMP(0.8, update_every=1, stop=3)
+    trainer = make_trainer(tmp_path, callbacks=[method], max_epochs=1)
+    trainer.fit(ToyModel())
+    trainer.save_checkpoint(tmp_path / "gmp.ckpt")
+    return tmp_path / "gmp.ckpt", masks_of(method)
+
+
+def test_masks_of_another_runs_checkpoint(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path, masks = checkpoint
+    method = FixedMask(path)
+    model = fit(method, tmp_path, ToyModel(seed=5))
+    assert_same(masks_of(method), masks)
+    for name, mask in masks.items():
+        assert model.get_parameter(name)[~mask].count_nonzero() == 0
+
+
+def test_masks_of_a_file(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    save_masks(tmp_path / "gmp.masks", checkpoint[1])
+    method = FixedMask(str(tmp_path / "gmp.masks"))
+    fit(method, tmp_path)
+    assert_same(masks_of(method), checkpoint[1])
+
+
+def test_masks_of_a_state_dict_that_nothing_of_ours_has_trained(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    masks["network.4.weight"] = torch.ones(3, 8, dtype=torch.bool)  # a layer without zeros is there too
+    donor = ToyModel()
+    zero(donor, masks)
+    torch.save({"state_dict": donor.state_dict()}, tmp_path / "theirs.ckpt")
+    method = FixedMask(tmp_path / "theirs.ckpt")
+    fit(method, tmp_path)
+    assert_same(masks_of(method), masks)
+
+
+def test_the_zeros_of_loaded_weights(tmp_path: Path, checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
+    method = FixedMask()
+    fit(method, tmp_path, ToyModel.load_from_checkpoint(checkpoint[0]))
+    assert_same(masks_of(method), checkpoint[1])
+
+
+def test_masks_that_are_given_win_over_a_checkpoints(
+    tmp_path: Path, checkpoint: tuple[Path, dict[str, Tensor]]
+) -> None:
+    masks = random_masks(ToyModel())
+    method = FixedMask(masks)
+    trainer = make_trainer(tmp_path, callbacks=[method])
+    with pytest.warns(UserWarning, match="Please add the following callbacks"):
+        trainer.fit(ToyModel(), ckpt_path=checkpoint[0])
+    assert_same(masks_of(method), masks)
+
+
+def test_excluded_weights_need_no_mask_and_stay_dense(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    del masks["network.4.weight"]
+    method = FixedMask(masks, exclude=["network.4.weight"])
+    watch = ZeroWatch(method)
+    model = ToyModel()
+    make_trainer(tmp_path, callbacks=[method, watch]).fit(model)
+    assert watch.leaks == []
+    assert list(method.registry) == ["network.0.weight", "network.2.weight"]
+    assert model.get_parameter("network.4.weight").count_nonzero() == 24
+
+
+def test_masks_of_excluded_weights_are_not_used(tmp_path: Path) -> None:
+    method = FixedMask(random_masks(ToyModel()), include=["network.0.*"])
+    model = fit(method, tmp_path)
+    assert list(method.registry) == ["network.0.weight"]
+    assert model.get_parameter("network.4.weight").count_nonzero() == 24
+
+
+def test_resuming_does_not_read_the_file_again(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path, masks = checkpoint
+    trainer = make_trainer(tmp_path, callbacks=[FixedMask(path)], max_epochs=1)
+    trainer.fit(ToyModel())
+    trainer.save_checkpoint(tmp_path / "fixed.ckpt")
+    path.unlink()
+    resumed = FixedMask(path)
+    make_trainer(tmp_path, callbacks=[resumed]).fit(ToyModel(seed=9), ckpt_path=tmp_path / "fixed.ckpt")
+    assert_same(masks_of(resumed), masks)
+    assert resumed.step == 16
+
+
+def test_two_processes_hold_the_masks_of_the_file(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path, masks = checkpoint
+    first, second = fit_two_processes(ToyModel(), tmp_path, [FixedMask(path)])
+    for name, mask in masks.items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        for dump in (first, second):
+            (state,) = dump["callbacks"].values()
+            assert torch.equal(unpack(state["masks"][name]["bits"], mask.shape), mask)
+            assert dump["weights"][name][~mask].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "masks"])
+def test_a_path_can_be_given_on_the_command_line(kind: str, tmp_path: Path) -> None:
+    path = str(tmp_path / kind)
+    arguments = ["--trainer.callbacks=FixedMask", f"--trainer.callbacks.masks={path}", "--trainer.logger=false"]
+    model = ["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--seed_everything=0"]
+    cli = SparseCLI([*model, *arguments], run=False)
+    (method,) = (item for item in cli.trainer.callbacks if isinstance(item, FixedMask))  # pyright: ignore[reportAttributeAccessIssue]
+    assert str(method.masks) == path
+
+
+# What is refused.
+
+
+def test_a_dense_module_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    model = ToyModel()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MisconfigurationException, match=r"no zero in network\.0\.weight, .* FixedMask\(masks=PATH\)"):
+        fit(FixedMask(), tmp_path, model)
+    assert_same(model.state_dict(), before)
+
+
+def test_names_that_the_module_does_not_have_are_refused(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    masks["network.zero.weight"] = masks.pop("network.0.weight")
+    with pytest.raises(MisconfigurationException, match=r"masks of network\.zero\.weight, which .*network\.0\.weight"):
+        fit(FixedMask(masks), tmp_path)
+
+
+def test_weights_without_a_mask_are_refused(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    del masks["network.2.weight"]
+    sentence = r"no mask of network\.2\.weight; it has masks of network\.0\.weight, .*exclude=\['network\.2\.weight'\]"
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fit(FixedMask(masks), tmp_path)
+
+
+def test_masks_of_other_shapes_are_refused_with_both(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    masks["network.2.weight"] = masks["network.2.weight"].T
+    with pytest.raises(MisconfigurationException, match=r"network\.2\.weight is \(8, 16\) and its mask \(16, 8\)"):
+        fit(FixedMask(masks), tmp_path)
+
+
+def test_a_mask_that_is_no_bool_tensor_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"masks\['weight'\] is torch\.float32; give a tensor of torch\.bool"):
+        FixedMask({"weight": torch.eye(2)})
+
+
+def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not masks")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is damaged or is not a checkpoint.*Nor is it a file of"):
+        fit(FixedMask(tmp_path / "notes.txt"), tmp_path)
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
+    torch.save(ToyModel().state_dict(), tmp_path / "dense.pt")
+    with pytest.raises(CheckpointError, match=r"dense\.pt is dense"):
+        fit(FixedMask(tmp_path / "dense.pt"), tmp_path)
+
+
+def test_a_layer_without_active_weights_is_named(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    masks["network.4.weight"][:] = False
+    with pytest.warns(UserWarning, match=r"network\.4\.weight has no active weight, and so never will"):
+        fit(FixedMask(masks), tmp_path)
+
+
+def test_before_training_there_is_no_sparsity() -> None:
+    assert FixedMask().target_sparsity() == 0.0

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from lightning_sparse import GMP, report
+from lightning_sparse.reporting import (
+    CheckpointError,
+    LayerSparsity,
+    checkpoint_sparsity,
+    compare_masks,
+    overlap_table,
+    sparsity_table,
+)
+from tests.helpers import ToyModel, make_trainer
+
+
+def half_zero(*shape: int) -> Tensor:
+    values = torch.ones(shape)
+    values.view(-1)[::2] = 0
+    return values
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    return {"conv.weight": half_zero(4, 2, 3, 3), "conv.bias": torch.zeros(4), "steps": torch.zeros(2, 2).long()}
+
+
+def saved(folder: Path, content: object) -> Path:
+    torch.save(content, folder / "file.ckpt")
+    return folder / "file.ckpt"
+
+
+def test_a_checkpoint_of_ours_is_as_sparse_as_the_method_made_it(tmp_path: Path) -> None:
+    method = GMP(sparsity=0.75)
+    trainer = make_trainer(tmp_path, callbacks=[method])
+    trainer.fit(ToyModel())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    layers = checkpoint_sparsity(tmp_path / "last.ckpt")
+    assert {layer.name: layer.num_active for layer in layers} == {
+        name: weight.num_active for name, weight in method.registry.items()
+    }
+
+
+def test_zeros_of_a_bare_state_dict_are_counted(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    assert checkpoint_sparsity(saved(tmp_path, state)) == [LayerSparsity("conv.weight", (4, 2, 3, 3), num_active=36)]
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_state_dicts_are_found_under_the_usual_keys(tmp_path: Path, state: dict[str, Tensor], key: str) -> None:
+    (layer,) = checkpoint_sparsity(saved(tmp_path, {"epoch": 3, key: state}))
+    assert layer.name == "conv.weight"
+
+
+def test_all_tensors_means_all(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    layers = checkpoint_sparsity(saved(tmp_path, state), all_tensors=True)
+    assert [(layer.name, layer.num_active) for layer in layers] == [("conv.weight", 36), ("conv.bias", 0), ("steps", 0)]
+
+
+def test_masks_of_torchs_own_pruning_are_applied(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(network[0], "weight", amount=0.75)
+    layers = checkpoint_sparsity(saved(tmp_path, network.state_dict()))
+    assert {layer.name: layer.num_active for layer in layers} == {"0.weight": 8, "1.weight": 16}
+
+
+@pytest.mark.parametrize(("num_active", "sparsity"), [(0, 1.0), (5, 0.75), (20, 0.0)])
+def test_sparsity_is_the_fraction_of_zeros(num_active: int, sparsity: float) -> None:
+    assert LayerSparsity("w", (4, 5), num_active).sparsity == sparsity
+
+
+def test_an_empty_tensor_is_not_sparse() -> None:
+    assert LayerSparsity("w", (0, 5), 0).sparsity == 0
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"There is no file .*nowhere\.ckpt"):
+        checkpoint_sparsity(tmp_path / "nowhere.ckpt")
+
+
+def test_a_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder; give the file itself"):
+        checkpoint_sparsity(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 700, -40], ids=["empty", "start", "half", "without its end"])
+def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path, state: dict[str, Tensor], size: int) -> None:
+    path = saved(tmp_path, state)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"file\.ckpt is damaged or is not a checkpoint"):
+        checkpoint_sparsity(path)
+
+
+def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "file.ckpt"
+    path.write_text("trainer:\n  max_epochs: 1\n")
+    with pytest.raises(CheckpointError, match="is damaged or is not a checkpoint"):
+        checkpoint_sparsity(path)
+
+
+def test_python_objects_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"state_dict": {"w": torch.eye(2)}, "model": nn.Linear(2, 2)})
+    with pytest.raises(CheckpointError, match=r"could run code.*weights_only=False\)\['state_dict'\]"):
+        checkpoint_sparsity(path)
+
+
+@pytest.mark.parametrize("content", [{"epoch": 1}, [1, 2], torch.eye(2)])
+def test_a_file_without_a_state_dict_is_an_error(tmp_path: Path, content: object) -> None:
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        checkpoint_sparsity(saved(tmp_path, content))
+
+
+def test_a_state_dict_without_weights_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has 1 tensors.*--all"):
+        checkpoint_sparsity(saved(tmp_path, {"bias": torch.zeros(3)}))
+
+
+def test_names_in_brackets_are_shown_as_they_are() -> None:
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(sparsity_table([LayerSparsity("a[b]", (2, 2), 2)], title="run[1].ckpt"))
+    shown = console.export_text()
+    assert "run[1].ckpt" in shown
+    assert "a[b]" in shown
+
+
+def test_the_table_ends_with_the_total() -> None:
+    table = sparsity_table([LayerSparsity("a", (10, 100), 250), LayerSparsity("b", (10, 100), 150)])
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(table)
+    total = console.export_text().splitlines()[-2]
+    assert total.replace("│", " ").split() == ["total", "2,000", "400", "80.00%"]
+
+
+# Of a module. By hand: two outputs, four inputs; row 1 and columns 0 and 2 are dead.
+
+
+def small() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3, bias=False))
+    network[0].weight = nn.Parameter(torch.tensor([[0.0, 3.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]]))
+    nn.init.ones_(network.get_parameter("2.weight"))
+    return network
+
+
+def test_rows_and_columns_without_a_weight_are_dead() -> None:
+    first, second = report(small()).layers
+    assert (first.num_active, first.sparsity, first.dead_rows, first.dead_columns) == (2, 0.75, 1, 2)
+    assert (second.num_active, second.sparsity, second.dead_rows, second.dead_columns) == (6, 0.0, 0, 0)
+    assert first.flops is second.flops is None
+
+
+def test_operations_with_zeros_are_left_out() -> None:
+    # Five inputs: 2 * 5 * 8 and 2 * 5 * 6 operations dense, a quarter of the first sparse. Biases count as none.
+    result = report(small(), torch.ones(5, 4))
+    assert [layer.flops for layer in result.layers] == [20, 60]
+    assert (result.flops, result.dense_flops) == (80, 140)
+
+
+def test_operations_of_what_is_not_listed_count_in_the_total() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layer(inputs) @ inputs.T
+
+    square = Square()
+    nn.init.eye_(square.layer.weight)
+    result = report(square, torch.ones(3, 4))  # 2 * 3 * 16 dense, 2 * 3 * 4 sparse, and 2 * 3 * 4 * 3
+    assert (result.flops, result.dense_flops) == (24 + 72, 96 + 72)
+    assert "72 of them in what is not listed" in str(result)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_columns_of_a_convolution_are_its_input_channels(kind: type[nn.Conv2d]) -> None:
+    # Two groups of two inputs and three outputs; inputs 0 and 3 are dead, and so is output 4.
+    layer = kind(4, 6, 3, groups=2)
+    mask = torch.ones(6, 2) if kind is nn.Conv2d else torch.ones(4, 3)
+    if kind is nn.Conv2d:  # (outputs, inputs of the group)
+        mask[:3, 0] = mask[3:, 1] = mask[4] = 0
+    else:  # (inputs, outputs of the group)
+        mask[0] = mask[3] = mask[2:, 1] = 0
+    with torch.no_grad():
+        layer.weight.fill_(1.0).mul_(mask[:, :, None, None])
+        layer.weight[..., 1:, 1:] = 0  # one position that is left is enough
+    (weight,) = report(layer).layers
+    assert (weight.dead_rows, weight.dead_columns) == (1, 2)
+
+
+def test_the_module_is_left_as_it_was_and_runs_in_evaluation_mode() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
+    network[1].eval()
+    before = copy.deepcopy(network.state_dict())
+    report(network, torch.randn(1, 4))  # one sample: BatchNorm refuses it in training mode
+    assert [part.training for part in network] == [True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("example", [(torch.ones(1, 4), torch.ones(1, 3)), {"right": torch.ones(1, 3)}])
+def test_an_example_may_be_arguments_by_place_or_by_name(example: Any) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bilinear = nn.Bilinear(4, 3, 2)
+
+        def forward(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+            left = torch.ones(1, 4) if left is None else left
+            assert right is not None
+            return self.bilinear(left, right)
+
+    assert report(Both(), example).flops == 2 * 24
+
+
+def test_frozen_weights_are_counted_too() -> None:
+    assert [layer.num_active for layer in report(small().requires_grad_(False)).layers] == [2, 6]
+
+
+def test_all_tensors_of_a_module_are_its_parameters() -> None:
+    layers = report(small(), all_tensors=True).layers
+    assert [(layer.name, layer.dead_rows) for layer in layers] == [("0.weight", 1), ("0.bias", None), ("2.weight", 0)]
+
+
+def test_a_module_in_training_by_a_method_is_as_sparse_as_its_registry(tmp_path: Path) -> None:
+    method, model = GMP(sparsity=0.75), ToyModel()
+    make_trainer(tmp_path, callbacks=[method]).fit(model)
+    result = report(model, model.train_data[:2][0])
+    assert result.sparsity == pytest.approx(method.registry.sparsity)
+    assert {layer.name: layer.num_active for layer in result.layers} == {
+        name: weight.num_active for name, weight in method.registry.items()
+    }
+    assert result.dense_flops == 2 * 2 * 344
+    assert result.flops == 2 * 2 * method.registry.num_active
+
+
+def test_the_report_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path) -> None:
+    path = saved(tmp_path, small().state_dict())
+    assert list(report(path).layers) == checkpoint_sparsity(path)
+    assert "dead" not in str(report(path))
+    with pytest.raises(ValueError, match="is a checkpoint, which takes no example"):
+        report(path, torch.ones(1, 4))
+
+
+def test_a_module_without_weights_is_an_error_with_the_reasons() -> None:
+    with pytest.raises(ValueError, match=r"LayerNorm has no weight to count(.|\n)*norm(.|\n)*all_tensors=True"):
+        report(nn.LayerNorm(3))
+
+
+def test_the_data_are_plain_and_are_those_of_the_table() -> None:
+    result = report(small(), torch.ones(5, 4))
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["layers"][0] == {
+        "name": "0.weight",
+        "shape": [2, 4],
+        "num_active": 2,
+        "dead_rows": 1,
+        "dead_columns": 2,
+        "flops": 20,
+        "sparsity": 0.75,
+    }
+    assert (data["numel"], data["num_active"], data["flops"], data["dense_flops"]) == (14, 8, 80, 140)
+    rows = [line.replace("│", " ").split() for line in str(result).splitlines()]
+    assert ["0.weight", "2", "×", "4", "8", "2", "75.00%", "1", "2", "20"] in rows
+    assert ["total", "14", "8", "42.86%", "1", "2", "80"] in rows
+
+
+# How alike two masks are.
+
+
+def masks(*rows: str) -> dict[str, Tensor]:
+    return {f"{index}.weight": torch.tensor([[bit == "1" for bit in row]]) for index, row in enumerate(rows)}
+
+
+def test_overlap_by_hand() -> None:
+    # 3 active and 5; 2 in both, 6 in one at least; 2 of 3 kept.
+    (overlap,) = compare_masks(masks("11010000"), masks("11001110"))
+    assert (overlap.numel, overlap.active_before, overlap.active_after, overlap.shared) == (8, 3, 5, 2)
+    assert (overlap.jaccard, overlap.kept) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_empty_masks_are_alike() -> None:
+    (overlap,) = compare_masks(masks("000"), masks("000"))
+    assert (overlap.jaccard, overlap.kept) == (1.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_overlap_is_that_of_sets(entries: list[tuple[bool, bool]]) -> None:
+    before, after = ({place for place, entry in enumerate(entries) if entry[side]} for side in (0, 1))
+    first, second = ({"weight": torch.tensor([entry[side] for entry in entries])} for side in (0, 1))
+    (overlap,) = compare_masks(first, second)
+    assert overlap.shared == len(before & after)
+    assert overlap.jaccard == (len(before & after) / len(before | after) if before | after else 1.0)
+    assert overlap.kept == (len(before & after) / len(before) if before else 1.0)
+
+
+def test_masks_of_other_layers_are_refused_with_both_sides() -> None:
+    with pytest.raises(ValueError, match=r"1\.weight in the first alone; other in the second alone"):
+        compare_masks(masks("10", "01"), {**masks("10"), "other": torch.tensor([True])})
+
+
+def test_masks_of_other_shapes_are_refused_with_both() -> None:
+    with pytest.raises(ValueError, match=r"masks of 0\.weight have the shapes \(1, 2\) and \(1, 3\)"):
+        compare_masks(masks("10"), masks("101"))
+
+
+def test_the_total_of_overlaps_is_over_all_weights() -> None:
+    table = overlap_table(compare_masks(masks("1100", "1111"), masks("1010", "0001")))
+    console = Console(file=io.StringIO(), width=100, record=True)
+    console.print(table)
+    # 6 and 3 of 8 active; 2 in both, 7 in one at least
+    total = console.export_text().splitlines()[-2]
+    assert total.replace("│", " ").split() == ["total", "8", "25.00%", "62.50%", "0.2857", "33.33%"]
