@@ -1,4 +1,4 @@
-"""Pure tensor maths of sparse training: tensors in, tensors out. Imports torch alone."""
+"""Pure tensor maths of sparse training: tensors in, tensors out. Imports torch and numpy alone."""
 
 from lightning_sparse.functional.allocation import erdos_renyi, erdos_renyi_kernel, num_active, uniform
 from lightning_sparse.functional.masks import kth_smallest, largest, multiplier, pack, smallest, unpack, zero_pruned_

@@ -5,6 +5,11 @@ A mask is a ``bool`` tensor, ``True`` = active. Selection never sorts: a partiti
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +17,15 @@ __all__ = ["kth_smallest", "largest", "multiplier", "pack", "smallest", "unpack"
 
 # Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
 _CHUNK = 1 << 17
+
+# From how many entries on a selection on the CPU makes nothing of their size, and how many it looks at first.
+_LARGE = 1 << 18
+_SAMPLE = 1 << 15
+
+_FLOAT = 4  # bytes
+
+Key = Callable[[Tensor], Tensor]
+"""What is compared: a function of each entry alone."""
 
 _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,7 +59,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     return values.flatten().kthvalue(k).values
 
 
-def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
+def smallest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
     """The mask of the ``k`` smallest scores among the eligible entries; exactly ``k`` are ``True``.
 
     Equal scores are taken in the order of ``scores.flatten()``, so that every device and rank chooses the same ones.
@@ -54,6 +68,8 @@ def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
         scores: Floating point, any shape.
         k: How many to choose, at least 0.
         among: ``bool``, the shape of ``scores``: the entries that may be chosen.
+        key: What is compared, entry by entry, instead of the scores themselves, such as :func:`torch.abs`. On a CPU it
+            is called on parts of large tensors, which takes less time and memory than a tensor of all keys.
 
     Returns:
         ``bool``, the shape of ``scores``.
@@ -62,16 +78,21 @@ def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
         ValueError: Fewer than ``k`` entries are eligible.
 
     Example:
-        >>> scores = torch.tensor([4.0, 1.0, 2.0, 1.0])
-        >>> smallest(scores, 2, among=torch.tensor([True, False, True, True]))
+        >>> scores = torch.tensor([4.0, 1.0, 2.0, -1.0])
+        >>> smallest(scores, 2, among=torch.tensor([True, False, True, True]), key=torch.abs)
         tensor([False, False,  True,  True])
     """
     if k == 0:
         return torch.zeros_like(among)
     if k < 0:
         raise ValueError(f"Cannot choose {k} entries; k must be at least 0.")
+    if scores.is_cpu and scores.numel() > _LARGE and scores.is_contiguous() and among.is_contiguous():
+        chosen = _smallest_in_parts(scores.detach().view(-1), k, among.view(-1), key)
+        if chosen is not None:
+            return chosen.view_as(among)
+    keys = scores if key is None else key(scores)
     # Order is expressed with infinity: max + epsilon equals max from 256 upward in float32.
-    candidates = scores.masked_fill(~among, torch.inf)
+    candidates = keys.masked_fill(~among, torch.inf)
     if candidates.numel() == 0:
         raise ValueError(f"Cannot choose {k} entries: only 0 are eligible, the tensor is empty.")
     threshold = kth_smallest(candidates, min(k, candidates.numel()))
@@ -83,7 +104,7 @@ def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
     missing = k - int(chosen.count_nonzero())
     num_ties = int(ties.count_nonzero())
     if missing > num_ties:
-        comparable = int((among & ~scores.isnan()).count_nonzero())
+        comparable = int((among & ~keys.isnan()).count_nonzero())
         raise ValueError(
             f"Cannot choose {k} entries: only {comparable} are eligible"
             f" ({int(among.count_nonzero()) - comparable} more have the score NaN, which cannot be ranked)."
@@ -94,14 +115,67 @@ def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
     return chosen.logical_or_(ties)
 
 
-def largest(scores: Tensor, k: int, among: Tensor) -> Tensor:
+def largest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
     """The mask of the ``k`` largest scores among the eligible entries; see :func:`smallest`.
 
     Example:
         >>> largest(torch.tensor([4.0, 1.0, 2.0, 1.0]), 2, among=torch.ones(4, dtype=torch.bool))
         tensor([ True, False,  True, False])
     """
-    return smallest(-scores, k, among)
+    return smallest(scores, k, among, key=lambda part: (part if key is None else key(part)).neg())
+
+
+def _smallest_in_parts(scores: Tensor, k: int, among: Tensor, key: Key | None) -> Tensor | None:
+    """:func:`smallest` without a tensor of the size of the keys; None where the sample misleads, or k is out of range.
+
+    A sample brackets the k-th key. One pass counts the keys below the bracket and collects those inside, a partition of
+    these finds the k-th, and a second pass compares with it.
+    """
+
+    def parts() -> Iterator[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        for number, (part, eligible) in enumerate(zip(scores.split(_CHUNK), among.split(_CHUNK), strict=True)):
+            yield number * _CHUNK, _keys(part, key), eligible.numpy()
+
+    num_eligible = int(among.count_nonzero())
+    if k > num_eligible:
+        return None
+    low, high = _bracket(scores, k / num_eligible, among, key)
+    below, inside = 0, list[np.ndarray[Any, Any]]()
+    for _, keys, eligible in parts():
+        below += np.count_nonzero((keys < low) & eligible)
+        inside.append(keys[(keys >= low) & (keys <= high) & eligible])
+    between = np.concatenate(inside)
+    rank = k - below
+    if not 1 <= rank <= len(between):
+        return None
+    between.partition(rank - 1)
+    threshold = between[rank - 1]
+    if not np.isfinite(threshold):
+        return None
+    chosen = torch.empty_like(among)
+    for (_, keys, eligible), out in zip(parts(), chosen.split(_CHUNK), strict=True):
+        np.logical_and(keys <= threshold, eligible, out=out.numpy())
+    surplus = int(chosen.count_nonzero()) - k
+    if surplus:
+        ties = [start + np.flatnonzero((keys == threshold) & eligible) for start, keys, eligible in parts()]
+        chosen.numpy()[np.concatenate(ties)[-surplus:]] = False
+    return chosen
+
+
+def _keys(part: Tensor, key: Key | None) -> np.ndarray[Any, Any]:
+    keys = part if key is None else key(part)
+    return (keys.float() if keys.element_size() < _FLOAT else keys).numpy()  # exact; numpy knows no bfloat16
+
+
+def _bracket(scores: Tensor, fraction: float, among: Tensor, key: Key | None) -> tuple[float, float]:
+    """Keys between which the one at ``fraction`` of the eligible most probably is: five standard deviations around."""
+    where = torch.randint(len(scores), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+    sample = np.sort(_keys(scores[where[among[where]]], key))
+    sample = sample[~np.isnan(sample)]
+    middle = fraction * len(sample)
+    margin = 5.0 * math.sqrt(middle * (1.0 - fraction)) + 5.0
+    low, high = math.floor(middle - margin), math.ceil(middle + margin)
+    return sample[low] if low >= 0 else -math.inf, sample[high] if high < len(sample) else math.inf
 
 
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:

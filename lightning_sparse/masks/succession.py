@@ -41,7 +41,7 @@ def inherit_(group: MaskGroup, inherited: Mapping[str, Tensor], seed: int) -> No
 def _nearest(weight: MaskedWeight, its_own: Tensor, before: Tensor, seed: int) -> Tensor:
     budget, available = int(its_own.count_nonzero()), int(before.count_nonzero())
     if budget <= available:
-        return largest(weight.parameter.abs(), budget, among=before)
+        return largest(weight.parameter, budget, among=before, key=torch.abs)
     new = largest(random_scores(weight, seed, step=0), budget - available, among=its_own & ~before)
     return before | new
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -132,13 +133,13 @@ class FGGP(GradualPruning):
 
     @override
     def prune(self, weight: Tensor, grad: Tensor, among: Tensor, n: int) -> Tensor:
-        pool_scores, prune_scores = grad.abs(), weight.abs()
+        pool_scores, prune_scores = grad, weight
         if self.first == "magnitude":
             pool_scores, prune_scores = prune_scores, pool_scores
         # C = the max(n, ⌊γR⌋) active weights with the smallest |∂L/∂w|
-        pool = smallest(pool_scores, self._pool_size(int(among.count_nonzero()), n), among)
+        pool = smallest(pool_scores, self._pool_size(int(among.count_nonzero()), n), among, key=torch.abs)
         # P = the n members of C with the smallest |w|
-        return smallest(prune_scores, n, among=pool)
+        return smallest(prune_scores, n, among=pool, key=torch.abs)
 
     def _pool_size(self, remaining: int, n: int) -> int:
         rate = self.pool(self.progress)

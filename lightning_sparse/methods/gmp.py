@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -101,4 +102,4 @@ class GMP(GradualPruning):
 
     @override
     def prune(self, weight: Tensor, grad: Tensor, among: Tensor, n: int) -> Tensor:
-        return smallest(weight.abs(), n, among)
+        return smallest(weight, n, among, key=torch.abs)

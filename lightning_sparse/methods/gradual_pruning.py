@@ -145,7 +145,7 @@ class GradualPruning(HardMaskMethod):
         if self.min_active == 0:
             return group.mask
         kept = [
-            largest(weight.parameter.abs(), min(self.min_active, weight.num_active), among=weight.mask)
+            largest(weight.parameter, min(self.min_active, weight.num_active), weight.mask, key=torch.abs)
             for weight in group
         ]
         return group.mask & ~group.flatten(kept)

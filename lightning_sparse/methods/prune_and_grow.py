@@ -137,7 +137,7 @@ class PruneAndGrow(HardMaskMethod):
             if missing > 0:
                 weight.mask |= largest(self.grow_scores(weight), missing, among=~weight.mask)
             elif missing < 0:
-                weight.mask &= ~smallest(weight.parameter.abs(), -missing, among=weight.mask)
+                weight.mask &= ~smallest(weight.parameter, -missing, among=weight.mask, key=torch.abs)
             else:
                 self._exchange(weight, share(fraction, weight.num_active))
             weight.budget = budget
@@ -145,7 +145,7 @@ class PruneAndGrow(HardMaskMethod):
     def _exchange(self, weight: MaskedWeight, k: int) -> None:
         if not self.regrow:
             k = min(k, weight.numel - weight.num_active)
-        pruned = smallest(weight.parameter.abs(), k, among=weight.mask)
+        pruned = smallest(weight.parameter, k, among=weight.mask, key=torch.abs)
         free = ~weight.mask | pruned if self.regrow else ~weight.mask
         grown = largest(self.grow_scores(weight), k, among=free)
         weight.mask.copy_(weight.mask & ~pruned | grown)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sparse.functional import kth_smallest, largest, pack, smallest, unpack, zero_pruned_
+from lightning_sparse.functional import kth_smallest, largest, masks, pack, smallest, unpack, zero_pruned_
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BYTE_FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -55,6 +55,45 @@ def test_smallest_is_what_sorting_by_score_and_index_chooses(selection: tuple[Te
 def test_largest_is_what_sorting_by_falling_score_and_index_chooses(selection: tuple[Tensor, Tensor, int]) -> None:
     scores, among, k = selection
     assert indices(largest(scores, k, among)) == choose_by_sorting(scores, k, among, sign=-1)
+
+
+@pytest.fixture
+def _in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat a handful of entries as a large tensor is treated: sampled, and looked at four at a time."""
+    for name, value in (("_LARGE", 0), ("_CHUNK", 4), ("_SAMPLE", 6)):
+        monkeypatch.setattr(masks, name, value)
+
+
+@pytest.mark.usefixtures("_in_parts")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(selections())
+def test_a_selection_in_parts_is_what_sorting_chooses(selection: tuple[Tensor, Tensor, int]) -> None:
+    scores, among, k = selection
+    assert indices(smallest(scores, k, among)) == choose_by_sorting(scores, k, among)
+    assert indices(largest(scores, k, among)) == choose_by_sorting(scores, k, among, sign=-1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("share_of_them", [0.0001, 0.3, 0.9, 1.0])
+def test_a_selection_among_many_is_that_without_a_sample(
+    dtype: torch.dtype, share_of_them: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(400_000, generator=generator).to(dtype)  # a half has many ties here
+    scores[::1000] = torch.nan
+    scores[1::1000] = -torch.inf
+    among = torch.rand(400_000, generator=generator) < 0.4
+    k = int(share_of_them * int((among & ~scores.isnan()).sum()))
+    in_parts = smallest(scores, k, among), smallest(scores, k, among, key=torch.abs)
+    monkeypatch.setattr(masks, "_LARGE", 1 << 40)
+    assert torch.equal(in_parts[0], smallest(scores, k, among))
+    assert torch.equal(in_parts[1], smallest(scores.abs(), k, among))
+
+
+def test_a_sample_that_misleads_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_bracket", lambda *_: (5.0, 6.0))
+    scores = torch.arange(400_000.0)
+    assert torch.equal(smallest(scores, 1000, scores >= 0), scores < 1000)
 
 
 @given(selections())
