@@ -240,6 +240,7 @@ class SparseMethod(pl.Callback, ABC):
             if state is None:
                 forget_pruned(group, self._inherited)
             mask_averaged_weights(trainer, group)
+            self._name_empty_layers(group)
             self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
         rank_zero_info(f"{type(self).__name__}: {plan.summary} Sparsity {self._registry.sparsity:.4f}.")
 
@@ -494,6 +495,9 @@ class SparseMethod(pl.Callback, ABC):
         group.apply_()
         mask_averaged_weights(trainer, group)
         self._registry.num_updates += 1
+        self._name_empty_layers(group)
+
+    def _name_empty_layers(self, group: MaskGroup) -> None:
         for weight in group:
             if weight.num_active == 0:
                 self._warn_once(
