@@ -12,7 +12,9 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, final
 from weakref import ref
@@ -56,8 +58,9 @@ class DyReLUPhasing(pl.Callback):
     checkpoint that is written then loads into the module as it was before. When the fit ends, the module holds its
     ``nn.ReLU`` again. A fit that ends earlier leaves the Dynamic ReLUs, which the network needs, and says so.
 
-    How many channels come to a ReLU is found by one forward of ``example_input_array`` or, where the module has none,
-    of a training batch's first element. Calls of ``F.relu`` cannot be replaced and are named.
+    How many channels come to a ReLU is found by letting a copy of the module compute: ``forward`` of its
+    ``example_input_array`` or, where it has none, ``training_step`` of a batch. Calls of ``F.relu`` cannot be replaced
+    and are named.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
@@ -153,15 +156,15 @@ class DyReLUPhasing(pl.Callback):
             for relu in wanted.values():
                 _replace(pl_module, relu, PhasedReLU(relu, (), self.reduction))
             return
-        channels, functions = _watch_a_forward(trainer, pl_module)
+        channels, functions = _watch_a_step(trainer, pl_module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for name, relu in wanted.items():
-                if channels.get(relu):
-                    site = PhasedReLU(relu, channels[relu], self.reduction)
+                if channels.get(name):
+                    site = PhasedReLU(relu, channels[name], self.reduction)
                     _replace(pl_module, relu, site.to(pl_module.device))
                 else:
-                    rank_zero_warn(f"DyReLUPhasing: forward does not reach {name}, which stays a ReLU.")
+                    rank_zero_warn(f"DyReLUPhasing: nothing comes to {name}, which stays a ReLU.")
         if functions:
             rank_zero_warn(
                 f"DyReLUPhasing: relu is called as a function in {', '.join(functions)}, and stays a ReLU there. Use"
@@ -298,38 +301,45 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
         module.set_submodule(name, new)
 
 
-def _watch_a_forward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[nn.Module, set[int]], list[str]]:
-    """Run one forward; return the channels that came to each ``nn.ReLU``, and the modules that call relu themselves."""
-    training = {child: child.training for child in pl_module.modules()}
-    watch = _Watch(pl_module)
+def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[str, set[int]], list[str]]:
+    """Let a copy compute; return the channels that came to each ``nn.ReLU``, and the modules that call relu."""
+    pl_module.trainer, its_trainer = None, pl_module.trainer  # which no copy needs; without one, log does nothing
     try:
-        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-            pl_module.eval()
-            inputs = _example_inputs(trainer, pl_module)
-            with watch:
-                pl_module(**inputs) if isinstance(inputs, Mapping) else pl_module(*inputs)
-    except Exception as error:
-        raise MisconfigurationException(
-            "DyReLUPhasing must know how many channels come to each ReLU, and a forward of"
-            f" {type(pl_module).__name__} failed: {error!r} Set self.example_input_array in the module's __init__ to"
-            " what forward takes, a batch of two or so."
-        ) from error
+        module = copy.deepcopy(pl_module).eval()
     finally:
-        for child, mode in training.items():
-            child.training = mode
-    return watch.channels, sorted(watch.functions)
+        pl_module.trainer = its_trainer
+    watch, failures = _Watch(module), list[str]()
+    for compute in _ways_to_compute(trainer, pl_module, module):
+        failure = watch.see(compute)
+        if failure is None:
+            return watch.channels, sorted(watch.functions)
+        failures.append(repr(failure))
+    raise MisconfigurationException(
+        f"DyReLUPhasing must know how many channels come to each ReLU, but {type(pl_module).__name__} could not be"
+        f" asked: {'; '.join(failures)}. Set self.example_input_array in its __init__ to what forward takes, a batch of"
+        " two or so."
+    )
 
 
-def _example_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Any, ...] | Mapping[str, Any]:
-    example = pl_module.example_input_array
-    if example is None:
-        batch = next(iter(trainer.fit_loop._data_source.dataloader()))  # pyright: ignore[reportPrivateUsage]
-        batch = pl_module._on_before_batch_transfer(batch)  # pyright: ignore[reportPrivateUsage]
-        batch = pl_module._apply_batch_transfer_handler(batch, torch.device("cpu"))  # pyright: ignore[reportPrivateUsage]
-        example = batch[0] if isinstance(batch, Sequence) else batch
-    if isinstance(example, Mapping):
-        return example
-    return tuple(example) if isinstance(example, list | tuple) else (example,)
+def _ways_to_compute(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, module: pl.LightningModule
+) -> Iterator[Callable[[], object]]:
+    example = module.example_input_array
+    if example is not None:
+        yield lambda: module(**example) if isinstance(example, Mapping) else module(*_as_tuple(example))
+        return
+
+    def batch() -> Any:
+        first = next(iter(trainer.fit_loop._data_source.dataloader()))  # pyright: ignore[reportPrivateUsage]
+        first = pl_module._on_before_batch_transfer(first)  # pyright: ignore[reportPrivateUsage]
+        return pl_module._apply_batch_transfer_handler(first, torch.device("cpu"))  # pyright: ignore[reportPrivateUsage]
+
+    yield lambda: module.training_step(batch(), 0)
+    yield lambda: module(_as_tuple(batch())[0])
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 class _Watch(TorchFunctionMode):
@@ -337,7 +347,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.channels: dict[nn.Module, set[int]] = {}
+        self.channels: dict[str, set[int]] = {}
         self.functions: set[str] = set()
         self._names = {child: name or type(child).__name__ for name, child in module.named_modules()}
         self._at_work: list[nn.Module] = []
@@ -356,10 +366,21 @@ class _Watch(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
+    def see(self, compute: Callable[[], object]) -> Exception | None:
+        """Watch ``compute``; return what it raised."""
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+                warnings.simplefilter("ignore")
+                with torch.no_grad(), self:
+                    compute()
+        except Exception as error:  # whatever a user's code may raise
+            return error
+        return None
+
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._at_work.append(module)
         if isinstance(module, nn.ReLU) and inputs[0].dim() > 1:
-            self.channels.setdefault(module, set()).add(inputs[0].shape[1])
+            self.channels.setdefault(self._names[module], set()).add(inputs[0].shape[1])
 
     def _end(self, *_: Any) -> None:
         self._at_work.pop()

@@ -106,7 +106,7 @@ def share_weights(
 ) -> dict[str, str]:
     r"""Let the blocks of a stage from number ``own`` on reuse the convolutions of block ``own - 1``, in place.
 
-    A stage is a :class:`~torch.nn.Sequential` or :class:`~torch.nn.ModuleList` of blocks that hold convolutions. In
+    A stage is a :class:`~torch.nn.Sequential` or :class:`~torch.nn.ModuleList` of equal blocks with convolutions. In
     block :math:`i \ge R` each convolution whose counterpart in block :math:`R - 1` has the same name and shape becomes
     a :class:`SharedConvolution`, :math:`W_i = s_i W_{R-1}`. Norms, activations and what has no counterpart, such as a
     convolution in a shortcut, stay the block's own. Nothing happens to what is shared already.
@@ -137,18 +137,21 @@ def share_weights(
     """
     if own < 1:
         raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
-    found = dict(_stages(module))
+    found = dict(_stages(module, own))
     for pattern in stages or ():
-        if not any(fnmatchcase(name, pattern) for name in found):
+        if not shared_convolutions(module) and not any(fnmatchcase(name, pattern) for name in found):
             raise ValueError(
-                f"stages={pattern!r} matches no stage of equal blocks. The stages are {', '.join(found) or 'none'}."
+                f"stages={pattern!r} matches no stage of more than {own} equal blocks. The stages are"
+                f" {', '.join(found) or 'none'}."
             )
-    shared: dict[str, str] = {}
+    chosen = [name for name in found if stages is None or any(fnmatchcase(name, pattern) for pattern in stages)]
+    shared = {later: source for name in chosen for later, source in found[name].items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, stage in found.items():
-            if stages is None or any(fnmatchcase(name, pattern) for pattern in stages):
-                shared |= _share_in_stage(name, list(stage.named_children()), own)
+        for later, source in shared.items():
+            convolution: Any = module.get_submodule(later)
+            source_convolution: Any = module.get_submodule(source)
+            module.set_submodule(later, SharedConvolution(convolution, source_convolution))
     return shared
 
 
@@ -270,14 +273,29 @@ class WeightSharing(pl.Callback):
                 convolution.scale.copy_(scales[name])
 
 
-def _stages(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost containers of blocks that hold convolutions."""
+def _stages(module: nn.Module, own: int, prefix: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+    """The outermost containers of equal blocks, with the convolutions that can share and those that they share with."""
     for name, child in module.named_children():
         full = f"{prefix}{name}"
-        if isinstance(child, nn.Sequential | nn.ModuleList) and sum(map(_is_block, child.children())) > 1:
-            yield full, child
+        pairs = _pairs(child, own) if isinstance(child, nn.Sequential | nn.ModuleList) else {}
+        if pairs:
+            yield full, {f"{full}.{later}": f"{full}.{source}" for later, source in pairs.items()}
         else:
-            yield from _stages(child, f"{full}.")
+            yield from _stages(child, own, f"{full}.")
+
+
+def _pairs(stage: nn.Module, own: int) -> dict[str, str]:
+    blocks = [(name, block) for name, block in stage.named_children() if _is_block(block)]
+    if len(blocks) <= own:
+        return {}
+    source_name, source_block = blocks[own - 1]
+    sources = dict(source_block.named_modules())
+    return {
+        f"{name}.{local}": f"{source_name}.{local}"
+        for name, block in blocks[own:]
+        for local, child in block.named_modules()
+        if type(block) is type(source_block) and _fits(child, sources.get(local))
+    }
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -286,27 +304,11 @@ def _is_block(module: nn.Module) -> bool:
     return not isinstance(module, kinds) and any(isinstance(child, kinds) for child in module.modules())
 
 
-def _share_in_stage(stage: str, blocks: Sequence[tuple[str, nn.Module]], own: int) -> dict[str, str]:
-    blocks = [(name, block) for name, block in blocks if _is_block(block)]
-    if len(blocks) <= own:
-        return {}
-    source_name, source_block = blocks[own - 1]
-    shared: dict[str, str] = {}
-    sources: dict[str, Any] = dict(source_block.named_modules())
-    for name, block in blocks[own:]:
-        if type(block) is not type(source_block):
-            continue
-        for local, child in list(block.named_modules()):
-            source = sources.get(local)
-            if isinstance(child, _CONVOLUTIONS) and isinstance(source, type(child)) and _fits(child, source):
-                block.set_submodule(local, SharedConvolution(child, source))
-                shared[f"{stage}.{name}.{local}"] = f"{stage}.{source_name}.{local}"
-    return shared
-
-
-def _fits(convolution: Convolution, source: Convolution) -> bool:
+def _fits(convolution: nn.Module, source: nn.Module | None) -> bool:
     return (
-        convolution.weight.shape == source.weight.shape
+        isinstance(convolution, _CONVOLUTIONS)
+        and isinstance(source, type(convolution))
+        and convolution.weight.shape == source.weight.shape
         and convolution.groups == source.groups
         and convolution.weight is not source.weight
     )

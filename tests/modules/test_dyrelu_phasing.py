@@ -241,7 +241,7 @@ def test_a_forward_that_fails_tells_how_to_show_what_it_takes(tmp_path: Path) ->
         def forward(self, inputs: torch.Tensor, more: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return self.network(inputs + more)
 
-    with pytest.raises(MisconfigurationException, match=r"a forward of Picky failed.*example_input_array"):
+    with pytest.raises(MisconfigurationException, match=r"but Picky could not be asked: .*example_input_array"):
         fit(Picky(), tmp_path, DyReLUPhasing())
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torchvision.models import resnet18, resnet34, resnet50
 
 from lightning_sparse.modules import SharedConvolution, share_weights, unshare_weights
+from lightning_sparse.zoo import ResNet20
 
 
 class Block(nn.Module):
@@ -132,5 +133,15 @@ def test_blocks_that_differ_in_shape_are_not_shared() -> None:
 def test_stages_can_be_chosen_by_name_and_unknown_ones_are_named() -> None:
     net = resnet34()
     assert {name.split(".")[0] for name in share_weights(net, stages=["layer[34]"])} == {"layer3", "layer4"}
-    with pytest.raises(ValueError, match=r"stages='block\*' matches no stage.*layer1, layer2, layer3, layer4"):
+    with pytest.raises(
+        ValueError,
+        match=r"stages='block\*' matches no stage of more than 2 equal blocks.*layer1, layer2, layer3, layer4",
+    ):
         share_weights(resnet34(), stages=["block*"])
+
+
+def test_stages_within_a_chain_are_found() -> None:
+    shared = share_weights(ResNet20())
+    assert shared == {
+        f"layer{stage}.2.conv{conv}": f"layer{stage}.1.conv{conv}" for stage in (1, 2, 3) for conv in (1, 2)
+    }
