@@ -67,7 +67,7 @@ def read(out: Path, kind: type[R]) -> dict[R, dict[str, Any]]:
             result = json.loads(line)
         except json.JSONDecodeError:
             continue
-        finished[_run_of(result, kind)] = result
+        finished[run_of(result, kind)] = result
     return finished
 
 
@@ -98,7 +98,7 @@ def train_missing(
             file.write(json.dumps(result) + "\n")
             file.flush()
             cost = f"{result['accuracy']:.2f} %, {result['cpu_seconds']:.0f} s of one core"
-            print(f"{number}/{len(missing)}  {_run_of(result, kind)}: {cost}", flush=True)
+            print(f"{number}/{len(missing)}  {run_of(result, kind)}: {cost}", flush=True)
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -108,5 +108,6 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
-def _run_of(result: dict[str, Any], kind: type[R]) -> R:
+def run_of(result: dict[str, Any], kind: type[R]) -> R:
+    """Return the run of which ``result`` tells."""
     return kind(**{field.name: result[field.name] for field in fields(kind) if field.name in result})  # type: ignore[arg-type]

@@ -66,5 +66,6 @@ def test_the_table_of_dst_puts_sparse_runs_beside_dense_ones(tmp_path: Path) -> 
     table = dst.tabulate([{**dense, "seed": 0}, {**sparse, "seed": 0}, {**dense, "seed": 1}, {**sparse, "seed": 1}])
     rows = [[str(cell) for cell in column.cells] for column in table.columns]
     assert [column[1] for column in rows] == [
-        "lstm-a", "0.0001", "2.00 ± 0.00", "96.50 ± 0.00", "-0.50", "97.50 ± 0.00 (5.00 % left)", "2",
+        "lstm-a", "alpha 0.0001", "2.00 ± 0.00", "96.50 ± 0.00", "-0.50", "97.50 ± 0.00 (5.00 % left)",
+        "96.50 ± 0.00 (2.00 % left)", "2",
     ]  # fmt: skip
