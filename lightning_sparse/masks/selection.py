@@ -164,7 +164,8 @@ def select_weights(
         module: Any module.
         include: Patterns; where given, only what matches one is masked. A pattern is a glob over the parameter's name
             (``"encoder.*"``) or the name of its module's type (``"Conv2d"``, base classes count). One without a
-            wildcard that names a parameter or a type in full also admits an embedding or a weight of an unknown module.
+            wildcard that names a parameter or a type in full also admits an embedding or a weight of an unknown module;
+            ``["*", "MixtralExperts"]`` masks those beside all others.
         exclude: Patterns of what stays dense; it wins over ``include``.
 
     Returns:
@@ -300,7 +301,7 @@ def _reason_of_rules(item: _Owned) -> str:
         return ""
     if isinstance(item.module, nn.utils.parametrize.ParametrizationList):
         return "parametrized"
-    return "unknown module: name it in full in include= to mask it"
+    return "unknown module: name it in full in include= to mask it, beside '*' to mask the rest too"
 
 
 def _without_ties(candidates: Sequence[Candidate]) -> Iterator[Candidate]:

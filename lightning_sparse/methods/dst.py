@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sparse.functional.thresholds import threshold_gradients, threshold_mask, threshold_penalty
+from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.paper import Paper
@@ -151,10 +151,10 @@ class DST(LatentMethod):
         grad = weight.parameter.grad
         assert grad is not None
         threshold = self.thresholds[weight.name]
-        weight_grad, threshold_grad = threshold_gradients(
-            weight.rows(grad), weight.rows(latent), threshold, self.alpha * scale
-        )
-        grad.copy_(weight.from_rows(weight_grad))
+        rows = weight.rows(grad)
+        threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, self.alpha * scale)
+        if rows.data_ptr() != grad.data_ptr():  # its rows do not lie in order in memory
+            grad.copy_(weight.from_rows(rows))
         threshold.grad = threshold_grad.to(threshold.dtype) / scale
 
     @override
