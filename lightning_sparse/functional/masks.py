@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["kth_smallest", "largest", "multiplier", "pack", "smallest", "unpack", "zero_pruned_"]
+__all__ = ["count_active", "kth_smallest", "largest", "multiplier", "pack", "smallest", "unpack", "zero_pruned_"]
 
 # Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
 _CHUNK = 1 << 17
 
 # From how many entries on a selection on the CPU makes nothing of their size, and how many it looks at first.
-_LARGE = 1 << 18
+_LARGE = 1 << 15
 _SAMPLE = 1 << 15
+# Where at most one of so many is eligible, the eligible are gathered.
+_FEW = 16
 
 _FLOAT = 4  # bytes
 
@@ -97,22 +99,32 @@ def smallest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> T
         raise ValueError(f"Cannot choose {k} entries: only 0 are eligible, the tensor is empty.")
     threshold = kth_smallest(candidates, min(k, candidates.numel()))
     chosen = candidates <= threshold
-    if threshold < torch.inf and int(chosen.count_nonzero()) == k:
+    if threshold < torch.inf and count_active(chosen) == k:
         return chosen
     chosen = candidates < threshold
     ties = (candidates == threshold).logical_and_(among)
-    missing = k - int(chosen.count_nonzero())
-    num_ties = int(ties.count_nonzero())
+    missing = k - count_active(chosen)
+    num_ties = count_active(ties)
     if missing > num_ties:
-        comparable = int((among & ~keys.isnan()).count_nonzero())
+        comparable = count_active(among & ~keys.isnan())
         raise ValueError(
             f"Cannot choose {k} entries: only {comparable} are eligible"
-            f" ({int(among.count_nonzero()) - comparable} more have the score NaN, which cannot be ranked)."
+            f" ({count_active(among) - comparable} more have the score NaN, which cannot be ranked)."
         )
     if missing < num_ties:
         first = ties.flatten().nonzero().squeeze(1)[:missing]
         ties = torch.zeros_like(ties).flatten().index_fill_(0, first, True).view_as(chosen)
     return chosen.logical_or_(ties)
+
+
+def count_active(mask: Tensor) -> int:
+    """The number of ``True`` in a mask; on a CPU in a tenth of the time of :meth:`torch.Tensor.count_nonzero`.
+
+    Example:
+        >>> count_active(torch.tensor([True, False, True]))
+        2
+    """
+    return int(np.count_nonzero(mask.numpy()) if mask.is_cpu else mask.count_nonzero())
 
 
 def largest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
@@ -136,9 +148,11 @@ def _smallest_in_parts(scores: Tensor, k: int, among: Tensor, key: Key | None) -
         for number, (part, eligible) in enumerate(zip(scores.split(_CHUNK), among.split(_CHUNK), strict=True)):
             yield number * _CHUNK, _keys(part, key), eligible.numpy()
 
-    num_eligible = int(among.count_nonzero())
+    num_eligible = count_active(among)
     if k > num_eligible:
         return None
+    if num_eligible * _FEW <= len(scores):
+        return _smallest_of_few(scores, k, among, key)
     low, high = _bracket(scores, k / num_eligible, among, key)
     below, inside = 0, list[np.ndarray[Any, Any]]()
     for _, keys, eligible in parts():
@@ -155,10 +169,23 @@ def _smallest_in_parts(scores: Tensor, k: int, among: Tensor, key: Key | None) -
     chosen = torch.empty_like(among)
     for (_, keys, eligible), out in zip(parts(), chosen.split(_CHUNK), strict=True):
         np.logical_and(keys <= threshold, eligible, out=out.numpy())
-    surplus = int(chosen.count_nonzero()) - k
+    surplus = count_active(chosen) - k
     if surplus:
         ties = [start + np.flatnonzero((keys == threshold) & eligible) for start, keys, eligible in parts()]
         chosen.numpy()[np.concatenate(ties)[-surplus:]] = False
+    return chosen
+
+
+def _smallest_of_few(scores: Tensor, k: int, among: Tensor, key: Key | None) -> Tensor | None:
+    """The same where few are eligible: these are gathered."""
+    where = np.flatnonzero(among.numpy())
+    keys = _keys(scores[torch.from_numpy(where)], key)
+    threshold = np.partition(keys, k - 1)[k - 1]
+    if not np.isfinite(threshold):
+        return None
+    below, ties = np.flatnonzero(keys < threshold), np.flatnonzero(keys == threshold)
+    chosen = torch.zeros_like(among)
+    chosen.numpy()[where[np.concatenate([below, ties[: k - len(below)]])]] = True
     return chosen
 
 
@@ -169,7 +196,8 @@ def _keys(part: Tensor, key: Key | None) -> np.ndarray[Any, Any]:
 
 def _bracket(scores: Tensor, fraction: float, among: Tensor, key: Key | None) -> tuple[float, float]:
     """Keys between which the one at ``fraction`` of the eligible most probably is: five standard deviations around."""
-    where = torch.randint(len(scores), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+    size = min(_SAMPLE, max(_SAMPLE // 8, len(scores) >> 7))
+    where = torch.randint(len(scores), (size,), generator=torch.Generator().manual_seed(0))
     sample = np.sort(_keys(scores[where[among[where]]], key))
     sample = sample[~np.isnan(sample)]
     middle = fraction * len(sample)

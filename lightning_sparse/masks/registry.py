@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sparse.functional.masks import memory_order, multiplier, pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import count_active, memory_order, multiplier, pack, unpack, zero_pruned_
 from lightning_sparse.masks.selection import Candidate, canonical_name
 
 __all__ = ["MaskGroup", "MaskRegistry", "MaskedWeight"]
@@ -176,8 +176,11 @@ class MaskGroup(Sequence[MaskedWeight]):
         return [_view_as(part, weight.parameter) for weight, part in zip(self, parts, strict=True)]
 
     def recount(self) -> None:
-        """Count the active weights anew; one transfer from the device."""
-        counts = torch.stack([weight.mask.count_nonzero() for weight in self]).tolist()
+        """Count the active weights anew; one transfer from a device that is not the CPU."""
+        if self.mask.is_cpu:
+            counts = [count_active(weight.mask) for weight in self]
+        else:
+            counts = torch.stack([weight.mask.count_nonzero() for weight in self]).tolist()
         for weight, num_active in zip(self, counts, strict=True):
             weight.recount(num_active)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -96,8 +97,8 @@ class HardMaskMethod(SparseMethod):
         self.update_masks(group)
         broadcast_(group.mask)
         group.updated_at = self.step
-        changed = before ^ group.mask
-        if changed.any():
+        if not torch.equal(before, group.mask):
+            changed = before ^ group.mask
             for weight, its_changed in zip(group, group.split(changed), strict=True):
                 clear_moments(group.optimizer, weight.parameter, its_changed)
             self.masks_changed(trainer, group)

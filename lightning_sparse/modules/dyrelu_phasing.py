@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["DyReLUPhasing"]
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+# Modules whose features are the last dimension. After one of them, dimension 1 counts positions, not channels.
+_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -60,7 +62,8 @@ class DyReLUPhasing(pl.Callback):
 
     How many channels come to a ReLU is found by letting a copy of the module compute: ``forward`` of its
     ``example_input_array`` or, where it has none, ``training_step`` of a batch. Calls of ``F.relu`` cannot be replaced
-    and are named.
+    and are named, and so are ReLUs of (batch, position, feature) as in transformers, for which Dynamic ReLU is not
+    defined.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
@@ -156,19 +159,29 @@ class DyReLUPhasing(pl.Callback):
             for relu in wanted.values():
                 _replace(pl_module, relu, PhasedReLU(relu, (), self.reduction))
             return
-        channels, functions = _watch_a_step(trainer, pl_module)
+        seen = _watch_a_step(trainer, pl_module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for name, relu in wanted.items():
-                if channels.get(name):
-                    site = PhasedReLU(relu, channels[name], self.reduction)
+                if seen.channels.get(name) and name not in seen.features_last:
+                    site = PhasedReLU(relu, seen.channels[name], self.reduction)
                     _replace(pl_module, relu, site.to(pl_module.device))
-                else:
-                    rank_zero_warn(f"DyReLUPhasing: nothing comes to {name}, which stays a ReLU.")
-        if functions:
+        self._name_what_stays([name for name in wanted if name not in phased_relus(pl_module)], seen)
+
+    def _name_what_stays(self, names: Sequence[str], seen: _Watch) -> None:
+        last = [name for name in names if name in seen.features_last]
+        if last:
             rank_zero_warn(
-                f"DyReLUPhasing: relu is called as a function in {', '.join(functions)}, and stays a ReLU there. Use"
-                " nn.ReLU modules to have it phased."
+                f"DyReLUPhasing: {', '.join(last)} stay ReLUs, because features come to them in the last of several"
+                " dimensions, as in a transformer, and Dynamic ReLU is defined for channels in dimension 1."
+            )
+        never = [name for name in names if name not in seen.features_last]
+        if never:
+            rank_zero_warn(f"DyReLUPhasing: nothing comes to {', '.join(never)}, which stay ReLUs.")
+        if seen.functions:
+            rank_zero_warn(
+                f"DyReLUPhasing: relu is called as a function in {', '.join(sorted(seen.functions))}, and stays a ReLU"
+                " there. Use nn.ReLU modules to have it phased."
             )
 
     def _wants(self, name: str) -> bool:
@@ -301,8 +314,8 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
         module.set_submodule(name, new)
 
 
-def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[str, set[int]], list[str]]:
-    """Let a copy compute; return the channels that came to each ``nn.ReLU``, and the modules that call relu."""
+def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Watch:
+    """Let a copy compute; return what was seen."""
     pl_module.trainer, its_trainer = None, pl_module.trainer  # which no copy needs; without one, log does nothing
     try:
         module = copy.deepcopy(pl_module).eval()
@@ -312,7 +325,7 @@ def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[d
     for compute in _ways_to_compute(trainer, pl_module, module):
         failure = watch.see(compute)
         if failure is None:
-            return watch.channels, sorted(watch.functions)
+            return watch
         failures.append(repr(failure))
     raise MisconfigurationException(
         f"DyReLUPhasing must know how many channels come to each ReLU, but {type(pl_module).__name__} could not be"
@@ -348,9 +361,11 @@ class _Watch(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.channels: dict[str, set[int]] = {}
+        self.features_last: set[str] = set()
         self.functions: set[str] = set()
         self._names = {child: name or type(child).__name__ for name, child in module.named_modules()}
         self._at_work: list[nn.Module] = []
+        self._latest: nn.Module | None = None
         self._handles: list[RemovableHandle] = []
 
     @override
@@ -379,11 +394,17 @@ class _Watch(TorchFunctionMode):
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._at_work.append(module)
-        if isinstance(module, nn.ReLU) and inputs[0].dim() > 1:
+        if not isinstance(module, nn.ReLU) or inputs[0].dim() < 2:
+            return
+        if inputs[0].dim() > 2 and isinstance(self._latest, _FEATURES_LAST):
+            self.features_last.add(self._names[module])
+        else:
             self.channels.setdefault(self._names[module], set()).add(inputs[0].shape[1])
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, module: nn.Module, *_: Any) -> None:
         self._at_work.pop()
+        if next(module.parameters(recurse=False), None) is not None:
+            self._latest = module
 
     @override
     def __torch_function__(

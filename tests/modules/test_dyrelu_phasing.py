@@ -208,6 +208,27 @@ def test_calls_of_the_function_are_named(tmp_path: Path) -> None:
         fit(Functional(), tmp_path, DyReLUPhasing(4, 8))
 
 
+def test_relus_of_positions_and_features_stay_and_are_named(tmp_path: Path) -> None:
+    class Positions(ToyModel):
+        @staticmethod
+        def build() -> nn.Sequential:
+            body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            return nn.Sequential(
+                nn.Unflatten(1, (3, 4)), body, nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
+            )
+
+    kinds: list[type] = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            network = cast("Any", pl_module).network
+            kinds.extend([type(network[1][1]), type(network[4])])
+
+    with pytest.warns(UserWarning, match=r"network\.1\.1 stay ReLUs, because features come to them in the last"):
+        fit(Positions(), tmp_path, DyReLUPhasing(4, 8), Look())
+    assert kinds == [nn.ReLU, PhasedReLU]
+
+
 def test_a_relu_that_is_used_twice_takes_both_numbers_of_channels(tmp_path: Path) -> None:
     class Twice(ToyModel):
         @staticmethod
