@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check coverage benchmarks clean
+.PHONY: help .venv demo test check docs coverage benchmarks clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -18,11 +18,15 @@ demo: $(INSTALLED)  ## train a small network dense and sparse, and show the diff
 test: $(INSTALLED)  ## run all tests and every example in the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-check: $(INSTALLED)  ## format, lint, types and tests: what a change must pass
+check: $(INSTALLED)  ## format, lint, types, documentation and tests: what a change must pass
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	@$(MAKE) docs
 	@$(MAKE) test
+
+docs: $(INSTALLED)  ## build the documentation into build/docs; a warning is an error
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 
 coverage: $(INSTALLED)  ## run all tests and list the lines that none of them reaches
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest

@@ -124,7 +124,7 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True, force_terminal=False, highlight=False)
+        console = Console(width=120, no_color=True, force_terminal=False, force_jupyter=False, highlight=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

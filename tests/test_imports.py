@@ -18,7 +18,7 @@ LAYERS = [
     {"masks"},
     {"methods", "metrics", "monitor", "reporting"},
     {"__init__"},
-    {"zoo"},
+    {"testing", "zoo"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}

@@ -501,8 +501,8 @@ class SparseMethod(pl.Callback, ABC):
         for weight in group:
             if weight.num_active == 0:
                 self._warn_once(
-                    f"{weight.name} has no active weight left; nothing flows through it. Set min_active to keep some in"
-                    " every layer, or leave it out with exclude="
+                    f"{weight.name} has no active weight left; nothing flows through it. Leave it out with exclude= to"
+                    " train it, or set min_active where a method chooses the masks"
                 )
 
     def _warn_once(self, message: str) -> None:

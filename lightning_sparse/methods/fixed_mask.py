@@ -17,7 +17,6 @@ from typing import ClassVar, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -106,11 +105,6 @@ class FixedMask(HardMaskMethod):
         for weight in group:
             weight.mask.copy_(self._chosen[weight.name])
             weight.budget = int(weight.mask.count_nonzero())
-            if weight.budget == 0:
-                rank_zero_warn(
-                    f"FixedMask: {weight.name} has no active weight, and so never will; nothing flows through it. Leave"
-                    " it out with exclude= to train it."
-                )
         group.updated_at = 0
         if group is self.groups[-1]:
             self._chosen = {}
