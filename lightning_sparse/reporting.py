@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.functional.topology import count_active, count_dead, count_shared
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, state_dict_of
+from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.selection import Candidate, canonical_name, judge_parameters
 from lightning_sparse.metrics.flops import ForwardFLOPs
 
@@ -368,7 +369,11 @@ def _overlap(name: str, before: Tensor, after: Tensor) -> MaskOverlap:
 def _report_of_module(module: nn.Module, example: Any, all_tensors: bool) -> SparsityReport:
     counter = None if example is None else _count_flops(module, example)
     plan = judge_parameters(module)
-    counted = [item for item in plan if not item.reason.startswith("tied: to")] if all_tensors else plan.weights
+    masked = {*MaskRegistry.left_in(module), *(MaskRegistry.find(module) or ())}  # include= may have asked for more
+    if all_tensors:
+        counted = [item for item in plan if not item.reason.startswith("tied: to")]
+    else:
+        counted = [item for item in plan if item.reason in ("", "frozen") or item.name in masked]
     if not counted:
         raise ValueError(
             f"{type(module).__name__} has no weight to count. Its parameters and the reasons:\n{plan}\n"

@@ -17,6 +17,7 @@ from typing import ClassVar, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,6 +28,9 @@ from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes
 
 __all__ = ["FixedMask"]
+
+# A frozen layer in which this share of the weights is zero was pruned.
+_PRUNED = 0.1
 
 
 @final
@@ -108,6 +112,16 @@ class FixedMask(HardMaskMethod):
         group.updated_at = 0
         if group is self.groups[-1]:
             self._chosen = {}
+            self._name_frozen_zeros()
+
+    def _name_frozen_zeros(self) -> None:
+        frozen = [candidate for candidate in self.dense if candidate.reason == "frozen"]
+        names = [candidate.name for candidate in frozen if (candidate.parameter == 0).double().mean() > _PRUNED]
+        if names:
+            rank_zero_warn(
+                f"FixedMask: {', '.join(names)} hold zeros and are frozen, and what is frozen when fit begins gets no"
+                " mask. To thaw them later and keep their zeros, let them be trainable now, with a learning rate of 0."
+            )
 
     def _masks_in_module(self) -> Mapping[str, Tensor]:
         zeros = {weight.name: weight.parameter != 0 for weight in self.weights}
@@ -148,7 +162,7 @@ class FixedMask(HardMaskMethod):
     @override
     def target_sparsity(self, name: str | None = None) -> float:
         weights = self.weights if name is None else [self.registry[name]]
-        numel = sum(weight.numel for weight in weights)
+        numel = sum(weight.numel if name else weight.unshared_numel for weight in weights)
         return 1.0 - sum(weight.num_active for weight in weights) / numel if numel else 0.0
 
     @override
