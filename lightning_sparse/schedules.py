@@ -213,7 +213,7 @@ class Cyclic(Schedule):
         low = 1.0 - self.sparsity
         cosine = self.shape == "cosine"
         wave = 0.5 * (1.0 - math.cos(2.0 * math.pi * position)) if cosine else 1.0 - abs(1.0 - 2.0 * position)
-        return self.sparsity - (min(1.0, self.multiplier * low) - low) * wave
+        return max(0.0, self.sparsity - (min(1.0, self.multiplier * low) - low) * wave)  # no rounding error below 0
 
 
 def as_schedule(value: float | Schedule) -> Schedule:

@@ -65,7 +65,7 @@ class EAST(PruneAndGrow):
         allocation: How the budget is shared among layers.
         drop_fraction: Fraction of a layer's active weights that an exchange drops, or a schedule of it.
         update_every: Time between exchanges after the cycles: 4000 steps of some 88 000 in the code.
-        stop: Time after which the masks stay.
+        stop: Time after which the masks stay; ``int`` = optimizer steps, ``float`` = fraction of training.
         regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
         min_active: Weights that every layer holds at least.
         include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
@@ -114,16 +114,18 @@ class EAST(PruneAndGrow):
         allocation: LayerAllocation = "erk",
         drop_fraction: float | Schedule = Cosine(0.5, 0.005),  # noqa: B008  # frozen
         update_every: Duration = 0.045,
-        stop: float = 1.0,
+        stop: Duration = 1.0,
         regrow: bool = True,
         min_active: int = 1,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        cyclic = None
+        cyclic = before = None
         if cycles:
             cyclic = Cyclic(sparsity, cycles, cycle_length, cycle_growth, multiplier, cycle_shape)
+            end = min(1.0, cyclic.end) * stop  # a sum of fractions may be a little above 1
+            before = UpdateTimes(every=cycle_update_every, stop=round(end) if isinstance(stop, int) else end, least=10)
         super().__init__(
             sparsity if cyclic is None else cyclic,
             allocation=allocation,
@@ -136,7 +138,7 @@ class EAST(PruneAndGrow):
             include=include,
             exclude=exclude,
             seed=seed,
-            before=cyclic and UpdateTimes(every=cycle_update_every, stop=cyclic.end * stop, least=10),
+            before=before,
         )
         self.phasing = DyReLUPhasing(seed=seed) if phasing is True else phasing or None
         self.sharing = WeightSharing(seed=seed) if sharing is True else sharing or None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_sparse.modules.auxiliary import steps_of_training, steps_taken
 
 __all__ = ["refuse_optimizers", "refuse_strategy", "steps_of_training", "steps_taken"]
 
@@ -18,25 +18,6 @@ _UNSUPPORTED_STRATEGIES = {
     "XLAFSDPStrategy": "it shards the weights",
     "XLAStrategy": "it compiles the step",
 }
-
-
-def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-    """The steps that training will have, in the count of a method: ``inf`` where it has no known end.
-
-    ``trainer.max_steps`` counts the steps of every optimizer, a method the batches in which one of them steps; that
-    each does so in every batch is what can be assumed.
-    """
-    total = trainer.estimated_stepping_batches
-    if total < 0:  # Lightning's answer for a data loader without length
-        return math.inf
-    if trainer.max_steps != -1 and not pl_module.automatic_optimization:
-        return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
-    return total
-
-
-def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-    """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
-    return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))
 
 
 def refuse_strategy(method: str, trainer: pl.Trainer) -> None:

@@ -43,9 +43,9 @@ class ForwardFLOPs(TorchDispatchMode):
 
     An operation belongs to the parameter whose memory it reads: so the projections of an attention layer count for
     their weights while attention itself, which has none, counts in the total alone, and a weight counts in whatever
-    module or function uses it. Casts of autocast are followed. Within ``torch.compile`` it sees the kernels that are
-    called, not those that are generated; an operation on a weight that generated code has copied counts for the first
-    parameter of its shape that has none yet. What runs, runs unchanged.
+    module or function uses it. Casts of autocast and products with a scalar are followed. Within ``torch.compile`` it
+    sees the kernels that are called, not those that are generated; an operation on a weight that generated code has
+    copied counts for the first parameter of its shape that has none yet. What runs, runs unchanged.
 
     Args:
         parameters: The parameters by name; those with less than two dimensions have no operations of their own.
@@ -104,6 +104,8 @@ class ForwardFLOPs(TorchDispatchMode):
             self._follow(args[0], result)
         elif operator is aten.copy_:
             self._follow(args[1], args[0])
+        elif operator is aten.mul:
+            self._follow_scaled(_tensors(args), result)
         elif operator in _APPLIERS:
             for weight in _tensors(args[_APPLIERS[operator]]):
                 if weight.dim() > 1:
@@ -143,6 +145,13 @@ class ForwardFLOPs(TorchDispatchMode):
         if name:
             self._alive.append(copy)
             self._remember(copy, name)
+
+    def _follow_scaled(self, factors: Sequence[Tensor], product: Tensor) -> None:
+        """A weight times a scalar, as in a convolution that shares its weights, is still that weight."""
+        if any(factor.dim() == 0 for factor in factors):
+            for factor in factors:
+                if factor.shape == product.shape:
+                    self._follow(factor, product)
 
     def _remember(self, tensor: Tensor, name: str) -> None:
         start = _address(tensor)

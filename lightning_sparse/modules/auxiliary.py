@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
@@ -9,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-__all__ = ["check_in_optimizer", "copy_again"]
+__all__ = ["check_in_optimizer", "copy_again", "refuse_twins", "steps_of_training", "steps_taken"]
 
 
 def check_in_optimizer(
@@ -46,3 +47,44 @@ def copy_again(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: pl.
     for earlier in callbacks[: callbacks.index(callback)]:
         if isinstance(earlier, StochasticWeightAveraging | WeightAveraging):
             earlier.setup(trainer, pl_module, "fit")
+
+
+def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[str]) -> None:
+    """Refuse another callback of the same class that would act on the same places in another way.
+
+    Args:
+        trainer: Holds the callbacks.
+        callback: One of them.
+        settings: The names of its attributes that say how it acts.
+
+    Raises:
+        MisconfigurationException: There is one.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    twins = [other for other in callbacks if type(other) is type(callback)]
+    differing = [name for name in settings if any(getattr(twin, name) != getattr(callback, name) for twin in twins)]
+    if differing:
+        raise MisconfigurationException(
+            f"This Trainer has {len(twins)} {type(callback).__name__} that differ in {', '.join(differing)}. Leave one"
+            " out; EAST brings one of its own, and takes yours in its place: EAST(..., phasing=DyReLUPhasing(...),"
+            " sharing=WeightSharing(...))."
+        )
+
+
+def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+    """The steps that training will have, in the count of a method: ``inf`` where it has no known end.
+
+    ``trainer.max_steps`` counts the steps of every optimizer, a method the batches in which one of them steps; that
+    each does so in every batch is what can be assumed.
+    """
+    total = trainer.estimated_stepping_batches
+    if total < 0:  # Lightning's answer for a data loader without length
+        return math.inf
+    if trainer.max_steps != -1 and not pl_module.automatic_optimization:
+        return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
+    return total
+
+
+def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
+    return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))

@@ -140,6 +140,11 @@ class PhasedReLU(nn.Module):
         self._phase.out = True
         self.beta.zero_()
 
+    def phase_in(self) -> None:
+        """Be a Dynamic ReLU again, with the parameters that it has."""
+        self._phase.out = False
+        self.beta.fill_(1.0)
+
     @override
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply it to inputs of shape ``(N, C, ...)``."""

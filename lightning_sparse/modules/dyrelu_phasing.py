@@ -16,7 +16,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeGuard, final
 from weakref import ref
 
 import lightning.pytorch as pl
@@ -25,13 +25,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.multiprocessing import (
     _MultiProcessingLauncher,  # pyright: ignore[reportPrivateUsage]
 )
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self, override
 
-from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again
+from lightning_sparse.modules.auxiliary import (
+    check_in_optimizer,
+    copy_again,
+    refuse_twins,
+    steps_of_training,
+    steps_taken,
+)
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
 
@@ -116,6 +123,8 @@ class DyReLUPhasing(pl.Callback):
         self.beta = 1.0
         self._timetable = Timetable(every=1, start=0, stop=0)
         self._sites: dict[str, PhasedReLU] = {}
+        self._inserted = self._trained = False  # by this fit; since then
+        self._hides_from_ddp = False
         self._ignored_before: Any = None
         self._finished: Callable[[], nn.Module | None] = _nothing
 
@@ -123,6 +132,8 @@ class DyReLUPhasing(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # A checkpoint that is about to be loaded, of which nothing is known yet, says whether a site is phased out.
         # Where there is none, a module whose phase is over stays as it is, and so does one that is only looked at.
+        self._inserted = self._trained = False
+        refuse_twins(trainer, self, ("times", "reduction", "freeze", "include", "exclude"))
         there_before = phased_relus(pl_module)
         if not there_before:
             self._insert(trainer, pl_module, stage)
@@ -132,16 +143,19 @@ class DyReLUPhasing(pl.Callback):
                 site.phase_out()
         if stage != "fit":
             return
+        self._inserted = not there_before and self._finished() is not pl_module
         self._finished = _nothing
         # DDP waits for the gradient of every parameter that it knows, and these will have none. on_after_backward does
         # what it did for them.
-        self._ignored_before = getattr(pl_module, _IGNORED_BY_DDP, None)
         own = {f"{name}.{key}" for name, site in self._sites.items() for key in (*_names(site),)}
-        setattr(pl_module, _IGNORED_BY_DDP, own | set(self._ignored_before or ()))
+        hidden = set(getattr(pl_module, _IGNORED_BY_DDP, ()))
+        if not own <= hidden:
+            self._ignored_before, self._hides_from_ddp = vars(pl_module).get(_IGNORED_BY_DDP), True
+            setattr(pl_module, _IGNORED_BY_DDP, own | hidden)
         copy_again(trainer, pl_module, self)
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        relus = {name: child for name, child in pl_module.named_modules() if isinstance(child, nn.ReLU)}
+        relus = {name: child for name, child in pl_module.named_modules() if _is_relu(child)}
         for argument, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns or ():
                 if not any(fnmatchcase(name, pattern) for name in relus):
@@ -165,7 +179,7 @@ class DyReLUPhasing(pl.Callback):
             for name, relu in wanted.items():
                 if seen.channels.get(name) and name not in seen.features_last:
                     site = PhasedReLU(relu, seen.channels[name], self.reduction)
-                    _replace(pl_module, relu, site.to(pl_module.device))
+                    _replace(pl_module, relu, site.to(pl_module.device).type(pl_module.dtype))
         self._name_what_stays([name for name in wanted if name not in phased_relus(pl_module)], seen)
 
     def _name_what_stays(self, names: Sequence[str], seen: _Watch) -> None:
@@ -196,7 +210,10 @@ class DyReLUPhasing(pl.Callback):
     @override
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._timetable = self.times.resolve(trainer.estimated_stepping_batches)
+        self._timetable = self.times.resolve(steps_of_training(trainer, pl_module))
+        if self._inserted and not self._trained:
+            for site in self._sites.values():
+                site.phase_in()  # which weights that the module's own setup has loaded may have phased out
         for parameter in self._parameters() if _world_size() > 1 else ():
             distributed.broadcast(parameter, src=0)
 
@@ -206,7 +223,8 @@ class DyReLUPhasing(pl.Callback):
     ) -> None:
         if self._is_over():
             return
-        self.beta = 1.0 - self._timetable.progress(trainer.global_step)
+        self._trained = True
+        self.beta = 1.0 - self._timetable.progress(steps_taken(trainer, pl_module))
         for site in self._sites.values():
             site.beta.fill_(self.beta)
             site.requires_grad_(not (self.freeze and self.beta < 1.0))
@@ -246,7 +264,7 @@ class DyReLUPhasing(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_over():
             self._finished = ref(pl_module)
-        else:
+        elif not self._is_untouched():
             # The main process, which only takes weights from those that it has started, has a module without them.
             stays = not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
             rank_zero_warn(
@@ -267,14 +285,15 @@ class DyReLUPhasing(pl.Callback):
         self._leave(pl_module)
 
     def _leave(self, pl_module: pl.LightningModule) -> None:
-        """Take out of the module what is a ReLU by now."""
+        """Take out of the module what is a ReLU by now, and what no step was taken with."""
         for site in phased_relus(pl_module).values():
-            if site.is_phased_out:
+            if site.is_phased_out or self._is_untouched():
                 _replace(pl_module, site, site.relu)
-        if self._ignored_before is not None:
-            setattr(pl_module, _IGNORED_BY_DDP, self._ignored_before)
-        elif hasattr(pl_module, _IGNORED_BY_DDP):
-            delattr(pl_module, _IGNORED_BY_DDP)
+        if self._hides_from_ddp:
+            vars(pl_module).pop(_IGNORED_BY_DDP, None)
+            if self._ignored_before is not None:
+                setattr(pl_module, _IGNORED_BY_DDP, self._ignored_before)
+            self._ignored_before, self._hides_from_ddp = None, False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -292,6 +311,10 @@ class DyReLUPhasing(pl.Callback):
                 " Resume with the callbacks that wrote it. To begin with its weights, load them with"
                 " load_from_checkpoint and call fit without ckpt_path."
             )
+        self._trained = checkpoint.get("global_step", 0) > 0  # it is 0 in the learning-rate finder's file
+
+    def _is_untouched(self) -> bool:
+        return self._inserted and not self._trained
 
     def _is_over(self) -> bool:
         return all(site.is_phased_out for site in self._sites.values())
@@ -301,6 +324,10 @@ class DyReLUPhasing(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_finished": _nothing}  # a reference cannot go to another process
+
+
+def _is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:
+    return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward
 
 
 def _names(site: PhasedReLU) -> list[str]:
@@ -319,6 +346,12 @@ def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Watch:
     pl_module.trainer, its_trainer = None, pl_module.trainer  # which no copy needs; without one, log does nothing
     try:
         module = copy.deepcopy(pl_module).eval()
+    except Exception as error:
+        raise MisconfigurationException(
+            f"DyReLUPhasing lets a copy of the module compute to see how many channels come to each ReLU, but"
+            f" {type(pl_module).__name__} cannot be copied: {error!r}. Keep out of it what copy.deepcopy refuses, such"
+            " as locks, open files and tensors that have a gradient history."
+        ) from error
     finally:
         pl_module.trainer = its_trainer
     watch, failures = _Watch(module), list[str]()
@@ -337,15 +370,26 @@ def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Watch:
 def _ways_to_compute(
     trainer: pl.Trainer, pl_module: pl.LightningModule, module: pl.LightningModule
 ) -> Iterator[Callable[[], object]]:
+    # An earlier fit may have left it in half or double precision, or on another device.
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in module.parameters()) else torch.float32
+    module.to(dtype)
+
+    def converted(value: Any) -> Any:
+        return apply_to_collection(
+            value, Tensor, lambda part: part.to(module.device, dtype if part.is_floating_point() else None)
+        )
+
     example = module.example_input_array
     if example is not None:
+        example = converted(example)
         yield lambda: module(**example) if isinstance(example, Mapping) else module(*_as_tuple(example))
         return
 
     def batch() -> Any:
-        first = next(iter(trainer.fit_loop._data_source.dataloader()))  # pyright: ignore[reportPrivateUsage]
-        first = pl_module._on_before_batch_transfer(first)  # pyright: ignore[reportPrivateUsage]
-        return pl_module._apply_batch_transfer_handler(first, torch.device("cpu"))  # pyright: ignore[reportPrivateUsage]
+        loader = trainer.fit_loop._data_source.dataloader()  # pyright: ignore[reportPrivateUsage]
+        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        first = pl_module._on_before_batch_transfer(next(iter(combined))[0])  # pyright: ignore[reportPrivateUsage]
+        return converted(pl_module._apply_batch_transfer_handler(first, module.device))  # pyright: ignore[reportPrivateUsage]
 
     yield lambda: module.training_step(batch(), 0)
     yield lambda: module(_as_tuple(batch())[0])

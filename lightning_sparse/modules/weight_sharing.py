@@ -7,6 +7,7 @@ Code:   https://github.com/TensorStrike/ES2
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again
+from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FORWARDS = {kind.forward for kind in _CONVOLUTIONS}
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -69,7 +71,9 @@ class SharedConvolution(nn.Module):
         self.scale = nn.Parameter(torch.rand((), dtype=source.weight.dtype, device=source.weight.device))
         self.bias = convolution.bias
         self._source = (source,)  # in a tuple, so that it is no child: its weight has one name
-        self._convolution = (convolution,)
+        plain = copy.copy(convolution)  # without the weights, which nobody needs
+        plain._parameters = dict.fromkeys(convolution._parameters)  # pyright: ignore[reportPrivateUsage]
+        self._convolution = (plain,)
         self.register_state_dict_post_hook(_save_as_plain)
         self.register_load_state_dict_pre_hook(_load_from_plain)
 
@@ -116,7 +120,8 @@ def share_weights(
         own: Blocks of each stage that keep their weights, at least 1: :math:`R`. It is 2 in EAST, because the first
             block of a stage may change the number of channels.
         stages: Globs of the names of stages; all stages where None.
-        seed: Seed of the scalars, which begin uniformly random in (0, 1).
+        seed: Seed of the scalars, which begin uniformly random in (0, 1). Where weights are a multiple of the source's
+            already, as in a module loaded from the checkpoint of a shared one, the scalar is that.
 
     Returns:
         The name of each convolution that now shares, and of the one whose weights it uses.
@@ -151,7 +156,11 @@ def share_weights(
         for later, source in shared.items():
             convolution: Any = module.get_submodule(later)
             source_convolution: Any = module.get_submodule(source)
-            module.set_submodule(later, SharedConvolution(convolution, source_convolution))
+            replacement = SharedConvolution(convolution, source_convolution)
+            scale = _exact_scale(convolution.weight, source_convolution.weight)
+            if scale is not None:
+                replacement.scale.data.copy_(scale)
+            module.set_submodule(later, replacement)
     return shared
 
 
@@ -207,10 +216,11 @@ def uses_of(module: nn.Module) -> dict[int, int]:
 class WeightSharing(pl.Callback):
     r"""Shares weights within residual stages while training, as a callback: see :func:`share_weights`.
 
-    The module changes when ``fit``, ``validate`` or ``test`` sets up, before its optimizers are made, and stays shared
-    afterwards; :func:`unshare_weights` gives plain convolutions for export. The sparsity of a method beside it counts
-    the weights as the network had them unshared: at sparsity :math:`s` as many weights are stored as at :math:`s`
-    without sharing, among fewer places.
+    The module changes when ``fit`` sets up, before its optimizers are made, and stays shared afterwards;
+    :func:`unshare_weights` gives plain convolutions for export. A module that is only validated, tested or asked for
+    predictions stays as it is; as a plain one it computes the same from the checkpoint of a shared one. The sparsity of
+    a method beside it counts the weights as the network had them unshared: at sparsity :math:`s` as many weights are
+    stored as at :math:`s` without sharing, among fewer places.
 
     The optimizer's weight decay draws the scalars towards 0 like any other parameter, as in the authors' code.
 
@@ -242,13 +252,14 @@ class WeightSharing(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        shared = share_weights(pl_module, own=self.own, stages=self.stages, seed=self.seed)
+        refuse_twins(trainer, self, ("own", "stages"))
+        fits = stage == "fit"
+        shared = share_weights(pl_module, own=self.own, stages=self.stages, seed=self.seed) if fits else {}
         self._convolutions = shared_convolutions(pl_module)
         if shared:
             rank_zero_info(f"WeightSharing: {len(shared)} convolutions use the weights of another one.")
-            if stage == "fit":
-                copy_again(trainer, pl_module, self)
-        elif not self._convolutions:
+            copy_again(trainer, pl_module, self)
+        elif fits and not self._convolutions:
             rank_zero_warn(
                 f"WeightSharing: {type(pl_module).__name__} has no stage of more than {self.own} equal blocks with"
                 " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in __init__."
@@ -307,11 +318,20 @@ def _is_block(module: nn.Module) -> bool:
 def _fits(convolution: nn.Module, source: nn.Module | None) -> bool:
     return (
         isinstance(convolution, _CONVOLUTIONS)
-        and isinstance(source, type(convolution))
+        and type(convolution).forward in _FORWARDS  # a subclass may do something else with its weights
+        and isinstance(source, _CONVOLUTIONS)
+        and type(source) is type(convolution)
+        and _has_weights(convolution)
+        and _has_weights(source)
         and convolution.weight.shape == source.weight.shape
         and convolution.groups == source.groups
         and convolution.weight is not source.weight
     )
+
+
+def _has_weights(convolution: Convolution) -> bool:
+    weight = dict(convolution.named_parameters(recurse=False)).get("weight")  # none where it is computed from others
+    return weight is not None and not nn.parameter.is_lazy(weight)
 
 
 def _save_as_plain(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
@@ -332,7 +352,22 @@ def _load_from_plain(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
     weight = state.pop(f"{prefix}weight", None)
     if weight is None:
         return  # reported as missing: the scalar
-    source = module.source.weight.detach().double()
-    squares = (source * source).sum()
-    scale = (weight.to(source) * source).sum() / squares if squares > 0 else module.scale
-    state[f"{prefix}scale"] = scale.detach().to(module.scale)
+    scale = _closest_scale(weight, module.source.weight)
+    state[f"{prefix}scale"] = (module.scale if scale is None else scale).detach().to(module.scale)
+
+
+def _closest_scale(weight: Tensor, source: Tensor) -> Tensor | None:
+    """The scalar of least squares; None where the source is all zero."""
+    values = source.detach().double()
+    squares = (values * values).sum()
+    return (weight.detach().to(values) * values).sum() / squares if squares > 0 else None
+
+
+def _exact_scale(weight: Tensor, source: Tensor) -> Tensor | None:
+    """The scalar that makes ``weight`` of ``source``, but for rounding; None where none does."""
+    scale = None if weight.is_meta else _closest_scale(weight, source)
+    if scale is None:
+        return None
+    largest = weight.detach().abs().max()
+    error = (weight.detach() - scale * source.detach()).abs().max()
+    return scale if largest > 0 and error <= 4 * torch.finfo(weight.dtype).eps * largest else None

@@ -277,6 +277,18 @@ def test_cycles_grow_in_length() -> None:
 
 def test_no_cycle_is_denser_than_dense() -> None:
     assert Cyclic(0.5, multiplier=3.0)(0.1) == 0.0
+    assert min(Cyclic(percent / 100)(0.1) for percent in range(67)) == 0.0  # no rounding error below
+    assert EAST(0.3).target_sparsity() == 0.3
+
+
+def test_cycles_may_last_to_the_end() -> None:
+    for cycles in range(1, 30):
+        assert EAST(0.9, cycles=cycles, cycle_length=1 / cycles).times.start == pytest.approx(1.0)
+
+
+def test_the_stop_of_east_may_be_a_number_of_steps() -> None:
+    times = EAST(0.9, stop=1000).times
+    assert (times.start, times.stop) == (400, 1000)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from lightning_sparse import FGGP, DyReLUPhasing
+from lightning_sparse import EAST, FGGP, DyReLUPhasing
 from lightning_sparse.modules import PhasedReLU
 from tests.helpers import ConvToy, SeedPerRank, ToyModel, fit_two_processes, make_trainer
-from tests.methods.spies import Kill, KilledError, StepIndexedToy
+from tests.methods.spies import Kill, KilledError, StepIndexedToy, TwoOptimizers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -322,3 +324,123 @@ def test_global_random_numbers_are_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(7)
     fit(ToyModel(), tmp_path, DyReLUPhasing(4, 8))
     assert torch.equal(torch.rand(3), plain)
+
+
+@pytest.mark.parametrize("own", [None, ["network.0.bias"]])
+def test_what_the_user_hides_from_ddp_stays_hidden(own: Any, tmp_path: Path) -> None:
+    class Hides(ToyModel):
+        _ddp_params_and_buffers_to_ignore = ("network.2.bias",)
+
+    model: Any = Hides()
+    if own is not None:
+        model._ddp_params_and_buffers_to_ignore = own
+    phasing = DyReLUPhasing(4, 8)
+    make_trainer(tmp_path, callbacks=[phasing]).validate(model, verbose=False)
+    fit(model, tmp_path, phasing)
+    make_trainer(tmp_path, callbacks=[phasing]).validate(model, verbose=False)
+    assert model._ddp_params_and_buffers_to_ignore == (own or ("network.2.bias",))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_second_fit_in_another_precision(precision: str, tmp_path: Path) -> None:
+    phasing, model = DyReLUPhasing(4, 8), ToyModel()
+    fit(model, tmp_path, phasing, precision=precision)
+    fit(model, tmp_path, phasing, precision=precision)
+    assert isinstance(cast("Any", model).network[1], nn.ReLU)
+
+
+def test_batches_of_several_data_loaders(tmp_path: Path) -> None:
+    class Pairs(ToyModel):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch["first"], batch_idx)
+
+    model, watch = Pairs(), Betas()
+    loaders = {"first": model.train_dataloader(), "second": model.train_dataloader()}
+    make_trainer(tmp_path, callbacks=[DyReLUPhasing(4, 8), watch]).fit(model, loaders)
+    assert watch.betas[5:8] == [0.75, 0.5, 0.25]
+
+
+def test_time_is_counted_in_batches_where_several_optimizers_step(tmp_path: Path) -> None:
+    phasing, betas = DyReLUPhasing(0.25, 0.75), list[float]()
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            betas.append(phasing.beta)
+
+    fit(TwoOptimizers(), tmp_path, phasing, Watch())
+    assert betas == pytest.approx([1, 1, 1, 1, *(1 - step / 8 for step in range(8)), 0, 0, 0, 0])
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_relus(tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            raise KilledError
+
+    model: Any = ToyModel()
+    relu = model.network[1]
+    with pytest.raises(KilledError):
+        fit(model, tmp_path, DyReLUPhasing(4, 8), Fails())
+    assert model.network[1] is relu
+
+
+def test_the_learning_rate_finder_leaves_relus_and_changes_nothing(tmp_path: Path) -> None:
+    class Tunable(ToyModel):
+        lr = 0.1
+
+    model, phasing = Tunable(), DyReLUPhasing(0.25, 0.5)
+    trainer = make_trainer(tmp_path, callbacks=[phasing])
+    Tuner(trainer).lr_find(model, num_training=12, update_attr=False)
+    assert isinstance(cast("Any", model).network[1], nn.ReLU)
+    trainer.fit(model)
+    alone = fit(Tunable(), tmp_path, DyReLUPhasing(0.25, 0.5))
+    for name, value in alone.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_weights_that_the_module_loads_in_its_setup_do_not_end_the_phase(tmp_path: Path) -> None:
+    class Pretrained(ToyModel):
+        def setup(self, stage: str) -> None:
+            self.load_state_dict(ToyModel(seed=5).state_dict())
+
+    watch = Betas()
+    fit(Pretrained(), tmp_path, DyReLUPhasing(4, 8), watch)
+    assert watch.betas[:8] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_relu_that_computes_something_else_stays(tmp_path: Path) -> None:
+    class Shifted(nn.ReLU):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return F.relu(inputs) - 0.5
+
+    class Shifts(ToyModel):
+        @staticmethod
+        def build() -> nn.Sequential:
+            return nn.Sequential(nn.Linear(12, 16), Shifted(), nn.Linear(16, 3))
+
+    watch = Betas()
+    with pytest.warns(UserWarning, match="has no nn.ReLU"):
+        fit(Shifts(), tmp_path, DyReLUPhasing(4, 8), watch)
+    assert watch.betas == [0.0] * 16
+
+
+def test_two_that_differ_are_refused_and_leave_the_module_as_it_was(tmp_path: Path) -> None:
+    model: Any = ToyModel()
+    east = EAST(0.5, sharing=False, cycles=0)
+    with pytest.raises(
+        MisconfigurationException, match=r"2 DyReLUPhasing that differ in times. .*EAST\(\.\.\., phasing="
+    ):
+        fit(model, tmp_path, DyReLUPhasing(4, 8), east)
+    assert isinstance(model.network[1], nn.ReLU)
+
+
+def test_a_module_that_cannot_be_copied_is_told(tmp_path: Path) -> None:
+    model: Any = ToyModel()
+    model.lock = threading.Lock()
+    with pytest.raises(MisconfigurationException, match=r"ToyModel cannot be copied: .*locks"):
+        fit(model, tmp_path, DyReLUPhasing(4, 8))
+
+
+def test_two_that_do_the_same_leave_nothing_behind(tmp_path: Path) -> None:
+    model = fit(ToyModel(), tmp_path, DyReLUPhasing(4, 8), EAST(0.5, sharing=False, phasing=DyReLUPhasing(4, 8)))
+    assert isinstance(model.network[1], nn.ReLU)
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")

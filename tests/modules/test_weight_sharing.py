@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -145,3 +146,24 @@ def test_stages_within_a_chain_are_found() -> None:
     assert shared == {
         f"layer{stage}.2.conv{conv}": f"layer{stage}.1.conv{conv}" for stage in (1, 2, 3) for conv in (1, 2)
     }
+
+
+class Rescaled(nn.Conv2d):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(inputs, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Rescaled(2, 2, 1), lambda: nn.LazyConv2d(2, 1), lambda: nn.utils.weight_norm(nn.Conv2d(2, 2, 1))]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:Lazy modules")
+def test_convolutions_that_compute_something_else_keep_their_weights(make: Any) -> None:
+    network = nn.ModuleDict({"layer": nn.Sequential(*(nn.Sequential(make()) for _ in range(3)))})
+    assert share_weights(network) == {}
+
+
+def test_weights_that_are_not_needed_are_not_kept() -> None:
+    network: Any = resnet34()
+    weight = ref(network.layer1[2].conv1.weight)
+    share_weights(network)
+    assert weight() is None

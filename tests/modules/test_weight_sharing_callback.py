@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_sparse import FGGP, GMP, RigL, WeightSharing, unshare_weights
+from lightning_sparse import FGGP, GMP, RigL, SparsityMonitor, WeightSharing, unshare_weights
 from lightning_sparse.functional import num_active
 from tests.helpers import ToyModel, fit_two_processes, make_trainer
 from tests.methods.spies import Kill, KilledError, StepIndexedToy
@@ -151,3 +151,36 @@ def test_a_second_fit_goes_on_with_what_is_shared(tmp_path: Path) -> None:
     scale = model.get_parameter("network.2.2.conv1.scale")
     fit(model, tmp_path, sharing)
     assert model.get_parameter("network.2.2.conv1.scale") is scale
+
+
+@pytest.mark.parametrize("how", ["validate", "predict"])
+def test_a_plain_module_that_is_only_looked_at_stays_plain(how: str, tmp_path: Path) -> None:
+    model: Any = Residual()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(tmp_path, callbacks=[WeightSharing()])
+    model.predict_step = lambda batch, batch_idx: model(batch[0])
+    trainer.validate(model, verbose=False) if how == "validate" else trainer.predict(model, model.val_dataloader())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_fit_of_a_plain_module_with_shared_weights_goes_on_with_their_scalars(tmp_path: Path) -> None:
+    shared: Any = fit(Residual(), tmp_path, WeightSharing(), FGGP(0.8, update_every=2, stop=11))
+    plain: Any = Residual(seed=3)
+    plain.load_state_dict(shared.state_dict())
+    fit(plain, tmp_path, WeightSharing(), max_epochs=0)
+    for name, value in shared.named_parameters():
+        assert_close(plain.get_parameter(name), value)
+
+
+def test_the_monitor_counts_the_operations_of_every_use(tmp_path: Path) -> None:
+    monitor = SparsityMonitor()
+    with pytest.warns(UserWarning, match="no logger"):
+        fit(Residual(), tmp_path, WeightSharing(), GMP(0.8, start=0, stop=0), monitor)
+    # Of the images of 2 x 2: the stem and four blocks see every pixel, the classifier sees one vector.
+    weights = monitor._registry  # pyright: ignore[reportPrivateUsage]
+    uses = {name: 1 if "network.2.1." not in name else 3 for name in weights}
+    pixels = {name: 1 if name == "network.4.weight" else 4 for name in weights}
+    at_work = sum(uses[name] * pixels[name] * weight.num_active for name, weight in weights.items())
+    dense = sum(uses[name] * pixels[name] * weight.numel for name, weight in weights.items())
+    assert monitor.values["flops/inference"] == pytest.approx(at_work / dense)
