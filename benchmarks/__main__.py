@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import overhead, update
+from benchmarks import memory, overhead, scaling, sync, update
 
 if __name__ == "__main__":
-    overhead.main(sys.argv[1:])
-    update.main(sys.argv[1:])
+    for benchmark in (overhead, update, memory, sync, scaling):
+        benchmark.main(sys.argv[1:])

@@ -17,7 +17,6 @@ runs that are there already are not repeated::
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,8 +31,8 @@ from rich.table import Table
 from torch.optim.lr_scheduler import MultiStepLR
 from typing_extensions import override
 
-from benchmarks.harness import print_table, quiet_trainer, silence_lightning, versions
-from benchmarks.runs import Plain, mean_and_deviation, read, train_missing
+from benchmarks.harness import quiet_trainer, versions
+from benchmarks.runs import Plain, argument_parser, begin, mean_and_deviation, reproduce, truncate
 from lightning_sparse import EAST, SET, DyReLUPhasing, RigL, SparseMethod, WeightSharing
 from lightning_sparse.functional.topology import dead_neurons
 from lightning_sparse.metrics.history import MaskHistory
@@ -112,12 +111,9 @@ def train(run: Run, data: Path) -> dict[str, Any]:
         run: What to train.
         data: Folder of CIFAR-10.
     """
-    torch.set_num_threads(1)
-    silence_lightning()
-    L.seed_everything(run.seed, verbose=False)
+    begin(run.seed)
     cifar = CIFAR10DataModule(data, batch_size=128)
-    cifar.train_set.images = cifar.train_set.images[: run.train_images]
-    cifar.train_set.labels = cifar.train_set.labels[: run.train_images]
+    truncate(cifar, run.train_images)
     module = Scheduled(ResNet20(), SGD)
     callbacks = METHODS[run.method](run.sparsity)
     method = next((callback for callback in callbacks if isinstance(callback, SparseMethod)), None)
@@ -188,22 +184,13 @@ def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of CIFAR-10")
-    parser.add_argument("--out", type=Path, default=Path("cifar.jsonl"), help="file that runs are appended to")
-    parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser = argument_parser(__doc__, out="cifar.jsonl", data="CIFAR-10", epochs=5, images=50_000)
     parser.add_argument("--only", nargs="+", default=[], choices=[*METHODS])
     parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--train-images", type=int, default=50_000, help="train on the first so many")
     arguments = parser.parse_args(argv)
-    if not arguments.table:
-        settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
-        runs = all_runs(arguments.only, arguments.seeds, arguments.sparsities, **settings)
-        train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
-    print_table(tabulate(list(read(arguments.out, Run).values())))
+    settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
+    runs = all_runs(arguments.only, arguments.seeds or (0,), arguments.sparsities, **settings)
+    reproduce(runs, train, tabulate, arguments)
 
 
 if __name__ == "__main__":

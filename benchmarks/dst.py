@@ -17,7 +17,6 @@ and given again::
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,8 +32,8 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
-from benchmarks.harness import print_table, quiet_trainer, silence_lightning, versions
-from benchmarks.runs import Plain, mean_and_deviation, read, run_of, train_missing
+from benchmarks.harness import quiet_trainer, versions
+from benchmarks.runs import Plain, argument_parser, begin, mean_and_deviation, reproduce, run_of, truncate
 from lightning_sparse import DST
 from lightning_sparse.zoo import LeNet5Caffe, LeNet300100, MNISTDataModule, RowLSTM
 
@@ -109,14 +108,11 @@ def train(run: Run, data: Path) -> dict[str, Any]:
         run: What to train.
         data: Folder of MNIST's four files.
     """
-    torch.set_num_threads(1)
-    silence_lightning()
-    L.seed_everything(run.seed, verbose=False)
+    begin(run.seed)
     setting = SETTINGS[run.network]
     module = Plain(setting.network(), setting.optimizer)
     mnist = MNISTDataModule(data, batch_size=setting.batch_size, standardize=False)
-    mnist.train_set.images = mnist.train_set.images[: run.train_images]
-    mnist.train_set.labels = mnist.train_set.labels[: run.train_images]
+    truncate(mnist, run.train_images)
     weights = [
         value
         for name, value in module.network.named_parameters()
@@ -193,22 +189,13 @@ def _chosen(epochs: Sequence[tuple[float, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST's four files")
-    parser.add_argument("--out", type=Path, default=Path("dst.jsonl"), help="file that runs are appended to")
-    parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser = argument_parser(__doc__, out="dst.jsonl", data="MNIST's four files", epochs=20, images=60_000)
     parser.add_argument("--only", nargs="+", default=[], choices=[*SETTINGS], help="networks")
     parser.add_argument("--alphas", nargs="+", type=float, default=[], help="instead of the settings'")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--train-images", type=int, default=60_000, help="train on the first so many")
     arguments = parser.parse_args(argv)
-    if not arguments.table:
-        settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
-        runs = all_runs(arguments.only, arguments.seeds, arguments.alphas, **settings)
-        train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
-    print_table(tabulate(list(read(arguments.out, Run).values())))
+    settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
+    runs = all_runs(arguments.only, arguments.seeds or SEEDS, arguments.alphas, **settings)
+    reproduce(runs, train, tabulate, arguments)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ def quiet_trainer(**overrides: Any) -> L.Trainer:
 
 def silence_lightning() -> None:
     """Keep Lightning's remarks on hardware and on worker processes out of the output."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 
@@ -188,14 +189,16 @@ def versions() -> dict[str, str]:
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser with the options that the benchmarks of speed share."""
+    """Make a parser with the options that the benchmarks of speed share; keeps Lightning's remarks out of them."""
+    silence_lightning()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smallest", action="store_true", help="one tiny case, in seconds: to see that it runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--cpu-time",
         action="store_const",
         dest="clock",
-        default=time.perf_counter,
+        default=wall_time,
         const=time.process_time,
         help="count the processor's time, not the wall's, where others use it too; meant for OMP_NUM_THREADS=1",
     )
@@ -203,20 +206,37 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
+def wall_time() -> float:
+    """Return the time in seconds when all that was given to a GPU is done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def conditions() -> dict[str, Any]:
+    """Return what figures were measured on."""
+    device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return versions() | {"cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None = None) -> None:
     """Print a table of ``rows``, whose keys are its columns, below a line on what was measured on."""
-    conditions = versions() | {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-    print(f"{title}: " + ", ".join(f"{name} {value}" for name, value in conditions.items()))
+    print(f"{title}: " + ", ".join(f"{name} {value}" for name, value in conditions().items()), flush=True)
     print_table(table)
+    write(title, rows, json_file)
+
+
+def write(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
+    """Write the figures, where a file is named."""
     if json_file is not None:
-        content = {"title": title, "conditions": conditions, "rows": [dict(row) for row in rows]}
+        content = {"title": title, "conditions": conditions(), "rows": [dict(row) for row in rows]}
         json_file.write_text(json.dumps(content, default=vars, indent=2) + "\n")
 
 
 def print_table(table: Table) -> None:
     """Print a table in Markdown, as wide as it needs."""
     table.box = box.MARKDOWN
-    Console(width=200).print(table)
+    Console(width=240).print(table)

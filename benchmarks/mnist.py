@@ -13,7 +13,6 @@ repeated, so the command may be stopped and given again::
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,12 +21,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import lightning as L
 import torch
 from rich.table import Table
 
-from benchmarks.harness import print_table, quiet_trainer, silence_lightning, versions
-from benchmarks.runs import Plain, mean_and_deviation, read, train_missing
+from benchmarks.harness import quiet_trainer, versions
+from benchmarks.runs import Plain, argument_parser, begin, mean_and_deviation, reproduce, truncate
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.zoo import LeNet5Caffe, LeNet300100, MNISTDataModule
 
@@ -59,13 +57,10 @@ def train(run: Run, data: Path) -> dict[str, Any]:
         run: What to train.
         data: Folder of MNIST's four files.
     """
-    torch.set_num_threads(1)
-    silence_lightning()
-    L.seed_everything(run.seed, verbose=False)
+    begin(run.seed)
     module = Plain(NETWORKS[run.network](), partial(torch.optim.SGD, lr=0.01, momentum=0.9))
     mnist = MNISTDataModule(data, batch_size=64)
-    mnist.train_set.images = mnist.train_set.images[: run.train_images]
-    mnist.train_set.labels = mnist.train_set.labels[: run.train_images]
+    truncate(mnist, run.train_images)
     callbacks = [METHODS[run.method](run.sparsity)] if run.method in METHODS else []
     trainer = quiet_trainer(max_epochs=run.epochs, check_val_every_n_epoch=run.epochs, callbacks=callbacks)
     start = time.process_time()
@@ -128,24 +123,14 @@ def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST's four files")
-    parser.add_argument("--out", type=Path, default=Path("mnist.jsonl"), help="file that runs are appended to")
-    parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser = argument_parser(__doc__, out="mnist.jsonl", data="MNIST's four files", epochs=20, images=60_000)
     parser.add_argument(
         "--only", nargs="+", default=[], choices=[*NETWORKS, "dense", *METHODS], help="networks, methods"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--train-images", type=int, default=60_000, help="train on the first so many")
     arguments = parser.parse_args(argv)
     settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
-    runs = all_runs(arguments.only, arguments.seeds, **settings)
-    if not arguments.table:
-        train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
-    finished = read(arguments.out, Run)
-    print_table(tabulate([finished[run] for run in runs if run in finished]))
+    runs = all_runs(arguments.only, arguments.seeds or SEEDS, **settings)
+    reproduce(runs, train, tabulate, arguments)
 
 
 if __name__ == "__main__":

@@ -1,132 +1,141 @@
-"""What a sparse method costs a training step, beside dense training in the same run.
+"""What a sparse method costs a training step, beside dense training and beside others' ways, in the same run.
 
-Dense and sparse fits, real ones by Trainers of their own, take turns of a few steps. A step lasts from one
-``on_train_batch_start`` to the next, so that start and end of a fit do not count. Of each method there are two:
+Contenders train by Trainers of their own and take turns of a few steps. A step lasts from one ``on_train_batch_start``
+to the next, so that start and end of a fit do not count. Pruned are 90 % of the weights; masks were made before the
+steps that count, and then only hold: see :mod:`benchmarks.contenders` for who takes part. What updates add is measured
+by :mod:`benchmarks.update`.
 
-- between updates: 90 % are pruned at the first step, which does not count; then masks only hold;
-- updating: masks change at every step. What that takes more is the cost of one update; the last column spreads it
-  over 100 steps.
+    python -m benchmarks.overhead --cases resnet18 vit --optimizers SGD --precisions fp32 --rivals
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
 
 import lightning as L
-import torch
-import torchvision
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from benchmarks.harness import Ratio, alternate, argument_parser, quiet_trainer, report, silence_lightning
-from lightning_sparse import FGGP, GMP
-from lightning_sparse.zoo import LeNet300100
+from benchmarks.cases import CASES, OPTIMIZERS, PRECISIONS, SMALLEST, Case, Classifier, Optimizer
+from benchmarks.contenders import METHODS, RIVALS, Contender
+from benchmarks.harness import Ratio, alternate, argument_parser, quiet_trainer, report, write
 
-UPDATE_EVERY = 100
-"""Steps over which the cost of an update is spread."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network, its batch, and how it is timed."""
-
-    name: str
-    network: Callable[[], nn.Module]
-    batch: tuple[int, ...]
-    rounds: int
-    steps: int
-    every: int
-    skip: int
-    goal: float
+TITLE = "A training step, sparse over dense"
+DENSE = "dense"
+GOAL_OVER_RIVALS = 0.97
+HARD = ("GMP", "FGGP", "SET", "RigL", "EAST", "FixedMask")
+GOALS: dict[str, dict[str, float]] = {
+    "lenet": dict.fromkeys(HARD, 1.08),
+    "resnet18": dict.fromkeys(HARD, 1.02) | {"DST": 1.10},
+    "resnet50": {},
+    "vit": dict.fromkeys(HARD, 1.02),
+}
+"""Step over dense in fp32."""
+# Of ReLUs on (batch, channel, ...), which Dynamic ReLUs take the place of, these have none.
+NOT_IN = {
+    "lenet": {"EAST, Dynamic ReLUs"},
+    "resnet18": set[str](),
+    "resnet50": set[str](),
+    "vit": {"EAST, Dynamic ReLUs"},
+}
 
 
-def resnet18() -> nn.Module:
-    """Make torchvision's ResNet-18 as it is used on 32 x 32 images: a 3 x 3 stem, and no pooling after it."""
-    network = torchvision.models.resnet18(num_classes=10)
-    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    network.add_module("maxpool", nn.Identity())
-    return network
-
-
-LENET = Case("LeNet-300-100, batch 64", LeNet300100, (64, 1, 28, 28), rounds=5, steps=156, every=6, skip=10, goal=1.10)
-RESNET = Case("ResNet-18, batch 32", resnet18, (32, 3, 32, 32), rounds=5, steps=8, every=2, skip=1, goal=1.03)
-
-
-class Fixed(L.LightningModule):
-    """Trains a network on images that are in memory, with SGD and momentum, and logs nothing."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.network = case.network()
-        self.case = case
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross entropy."""
-        images, labels = batch
-        return F.cross_entropy(self.network(images), labels)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Make batches, of noise."""
-        size = self.case.batch
-        batches = [(torch.randn(size), torch.randint(0, 10, size[:1])) for _ in range(min(self.case.steps, 8))]
-        return DataLoader([batches[step % len(batches)] for step in range(self.case.steps)], batch_size=None)  # type: ignore[arg-type]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimizer."""
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-
-def fit(case: Case, turns: L.Callback, *, method: Callable[[], L.Callback] | None = None) -> None:
+def fit(
+    case: Case, turns: L.Callback, *, contender: Contender, optimizer: Optimizer, precision: str, device: str
+) -> None:
     """Train for the steps of ``case``."""
-    callbacks = [turns] if method is None else [turns, method()]
-    quiet_trainer(max_epochs=1, callbacks=callbacks).fit(Fixed(case))
+    network = case.network()
+    contender.prepare(network)
+    module = Classifier(network, case.batch, case.steps, optimizer)
+    callbacks = [turns, *contender.callbacks()]
+    quiet_trainer(max_epochs=1, callbacks=callbacks, accelerator=device, precision=precision).fit(module)
 
 
-def measure(case: Case, clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """Time the steps of ``case``; return a row for each method."""
-    methods: dict[str, Callable[[], L.Callback] | None] = {
-        "dense": None,
-        "GMP": lambda: GMP(0.9, update_every=1, stop=0),
-        "FGGP": lambda: FGGP(0.9, update_every=1, stop=0),
-        "GMP, updating": lambda: GMP(0.9, update_every=1, stop=case.steps - 1),
-        "FGGP, updating": lambda: FGGP(0.9, update_every=1, stop=case.steps - 1),
-    }
-    fits = {name: partial(fit, case, method=method) for name, method in methods.items()}
-    seconds = alternate(fits, rounds=case.rounds, every=case.every, skip=case.skip, clock=clock)
-    dense = median(seconds["dense"])
-    rows: list[dict[str, Any]] = []
-    for method in ("GMP", "FGGP"):
-        update = median(seconds[f"{method}, updating"]) - median(seconds[method])
-        rows.append(
+def measure(
+    case: Case,
+    contenders: Mapping[str, Contender],
+    clock: Callable[[], float],
+    *,
+    optimizer: str = "SGD",
+    precision: str = "fp32",
+    device: str = "cpu",
+) -> dict[str, list[float]]:
+    """Time the steps of ``case``; return the seconds of each step by contender, the dense one first."""
+    settings = {"optimizer": OPTIMIZERS[optimizer], "precision": PRECISIONS[precision], "device": device}
+    everyone = {DENSE: Contender(), **contenders}
+    fits = {name: partial(fit, case, contender=contender, **settings) for name, contender in everyone.items()}
+    return alternate(fits, rounds=case.rounds, every=case.every, skip=case.skip, clock=clock)
+
+
+def rows(
+    seconds: Mapping[str, Sequence[float]], conditions: Mapping[str, Any], goals: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Make a row for each contender, from its steps and those of the rivals that do the same."""
+    table: list[dict[str, Any]] = []
+    for name, its_seconds in seconds.items():
+        of_parametrize = "thresholds by parametrize" if name == "DST" else "parametrize"
+        rivals = {"prune": "torch.nn.utils.prune", "parametrize": of_parametrize}
+        table.append(
             {
-                "case": case.name,
-                "method": method,
-                "dense step, ms": 1e3 * dense,
-                "sparse / dense (quartiles)": Ratio.of(seconds[method], seconds["dense"]),
-                "goal": case.goal,
-                "update, ms": 1e3 * update,
-                f"update every {UPDATE_EVERY} steps / dense": update / UPDATE_EVERY / dense,
+                **conditions,
+                "contender": name,
+                "step, ms": 1e3 * median(its_seconds),
+                "over dense (quartiles)": Ratio.of(its_seconds, seconds[DENSE]),
+                "goal": goals.get(name, ""),
+            }
+            | {
+                f"over {short} (goal {GOAL_OVER_RIVALS})": Ratio.of(its_seconds, seconds[rival]).value
+                for short, rival in rivals.items()
+                if rival in seconds
             }
         )
-    return rows
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print a table for each network, optimizer and precision."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--only", choices=["lenet", "resnet"], help="one of the two networks")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--optimizers", nargs="+", choices=[*OPTIMIZERS], default=[*OPTIMIZERS])
+    parser.add_argument("--precisions", nargs="+", choices=[*PRECISIONS], default=[*PRECISIONS])
+    parser.add_argument("--only", nargs="+", choices=[*METHODS, *RIVALS], help="some of the contenders")
+    parser.add_argument("--rivals", action="store_true", help="others' ways too")
+    parser.add_argument("--rounds", type=int, help="how often each trains, instead of the case's number")
+    parser.add_argument("--batch", type=int, help="images of a batch, instead of the case's number")
     arguments = parser.parse_args(argv)
-    silence_lightning()
-    cases = [case for name, case in (("lenet", LENET), ("resnet", RESNET)) if arguments.only in (None, name)]
+    everyone = METHODS | (RIVALS if arguments.rivals or arguments.only else {})
+    contenders = {name: everyone[name] for name in arguments.only or everyone}
+    tables: list[dict[str, Any]] = []
     if arguments.smallest:
-        cases = [replace(LENET, rounds=1, steps=8, every=2, skip=1)]
-    rows = [row for case in cases for row in measure(case, arguments.clock)]
-    report("A training step, sparse over dense", rows, arguments.json)
+        cells = [("lenet", SMALLEST, "AdamW", "bf16")]
+        contenders = METHODS | RIVALS
+    else:
+        cells = [
+            (key, resized(CASES[key], arguments.rounds, arguments.batch), optimizer, precision)
+            for key in arguments.cases
+            for optimizer in arguments.optimizers
+            for precision in arguments.precisions
+        ]
+    for key, case, optimizer, precision in cells:
+        seconds = measure(
+            case,
+            {name: contender for name, contender in contenders.items() if name not in NOT_IN[key]},
+            arguments.clock,
+            optimizer=optimizer,
+            precision=precision,
+            device=arguments.device,
+        )
+        conditions = {"network": f"{case.name}, batch {case.batch[0]}", "optimizer": optimizer, "precision": precision}
+        tables += rows(seconds, conditions, GOALS[key] if precision == "fp32" else {})
+        report(TITLE, tables[-len(seconds) :])
+        write(TITLE, tables, arguments.json)
+
+
+def resized(case: Case, rounds: int | None, batch: int | None) -> Case:
+    """Change how often ``case`` is run, and on how many images, where that is asked for."""
+    return replace(case, rounds=rounds or case.rounds, batch=(batch or case.batch[0], *case.batch[1:]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -14,8 +15,12 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from benchmarks.harness import print_table, silence_lightning
+from lightning_sparse.zoo import CIFAR10DataModule, MNISTDataModule
 
 R = TypeVar("R")
 
@@ -52,6 +57,59 @@ class Plain(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the paper's optimizer."""
         return self.optimizer(self.parameters())
+
+
+def begin(seed: int) -> None:
+    """Prepare the process of a run: one thread, no remarks, the seed."""
+    torch.set_num_threads(1)
+    silence_lightning()
+    L.seed_everything(seed, verbose=False)
+
+
+def truncate(data: MNISTDataModule | CIFAR10DataModule, train_images: int) -> None:
+    """Leave the first so many images to train on."""
+    data.train_set.images = data.train_set.images[:train_images]
+    data.train_set.labels = data.train_set.labels[:train_images]
+
+
+def argument_parser(description: str | None, *, out: str, data: str, epochs: int, images: int) -> ArgumentParser:
+    """Make a parser with the options that the reproductions share.
+
+    Args:
+        description: The benchmark's docstring.
+        out: Default of ``--out``.
+        data: What the folder of ``--data`` holds.
+        epochs: Default of ``--epochs``.
+        images: Default of ``--train-images``.
+    """
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help=f"folder of {data}")
+    parser.add_argument("--out", type=Path, default=Path(out), help="file that runs are appended to")
+    parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--train-images", type=int, default=images, help="train on the first so many")
+    return parser
+
+
+def reproduce(
+    runs: Sequence[R],
+    train: Callable[..., dict[str, Any]],
+    tabulate: Callable[[Sequence[dict[str, Any]]], Table],
+    arguments: Namespace,
+) -> None:
+    """Train the runs that are missing, unless only the table is asked for, and print the table of all that there are.
+
+    Args:
+        runs: What is wanted, dataclasses of one kind.
+        train: Called with a run and ``data=``, in a process of its own.
+        tabulate: Makes the table from the results.
+        arguments: What :func:`argument_parser` has parsed.
+    """
+    if not arguments.table:
+        train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
+    print_table(tabulate(list(read(arguments.out, type(runs[0])).values())))
 
 
 def read(out: Path, kind: type[R]) -> dict[R, dict[str, Any]]:

@@ -1,56 +1,68 @@
-"""What one global update of the masks costs, in units of one ``torch.sort`` of the same weights, and what masks weigh.
+"""What one update of the masks costs, in units of one ``torch.sort`` of the same weights.
 
-A real Trainer trains a network of ``--weights`` weights with SGD and momentum. At every step the method prunes some
-more, from dense to 95 %: the first update prunes a dense network, the others ever sparser ones. Timed is the whole
-the choice, the optimizer's moments, the masks of weights and gradients. Right after it ``torch.sort`` sorts the
-magnitudes of the initial weights, as other libraries do to find a threshold.
+A real Trainer trains a network of so many weights with SGD and momentum, and masks change at every step. Timed is the
+whole: the choice, the optimizer's moments, the masks of weights and gradients. Right after it ``torch.sort`` sorts the
+magnitudes of the initial weights, as other libraries do to find a threshold. GMP and FGGP rank all weights together and
+prune some more each time, from dense to 95 %; SET, RigL and EAST exchange 30 % of each layer at 99 %; DST, whose masks
+change at every step, is timed before and after the optimizer's step.
 
-RigL's update, which ranks each layer by itself, is measured on the weights of ResNet-50 with CIFAR's stem (23.5 M),
-over the same update with two sorts of each layer, of magnitudes and of gradients, as ITOP's and GraNet's code do it.
+The rivals do the same on the same weights: a sort of all magnitudes; RigL with two sorts of each layer, as in the code
+of ITOP and GraNet; ``torch.nn.utils.prune.global_unstructured``; Lightning's ``ModelPruning``; torch.ao's sparsifier::
 
-Memory is counted in a dense fit and in sparse ones, at the end of a step: the storages of all tensors that Python's
-garbage collector knows, whoever holds them, and as a check what the process occupies.
+    python -m benchmarks.update --weights 1_000_000 25_000_000 100_000_000
 """
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
+from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from benchmarks.harness import Ratio, argument_parser, quiet_trainer, report, silence_lightning
-from lightning_sparse import FGGP, GMP, RigL
+from benchmarks.harness import Ratio, argument_parser, quiet_trainer, report, write
+from lightning_sparse import DST, EAST, FGGP, GMP, SET, RigL
 from lightning_sparse.schedules import Constant
-from lightning_sparse.zoo import ResNet50
 
-METHODS: dict[str, Callable[..., FGGP | GMP]] = {"GMP": GMP, "FGGP": FGGP}
+TITLE = "An update over one torch.sort"
+GOALS = {"GMP": 0.08, "FGGP": 0.08, "RigL": 0.08}
 LAYERS = 10
-GOAL = 0.15
-STATM = Path("/proc/self/statm")
+ALPHA = 1e-6
 
 
 class ManyWeights(L.LightningModule):
-    """Square linear layers whose loss gives every weight a gradient of its own, at little cost."""
+    """Square linear layers whose loss gives every weight a gradient of its own, at little cost.
 
-    def __init__(self, num_weights: int, steps: int) -> None:
+    Args:
+        num_weights: How many weights there are, about: each layer is square.
+        steps: Steps of an epoch.
+        layers: How many layers they are divided among.
+    """
+
+    def __init__(self, num_weights: int, steps: int, layers: int = LAYERS) -> None:
         super().__init__()
-        width = math.isqrt(num_weights // LAYERS)
-        self.width = width
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(LAYERS))
+        self.width = math.isqrt(num_weights // layers)
+        self.layers = nn.ModuleList(nn.Linear(self.width, self.width, bias=False) for _ in range(layers))
         self.steps = steps
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights there are."""
+        return len(self.layers) * self.width**2
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return a sum whose gradient is the outer product of two random vectors in each layer."""
-        return torch.stack([torch.randn(self.width) @ layer(batch[0]) for layer in self.layers]).sum()
+        vectors = torch.randn(len(self.layers), self.width, device=batch.device)
+        return torch.stack([vector @ layer(batch[0]) for vector, layer in zip(vectors, self.layers, strict=True)]).sum()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Make a random vector for each step."""
@@ -61,98 +73,69 @@ class ManyWeights(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-6, momentum=0.9)
 
 
-class Weights(L.LightningModule):
-    """The weights of a network, each with a gradient of its own that costs nothing to compute."""
-
-    def __init__(self, network: nn.Module, steps: int) -> None:
-        super().__init__()
-        self.network = network
-        self.gradients = [torch.randn_like(weight) for weight in network.parameters()]
-        self.steps = steps
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return a number whose gradient is given."""
-        weights = self.network.parameters()
-        return torch.stack([(w * g).sum() for w, g in zip(weights, self.gradients, strict=True)]).sum()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Count the steps."""
-        return DataLoader(torch.zeros(self.steps, 1))  # type: ignore[arg-type]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimizer."""
-        return torch.optim.SGD(self.parameters(), lr=1e-6, momentum=0.9)
+METHODS: dict[str, Callable[[int], L.Callback]] = {
+    "GMP": lambda steps: GMP(0.95, allocation="global", update_every=1, stop=steps - 1),
+    "FGGP": lambda steps: FGGP(0.95, update_every=1, stop=steps - 1),
+    "SET": lambda steps: SET(0.99, **_every_step(steps)),
+    "RigL": lambda steps: RigL(0.99, **_every_step(steps), update_replaces_step=False),
+    "EAST": lambda steps: EAST(0.99, **_every_step(steps), cycles=0, phasing=False, sharing=False),
+    "DST": lambda steps: DST(ALPHA),
+}
+"""Each method, such that masks change at every one of so many steps."""
 
 
-class Before(L.Callback):
-    """Notes when the next callback's turn comes."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.start = 0.0
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Note the time."""
-        self.start = self.clock()
+def _every_step(steps: int) -> dict[str, Any]:
+    return {"drop_fraction": Constant(0.3), "update_every": 1, "stop": steps}
 
 
-@dataclass
-class Figures:
-    """What a fit tells: seconds of each update and of each sort, and bytes in use after the last step."""
+class Rival(L.Callback):
+    """Updates masks at every step in another way."""
 
-    updates: list[float] = field(default_factory=list[float])
-    sorts: list[float] = field(default_factory=list[float])
-    in_tensors: int = 0
-    resident: int = 0
+    def begin(self, layers: Sequence[nn.Linear]) -> None:
+        """Make what it needs for the layers."""
+        self.layers = layers
 
+    def update(self, sparsity: float) -> None:
+        """Change the masks."""
+        raise NotImplementedError
 
-class After(L.Callback):
-    """Times what ran since ``before``, and then a sort of ``scores``; takes stock of the memory after each step."""
-
-    def __init__(self, before: Before, scores: Tensor | None, figures: Figures) -> None:
-        self.before = before
-        self.scores = scores
-        self.figures = figures
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Time the callback in between, and a sort."""
-        self.figures.updates.append(self.before.clock() - self.before.start)
-        if self.scores is not None:
-            start = self.before.clock()
-            torch.sort(self.scores)
-            self.figures.sorts.append(self.before.clock() - start)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the bytes."""
-        self.figures.in_tensors, self.figures.resident = bytes_in_tensors(), bytes_of_process()
-
-
-class SortedUpdate(L.Callback):
-    """Times what ran since ``before``, and then the same update done by sorting, on copies of the masks."""
-
-    def __init__(self, before: Before, method: RigL, figures: Figures) -> None:
-        self.before = before
-        self.method = method
-        self.figures = figures
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin."""
+        self.begin([module for module in pl_module.modules() if isinstance(module, nn.Linear)])
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Time the callback in between, and its rival."""
-        self.figures.updates.append(self.before.clock() - self.before.start)
-        fraction = self.method.drop_fraction(self.method.progress)
-        masks = [weight.mask.clone() for weight in self.method.weights]
-        start = self.before.clock()
-        for weight, mask in zip(self.method.weights, masks, strict=True):
-            update_by_sorting(weight.parameter, weight.grad, mask, fraction)
-        self.figures.sorts.append(self.before.clock() - start)
+        """Update."""
+        self.update(0.95 * (trainer.global_step + 1) / pl_module.steps)  # type: ignore[operator]
+
+
+class GlobalSort(Rival):
+    """Gradual magnitude pruning with a sort of all magnitudes and masks of floats."""
+
+    @override
+    def update(self, sparsity: float) -> None:
+        weights = [layer.weight for layer in self.layers]
+        magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+        threshold = torch.sort(magnitudes).values[int(sparsity * len(magnitudes))]
+        for weight in weights:
+            weight.mul_((weight.abs() > threshold).to(weight.dtype))
+
+
+class LayerSorts(Rival):
+    """RigL with two sorts of each layer."""
+
+    @override
+    def begin(self, layers: Sequence[nn.Linear]) -> None:
+        super().begin(layers)
+        self.masks = [torch.rand_like(layer.weight) < 0.01 for layer in layers]
+
+    @override
+    def update(self, sparsity: float) -> None:
+        for layer, mask in zip(self.layers, self.masks, strict=True):
+            update_by_sorting(layer.weight, layer.weight.grad, mask, 0.3)  # type: ignore[arg-type]
+            layer.weight.mul_(mask)
 
 
 def update_by_sorting(weight: Tensor, grad: Tensor, mask: Tensor, fraction: float) -> None:
@@ -172,94 +155,183 @@ def update_by_sorting(weight: Tensor, grad: Tensor, mask: Tensor, fraction: floa
     flat[torch.sort(growth, descending=True).indices[:k]] = True
 
 
-def bytes_in_tensors() -> int:
-    """Return the size of all storages that some Python object refers to."""
-    gc.collect()
-    # Subclasses such as the fake tensors of torch.compile have no storage of their own.
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+class TorchPrune(Rival):
+    """``torch.nn.utils.prune``, all layers together; what one update made is removed before the next."""
+
+    @override
+    def update(self, sparsity: float) -> None:
+        weights = [(layer, "weight") for layer in self.layers]
+        prune.global_unstructured(weights, prune.L1Unstructured, amount=sparsity)  # type: ignore[no-untyped-call]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Make masks permanent, so that they do not add up."""
+        for layer in self.layers:
+            prune.remove(layer, "weight")
 
 
-def bytes_of_process() -> int:
-    """Return what the process occupies in memory; 0 where the system does not tell."""
-    return int(STATM.read_text().split()[1]) * 4096 if STATM.exists() else 0
+class TorchAO(Rival):
+    """torch.ao's WeightNormSparsifier, which ranks each layer by itself, with blocks of one weight."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.sparsifier = WeightNormSparsifier(0.95, sparse_block_shape=(1, 1), zeros_per_block=1)
+        names = [name for name, module in pl_module.named_modules() if isinstance(module, nn.Linear)]
+        self.sparsifier.prepare(pl_module, [{"tensor_fqn": f"{name}.weight"} for name in names])
+
+    @override
+    def update(self, sparsity: float) -> None:
+        self.sparsifier.step()
 
 
-def fit(method: L.Callback | None, num_weights: int, steps: int, clock: Callable[[], float]) -> Figures:
-    """Train for ``steps``, all but the first with a sort; return what was noted."""
-    L.seed_everything(0, verbose=False)
-    module = ManyWeights(num_weights, steps)
-    scores = torch.cat([weight.detach().abs().flatten() for weight in module.parameters()]) if steps > 1 else None
-    before, figures = Before(clock), Figures()
-    after = After(before, scores, figures)
-    callbacks = [before, after] if method is None else [before, method, after]
-    quiet_trainer(max_epochs=1, callbacks=callbacks).fit(module)
-    return figures
+class PruneNow(ModelPruning):
+    """Lightning's callback, told to prune at every step; it makes masks permanent after each."""
+
+    def __init__(self) -> None:
+        super().__init__("l1_unstructured", amount=0.95, apply_pruning=False, use_lottery_ticket_hypothesis=False)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Prune."""
+        self.apply_pruning(0.1)
 
 
-def measure(num_weights: int, steps: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """Return a row for each method."""
-    num_weights = LAYERS * math.isqrt(num_weights // LAYERS) ** 2
-    fit(None, num_weights, 1, clock)  # so that nothing is loaded for the first time, or grows, below
+RIVALS: dict[str, Callable[[], L.Callback]] = {
+    "a sort of all weights": GlobalSort,
+    "two sorts of each layer": LayerSorts,
+    "torch.nn.utils.prune": TorchPrune,
+    "ModelPruning": PruneNow,
+    "torch.ao": TorchAO,
+}
+
+
+@dataclass
+class Figures:
+    """Seconds of each update, and of the sort beside it."""
+
+    updates: list[float] = field(default_factory=list[float])
+    sorts: list[float] = field(default_factory=list[float])
+
+
+class Call(L.Callback):
+    """Calls a function where methods work: before the optimizer's step, and after it.
+
+    Between two of them in the list of callbacks, a method's time is between their calls.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Come to it after the optimizer's step too, where hooks run in the order in which they were made."""
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.function())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Call it."""
+        self.function()
+
+
+class Watch(L.Callback):
+    """Times what happens between ``begin`` and ``end``, and after each step a sort of the initial magnitudes."""
+
+    def __init__(self, clock: Callable[[], float], *, sort: bool) -> None:
+        self.clock = clock
+        self.sort = sort
+        self.figures = Figures()
+        self.scores = torch.empty(0)
+        self._start = self._of_step = 0.0
+
+    def begin(self) -> None:
+        """The method's turn comes."""
+        self._start = self.clock()
+
+    def end(self) -> None:
+        """The method's turn is over; it has two in a step."""
+        self._of_step += self.clock() - self._start
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the magnitudes of the weights before anything is pruned."""
+        if self.sort:
+            self.scores = torch.cat([weight.detach().abs().flatten() for weight in pl_module.parameters()])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time of the step's update, and sort."""
+        start = self.clock()
+        torch.sort(self.scores)
+        self.figures.sorts.append(self.clock() - start)
+        self.figures.updates.append(self._of_step)
+        self._of_step = 0.0
+
+
+def fit(
+    method: L.Callback, module: ManyWeights, clock: Callable[[], float], *, sort: bool = True, device: str = "cpu"
+) -> Figures:
+    """Train ``module``; return the times of its updates, and of the sorts beside them."""
+    watch = Watch(clock, sort=sort)
+    callbacks = [Call(watch.begin), method, Call(watch.end), watch]
+    quiet_trainer(max_epochs=1, callbacks=callbacks, accelerator=device).fit(module)
+    return watch.figures
+
+
+def measure(
+    num_weights: int,
+    updates: int,
+    clock: Callable[[], float],
+    *,
+    methods: Mapping[str, Callable[[int], L.Callback]] = METHODS,
+    rivals: Mapping[str, Callable[[], L.Callback]] = RIVALS,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Return a row for each method and each rival."""
+    steps = updates + 2  # SET and RigL change nothing at the first step; the second warms up
+    everyone = {name: make(steps) for name, make in methods.items()} | {name: make() for name, make in rivals.items()}
     rows: list[dict[str, Any]] = []
-    for name, make in METHODS.items():
-        dense = fit(None, num_weights, 1, clock)
-        held = fit(make(0.95, allocation="global", update_every=1, stop=0), num_weights, 1, clock)
-        timed = fit(make(0.95, allocation="global", update_every=1, stop=steps - 1), num_weights, steps, clock)
-        # The first step, at which the schedule still asks for no sparsity, warms up.
-        updates, sorts = timed.updates[1:], timed.sorts[1:]
-        ratio = Ratio.of(updates, sorts)
+    for name, callback in everyone.items():
+        L.seed_everything(0, verbose=False)
+        module = ManyWeights(num_weights, steps)
+        figures = fit(callback, module, clock, device=device)
+        seconds, sorts = figures.updates[2:], figures.sorts[2:]
         rows.append(
             {
-                "method": name,
-                "weights": f"{num_weights:,}",
+                "weights": f"{module.num_weights:,}",
+                "contender": name,
                 "torch.sort, ms": 1e3 * median(sorts),
-                "update, ms": 1e3 * median(updates),
-                "update / sort (quartiles)": ratio,
-                "first": updates[0] / sorts[0],
-                "goal": GOAL,
-                "extra bytes / weight": (held.in_tensors - dense.in_tensors) / num_weights,
-                "by the process's size": (held.resident - dense.resident) / num_weights,
+                "update, ms": 1e3 * median(seconds),
+                "update / sort (quartiles)": Ratio.of(seconds, sorts),
+                "goal": GOALS.get(name, ""),
             }
         )
     return rows
 
 
-def measure_rigl(network: nn.Module, steps: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Return the row of RigL at 99 %."""
-    L.seed_everything(0, verbose=False)
-    module = Weights(network, steps)
-    rigl = RigL(0.99, drop_fraction=Constant(0.3), update_every=1, stop=steps, update_replaces_step=False)
-    before, figures = Before(clock), Figures()
-    quiet_trainer(max_epochs=1, callbacks=[before, rigl, SortedUpdate(before, rigl, figures)]).fit(module)
-    updates, sorts = figures.updates[2:], figures.sorts[2:]  # there is none at the first step; the second warms up
-    return {
-        "method": "RigL",
-        "weights": f"{rigl.registry.numel:,}",
-        "update by sorting, ms": 1e3 * median(sorts),
-        "update, ms": 1e3 * median(updates),
-        "update / by sorting (quartiles)": Ratio.of(updates, sorts),
-        "goal": GOAL,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print a table for each number of weights."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--weights", type=int, default=25_000_000, help="how many weights the network has")
-    parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--only", choices=["global", "rigl"], help="one of the two")
+    parser.add_argument("--weights", type=int, nargs="+", default=[25_000_000], help="how many weights the network has")
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--only", nargs="+", choices=[*METHODS, *RIVALS], help="some of the contenders")
     arguments = parser.parse_args(argv)
-    silence_lightning()
-    num_weights, updates = (100_000, 2) if arguments.smallest else (arguments.weights, arguments.updates)
-    if arguments.only != "rigl":
-        rows = measure(num_weights, updates + 1, arguments.clock)
-        report("A global update over one torch.sort", rows, arguments.json)
-    if arguments.only != "global":
-        network = ResNet50(width=8 if arguments.smallest else 64)
-        rows = [measure_rigl(network, updates + 2, arguments.clock)]
-        report("RigL's update over the same by sorting", rows, None if arguments.only is None else arguments.json)
+    chosen = arguments.only or [*METHODS, *RIVALS]
+    updates = 2 if arguments.smallest else arguments.updates
+    tables: list[dict[str, Any]] = []
+    for num_weights in [100_000] if arguments.smallest else arguments.weights:
+        rows = measure(
+            num_weights,
+            updates,
+            arguments.clock,
+            methods={name: make for name, make in METHODS.items() if name in chosen},
+            rivals={name: make for name, make in RIVALS.items() if name in chosen},
+            device=arguments.device,
+        )
+        report(TITLE, rows)
+        tables += rows
+        write(TITLE, tables, arguments.json)
 
 
 if __name__ == "__main__":
