@@ -22,10 +22,10 @@ from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.selection import canonical_name
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
-from lightning_sparse.methods.requirements import steps_of_training
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.timeline import SparsityTimeline
+from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training
 
 __all__ = ["SparsityMonitor"]
 
@@ -123,7 +123,7 @@ class SparsityMonitor(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not any(isinstance(callback, SparseMethod) for callback in _callbacks(trainer)):
+        if not any(isinstance(callback, SparseMethod) for callback in callbacks_of(trainer)):
             rank_zero_warn(
                 "SparsityMonitor has nothing to watch: no callback of this Trainer is a method of sparse training. Add"
                 " one, as in Trainer(callbacks=[GMP(sparsity=0.9), SparsityMonitor()])."
@@ -369,12 +369,8 @@ class _FLOPs:
             self.steps += steps
 
 
-def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]
-
-
 def _methods(trainer: pl.Trainer) -> list[SparseMethod]:
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, SparseMethod)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, SparseMethod)]
 
 
 def _layers(trainer: pl.Trainer) -> dict[str, float]:

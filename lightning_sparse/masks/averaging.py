@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_sparse.functional.masks import zero_pruned_
 from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.modules.auxiliary import callbacks_of
 
 __all__ = ["mask_averaged_weights"]
 
@@ -32,7 +33,7 @@ def mask_averaged_weights(trainer: Trainer, group: MaskGroup) -> None:
 
 def _averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
     # Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging keep the copy under this name.
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         copy = getattr(callback, "_average_model", None)
         if isinstance(copy, nn.Module):
             yield copy

@@ -8,19 +8,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse.masks.registry import MaskGroup
+from lightning_sparse.modules.auxiliary import world_size
 
 __all__ = ["broadcast_", "check_ranks_agree", "true_on_every_rank"]
 
 
 def broadcast_(mask: Tensor) -> None:
     """Give every process the mask of rank 0: one flat transfer, a byte a weight."""
-    if _is_distributed():
+    if world_size() > 1:
         dist.broadcast(mask.view(torch.uint8), src=0)
 
 
 def true_on_every_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds in every process; all of them must ask."""
-    if not _is_distributed():
+    if world_size() == 1:
         return flag
     lowest = torch.tensor(flag, dtype=torch.uint8, device=device)
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
@@ -33,7 +34,7 @@ def check_ranks_agree(group: MaskGroup) -> None:
     Raises:
         MisconfigurationException: The masks of a weight differ; the message names it.
     """
-    if not _is_distributed():
+    if world_size() == 1:
         return
     hashes = torch.stack([_hash(weight.mask) for weight in group])
     lowest, highest = hashes.clone(), hashes.clone()
@@ -45,10 +46,6 @@ def check_ranks_agree(group: MaskGroup) -> None:
             f"The masks of {', '.join(differ)} differ between the processes. Masks change in this callback alone: look"
             " for code that writes to them on some ranks only, or for parameters that are not synchronised."
         )
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _hash(mask: Tensor) -> Tensor:

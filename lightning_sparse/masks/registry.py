@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sparse.functional.masks import count_active, memory_order, multiplier, pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import count_true, memory_order, multiplier, pack, unpack, zero_pruned_
 from lightning_sparse.masks.selection import Candidate, canonical_name
 
 __all__ = ["MaskGroup", "MaskRegistry", "MaskedWeight"]
@@ -178,7 +178,7 @@ class MaskGroup(Sequence[MaskedWeight]):
     def recount(self) -> None:
         """Count the active weights anew; one transfer from a device that is not the CPU."""
         if self.mask.is_cpu:
-            counts = [count_active(weight.mask) for weight in self]
+            counts = [count_true(weight.mask) for weight in self]
         else:
             counts = torch.stack([weight.mask.count_nonzero() for weight in self]).tolist()
         for weight, num_active in zip(self, counts, strict=True):

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.masks import largest
+from lightning_sparse.functional.masks import count_true, largest
 from lightning_sparse.masks.optimizer_state import clear_moments
 from lightning_sparse.masks.randomness import random_scores
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 
-__all__ = ["forget_pruned", "inherit_", "waking_zeros"]
+__all__ = ["forget_pruned", "inherit_", "looks_pruned", "waking_zeros"]
 
 # A layer in which this share of the weights is zero was pruned, unless someone has initialized it so.
 _PRUNED = 0.1
@@ -35,11 +35,11 @@ def inherit_(group: MaskGroup, inherited: Mapping[str, Tensor], seed: int) -> No
         if weight.name in inherited:
             its_own, before = weight.mask.clone(), inherited[weight.name].to(weight.mask.device)
             weight.mask.copy_(before if its_own.all() else _nearest(weight, its_own, before, seed))
-            weight.budget = int(weight.mask.count_nonzero())
+            weight.budget = count_true(weight.mask)
 
 
 def _nearest(weight: MaskedWeight, its_own: Tensor, before: Tensor, seed: int) -> Tensor:
-    budget, available = int(its_own.count_nonzero()), int(before.count_nonzero())
+    budget, available = count_true(its_own), count_true(before)
     if budget <= available:
         return largest(weight.parameter, budget, among=before, key=torch.abs)
     new = largest(random_scores(weight, seed, step=0), budget - available, among=its_own & ~before)
@@ -62,5 +62,18 @@ def waking_zeros(groups: Sequence[MaskGroup], inherited: Mapping[str, Tensor]) -
         for weight in group
         if weight.name not in inherited
         and weight.parameter.any()  # a layer that begins at zero was not pruned
-        and int(((weight.parameter == 0) & weight.mask).count_nonzero()) > _PRUNED * weight.numel
+        and looks_pruned((weight.parameter == 0) & weight.mask)
     ]
+
+
+def looks_pruned(zeros: Tensor) -> bool:
+    """Whether so many of a layer's weights are zero that it seems to come from a sparse training.
+
+    Args:
+        zeros: ``bool``, ``True`` where a weight is zero.
+
+    Example:
+        >>> looks_pruned(torch.tensor([0.5, 0.0, -0.5]) == 0)
+        True
+    """
+    return count_true(zeros) > _PRUNED * zeros.numel()

@@ -27,7 +27,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, final
-from weakref import ref
 
 import lightning.pytorch as pl
 import torch
@@ -37,13 +36,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sparse.masks.averaging import mask_averaged_weights
-from lightning_sparse.masks.checkpoint import masks_by_method
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.selection import Candidate, select_weights
 from lightning_sparse.masks.succession import forget_pruned, waking_zeros
-from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy, steps_of_training, steps_taken
+from lightning_sparse.methods.past import Past
+from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy
+from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training, steps_taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,12 +94,9 @@ class SparseMethod(pl.Callback, ABC):
         self._stepped_in_batch = False
         self._seen: set[int] = set()
         self._had_gradients: set[int] = set()
-        self._loaded: Mapping[str, Any] | None = None
-        self._loaded_of_others: Mapping[str, Tensor] = {}
+        self._past = Past()
         self._inherited: Mapping[str, Tensor] = {}
         self._began_at = 0
-        self._module: Callable[[], pl.LightningModule | None] = _nothing
-        self._visited: Callable[[], pl.LightningModule | None] = _nothing
         self._dense: list[Candidate] = []
         self._warned: set[str] = set()
 
@@ -189,17 +186,15 @@ class SparseMethod(pl.Callback, ABC):
     @final
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         for companion in reversed(self.companions()):
             if companion not in callbacks:  # Lightning comes to it next in this very loop
                 callbacks.insert(callbacks.index(self) + 1, companion)
         if stage != "fit":
-            self._visited, self._loaded, self._loaded_of_others = ref(pl_module), None, {}
+            self._past.visit(pl_module)
             return
-        # A state that is here already came with weights that validate or test has put into the module.
-        if not (self._module() is pl_module is self._visited()):
-            self._loaded, self._loaded_of_others = None, {}
-        if self._module() is not pl_module:
+        self._past.enter(pl_module)
+        if not self._past.has_trained(pl_module):
             self._groups = []
         refuse_strategy(type(self).__name__, trainer)
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
@@ -215,7 +210,7 @@ class SparseMethod(pl.Callback, ABC):
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = dict(self.__dict__)
-        state = self._state_to_continue(trainer, pl_module)
+        state = self._past.state(self, trainer, pl_module)
         plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
         if state is not None:
             plan = plan.without(state.get("dense", ()))
@@ -232,7 +227,7 @@ class SparseMethod(pl.Callback, ABC):
             for name, value in before.items():  # a refused resume takes nothing of what was there
                 setattr(self, name, value)
             raise
-        self._module = ref(pl_module)
+        self._past.remember(pl_module)
         for group in self._groups:
             broadcast_(group.mask)
             group.recount()
@@ -244,34 +239,17 @@ class SparseMethod(pl.Callback, ABC):
             self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
         rank_zero_info(f"{type(self).__name__}: {plan.summary} Sparsity {self._registry.sparsity:.4f}.")
 
-    def _state_to_continue(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Any] | None:
-        """What a checkpoint holds, or what this callback knows of the module from an earlier fit."""
-        if self._loaded is None and self._loaded_of_others:
-            return None
-        # At step 0 the path is that of the weights which the learning-rate finder has just put back.
-        if self._loaded is None and trainer.ckpt_path is not None and trainer.global_step > 0:
-            raise MisconfigurationException(
-                f"The checkpoint {trainer.ckpt_path} holds no masks of {self.state_key}, so resuming would go on dense."
-                " Either it was written with save_weights_only=True or without this callback (or with other include="
-                " and exclude=). To begin with its weights, load them with load_from_checkpoint and call fit without"
-                " ckpt_path."
-            )
-        if self._loaded is None and self._module() is pl_module:
-            return self.state_dict() | {"began_at": 0} if self._groups else None
-        return self._loaded
-
     def _masks_of_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Tensor]:
-        """The masks that another method has left, in the checkpoint that is resumed or in the module."""
-        left = self._loaded_of_others or MaskRegistry.left_in(pl_module)
+        """The masks that another method has left of the weights of this one."""
+        left = self._past.masks_of_others(pl_module)
         for weight in self.weights:
             if weight.name in left and left[weight.name].shape != weight.shape:
                 raise MisconfigurationException(
                     f"The checkpoint's mask of {weight.name} has shape {tuple(left[weight.name].shape)}, but the weight"
                     f" has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
                 )
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         unmasked = left.keys() - self._registry.keys()
-        if unmasked and [callback for callback in callbacks if isinstance(callback, SparseMethod)][-1] is self:
+        if unmasked and [other for other in callbacks_of(trainer) if isinstance(other, SparseMethod)][-1] is self:
             self._warn_once(
                 f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over, so"
                 " their zeros are trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
@@ -448,27 +426,15 @@ class SparseMethod(pl.Callback, ABC):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        here = {callback.state_key for callback in callbacks}
-        states: Mapping[str, Any] = checkpoint.get("callbacks", {})
-        others = {key: state for key, state in states.items() if key not in here}
-        # One of the same class with other include= or exclude= is no other method: that resume is refused.
-        if self.state_key not in states and not any(key.startswith(f"{type(self).__name__}{{") for key in others):
-            left = masks_by_method({"callbacks": others}, "the checkpoint")
-            masks = {name: mask for its_masks in left.values() for name, mask in its_masks.items()}
-            self._loaded_of_others = masks or self._loaded_of_others  # the learning-rate finder's file has none
+        self._past.load_masks_of_others(self, trainer, checkpoint)
 
     @final
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict or None
+        self._past.load_state(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_module": _nothing,
-            "_visited": _nothing,
-            "_handles": [],
-        }  # neither can go to another process
+        return self.__dict__ | {"_handles": []}  # which cannot go to another process
 
     # Shared by the families.
 
@@ -520,13 +486,8 @@ def total_target_sparsity(trainer: pl.Trainer) -> float:
 
 
 def _methods_in_training(trainer: pl.Trainer) -> list[SparseMethod]:
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, SparseMethod) and callback.groups]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, SparseMethod) and callback.groups]
 
 
 def _is_thawed(candidate: Candidate) -> bool:
     return candidate.reason == "frozen" and candidate.parameter.requires_grad
-
-
-def _nothing() -> None:
-    return None

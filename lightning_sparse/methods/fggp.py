@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
-from lightning_sparse.functional.masks import smallest
+from lightning_sparse.functional.masks import count_true, smallest
 from lightning_sparse.methods.budgets import check_choice
 from lightning_sparse.methods.gradual_pruning import Allocation, GradualPruning
 from lightning_sparse.methods.paper import Paper
@@ -137,7 +137,7 @@ class FGGP(GradualPruning):
         if self.first == "magnitude":
             pool_scores, prune_scores = prune_scores, pool_scores
         # C = the max(n, ⌊γR⌋) active weights with the smallest |∂L/∂w|
-        pool = smallest(pool_scores, self._pool_size(int(among.count_nonzero()), n), among, key=torch.abs)
+        pool = smallest(pool_scores, self._pool_size(count_true(among), n), among, key=torch.abs)
         # P = the n members of C with the smallest |w|
         return smallest(prune_scores, n, among=pool, key=torch.abs)
 

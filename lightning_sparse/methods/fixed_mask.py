@@ -21,16 +21,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
+from lightning_sparse.masks.succession import looks_pruned
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes
 
 __all__ = ["FixedMask"]
-
-# A frozen layer in which this share of the weights is zero was pruned.
-_PRUNED = 0.1
 
 
 @final
@@ -108,7 +107,7 @@ class FixedMask(HardMaskMethod):
             self._chosen = self._masks_in_module() if self.masks is None else self._masks_given(self.masks)
         for weight in group:
             weight.mask.copy_(self._chosen[weight.name])
-            weight.budget = int(weight.mask.count_nonzero())
+            weight.budget = count_true(weight.mask)
         group.updated_at = 0
         if group is self.groups[-1]:
             self._chosen = {}
@@ -116,7 +115,7 @@ class FixedMask(HardMaskMethod):
 
     def _name_frozen_zeros(self) -> None:
         frozen = [candidate for candidate in self.dense if candidate.reason == "frozen"]
-        names = [candidate.name for candidate in frozen if (candidate.parameter == 0).double().mean() > _PRUNED]
+        names = [candidate.name for candidate in frozen if looks_pruned(candidate.parameter == 0)]
         if names:
             rank_zero_warn(
                 f"FixedMask: {', '.join(names)} hold zeros and are frozen, and what is frozen when fit begins gets no"

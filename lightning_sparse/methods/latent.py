@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.optimizer_state import all_finite, gradient_scale
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 from lightning_sparse.methods.base import SparseMethod
@@ -128,7 +129,7 @@ class LatentMethod(SparseMethod):
     def renew(self, weight: MaskedWeight) -> None:
         """Make the mask of ``weight`` anew, and count it."""
         weight.mask.copy_(self.new_mask(weight, self._latent[weight.name]))
-        weight.recount(int(weight.mask.count_nonzero()))
+        weight.recount(count_true(weight.mask))
         weight.budget = weight.num_active
 
     def _renew_all(self, group: MaskGroup) -> None:

@@ -6,9 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_sparse.modules.auxiliary import steps_of_training, steps_taken
-
-__all__ = ["refuse_optimizers", "refuse_strategy", "steps_of_training", "steps_taken"]
+__all__ = ["refuse_optimizers", "refuse_strategy"]
 
 # By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
 _UNSUPPORTED_STRATEGIES = {

@@ -1,4 +1,4 @@
-"""What the callbacks that change a module have in common."""
+"""What callbacks ask of a Trainer, and what those that change a module have in common."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from collections.abc import Mapping, Sequence
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import nn
+from torch import distributed, nn
 
-__all__ = ["check_in_optimizer", "copy_again", "refuse_twins", "steps_of_training", "steps_taken"]
+__all__ = [
+    "callbacks_of",
+    "check_in_optimizer",
+    "copy_again",
+    "refuse_twins",
+    "steps_of_training",
+    "steps_taken",
+    "world_size",
+]
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks of ``trainer``, in the order in which it calls them: the list itself, which no stub declares."""
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def check_in_optimizer(
@@ -43,7 +56,7 @@ def copy_again(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: pl.
         pl_module: The module as it is now.
         callback: Who has changed it in its ``setup``.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     for earlier in callbacks[: callbacks.index(callback)]:
         if isinstance(earlier, StochasticWeightAveraging | WeightAveraging):
             earlier.setup(trainer, pl_module, "fit")
@@ -60,8 +73,7 @@ def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[
     Raises:
         MisconfigurationException: There is one.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    twins = [other for other in callbacks if type(other) is type(callback)]
+    twins = [other for other in callbacks_of(trainer) if type(other) is type(callback)]
     differing = [name for name in settings if any(getattr(twin, name) != getattr(callback, name) for twin in twins)]
     if differing:
         raise MisconfigurationException(
@@ -88,3 +100,8 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
 def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
     return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))
+
+
+def world_size() -> int:
+    """The processes among which torch communicates now: 1 where it does not."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -12,11 +12,9 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, TypeGuard, final
+from typing import Any, TypeGuard, final
 from weakref import ref
 
 import lightning.pytorch as pl
@@ -25,12 +23,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.multiprocessing import (
     _MultiProcessingLauncher,  # pyright: ignore[reportPrivateUsage]
 )
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, distributed, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from typing_extensions import Self, override
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import distributed, nn
+from typing_extensions import override
 
 from lightning_sparse.modules.auxiliary import (
     check_in_optimizer,
@@ -38,18 +33,14 @@ from lightning_sparse.modules.auxiliary import (
     refuse_twins,
     steps_of_training,
     steps_taken,
+    world_size,
 )
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
+from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
 from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["DyReLUPhasing"]
 
-_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-# Modules whose features are the last dimension. After one of them, dimension 1 counts positions, not channels.
-_FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -173,7 +164,7 @@ class DyReLUPhasing(pl.Callback):
             for relu in wanted.values():
                 _replace(pl_module, relu, PhasedReLU(relu, (), self.reduction))
             return
-        seen = _watch_a_step(trainer, pl_module)
+        seen = watch_a_step(trainer, pl_module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for name, relu in wanted.items():
@@ -182,7 +173,7 @@ class DyReLUPhasing(pl.Callback):
                     _replace(pl_module, relu, site.to(pl_module.device).type(pl_module.dtype))
         self._name_what_stays([name for name in wanted if name not in phased_relus(pl_module)], seen)
 
-    def _name_what_stays(self, names: Sequence[str], seen: _Watch) -> None:
+    def _name_what_stays(self, names: Sequence[str], seen: Watch) -> None:
         last = [name for name in names if name in seen.features_last]
         if last:
             rank_zero_warn(
@@ -214,7 +205,7 @@ class DyReLUPhasing(pl.Callback):
         if self._inserted and not self._trained:
             for site in self._sites.values():
                 site.phase_in()  # which weights that the module's own setup has loaded may have phased out
-        for parameter in self._parameters() if _world_size() > 1 else ():
+        for parameter in self._parameters() if world_size() > 1 else ():
             distributed.broadcast(parameter, src=0)
 
     @override
@@ -244,13 +235,13 @@ class DyReLUPhasing(pl.Callback):
     @torch.no_grad()
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Of accumulated batches too: what was averaged before is equal on every rank, and stays what it is.
-        if _world_size() == 1 or self._is_over():
+        if world_size() == 1 or self._is_over():
             return
         learning = [parameter for parameter in self._parameters() if parameter.requires_grad]
         if not learning:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-        mean = torch.cat([gradient.flatten() for gradient in gradients]) / _world_size()
+        mean = torch.cat([gradient.flatten() for gradient in gradients]) / world_size()
         distributed.all_reduce(mean)
         for parameter, part in zip(learning, mean.split([p.numel() for p in learning]), strict=True):
             parameter.grad = part.view_as(parameter)
@@ -339,128 +330,6 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
     names = [name for name, child in module.named_modules(remove_duplicate=False) if child is old]
     for name in names:
         module.set_submodule(name, new)
-
-
-def _watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Watch:
-    """Let a copy compute; return what was seen."""
-    pl_module.trainer, its_trainer = None, pl_module.trainer  # which no copy needs; without one, log does nothing
-    try:
-        module = copy.deepcopy(pl_module).eval()
-    except Exception as error:
-        raise MisconfigurationException(
-            f"DyReLUPhasing lets a copy of the module compute to see how many channels come to each ReLU, but"
-            f" {type(pl_module).__name__} cannot be copied: {error!r}. Keep out of it what copy.deepcopy refuses, such"
-            " as locks, open files and tensors that have a gradient history."
-        ) from error
-    finally:
-        pl_module.trainer = its_trainer
-    watch, failures = _Watch(module), list[str]()
-    for compute in _ways_to_compute(trainer, pl_module, module):
-        failure = watch.see(compute)
-        if failure is None:
-            return watch
-        failures.append(repr(failure))
-    raise MisconfigurationException(
-        f"DyReLUPhasing must know how many channels come to each ReLU, but {type(pl_module).__name__} could not be"
-        f" asked: {'; '.join(failures)}. Set self.example_input_array in its __init__ to what forward takes, a batch of"
-        " two or so."
-    )
-
-
-def _ways_to_compute(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, module: pl.LightningModule
-) -> Iterator[Callable[[], object]]:
-    # An earlier fit may have left it in half or double precision, or on another device.
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in module.parameters()) else torch.float32
-    module.to(dtype)
-
-    def converted(value: Any) -> Any:
-        return apply_to_collection(
-            value, Tensor, lambda part: part.to(module.device, dtype if part.is_floating_point() else None)
-        )
-
-    example = module.example_input_array
-    if example is not None:
-        example = converted(example)
-        yield lambda: module(**example) if isinstance(example, Mapping) else module(*_as_tuple(example))
-        return
-
-    def batch() -> Any:
-        loader = trainer.fit_loop._data_source.dataloader()  # pyright: ignore[reportPrivateUsage]
-        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
-        first = pl_module._on_before_batch_transfer(next(iter(combined))[0])  # pyright: ignore[reportPrivateUsage]
-        return converted(pl_module._apply_batch_transfer_handler(first, module.device))  # pyright: ignore[reportPrivateUsage]
-
-    yield lambda: module.training_step(batch(), 0)
-    yield lambda: module(_as_tuple(batch())[0])
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-class _Watch(TorchFunctionMode):
-    """Sees which module is at work, what comes to each ``nn.ReLU``, and who calls relu as a function."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.channels: dict[str, set[int]] = {}
-        self.features_last: set[str] = set()
-        self.functions: set[str] = set()
-        self._names = {child: name or type(child).__name__ for name, child in module.named_modules()}
-        self._at_work: list[nn.Module] = []
-        self._latest: nn.Module | None = None
-        self._handles: list[RemovableHandle] = []
-
-    @override
-    def __enter__(self) -> Self:
-        for module in self._names:
-            self._handles.append(module.register_forward_pre_hook(self._begin))
-            self._handles.append(module.register_forward_hook(self._end, always_call=True))
-        return super().__enter__()  # type: ignore[no-any-return]
-
-    @override
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for handle in self._handles:
-            handle.remove()
-
-    def see(self, compute: Callable[[], object]) -> Exception | None:
-        """Watch ``compute``; return what it raised."""
-        try:
-            with warnings.catch_warnings(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-                warnings.simplefilter("ignore")
-                with torch.no_grad(), self:
-                    compute()
-        except Exception as error:  # whatever a user's code may raise
-            return error
-        return None
-
-    def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._at_work.append(module)
-        if not isinstance(module, nn.ReLU) or inputs[0].dim() < 2:
-            return
-        if inputs[0].dim() > 2 and isinstance(self._latest, _FEATURES_LAST):
-            self.features_last.add(self._names[module])
-        else:
-            self.channels.setdefault(self._names[module], set()).add(inputs[0].shape[1])
-
-    def _end(self, module: nn.Module, *_: Any) -> None:
-        self._at_work.pop()
-        if next(module.parameters(recurse=False), None) is not None:
-            self._latest = module
-
-    @override
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _RELU_FUNCTIONS and self._at_work and not isinstance(self._at_work[-1], nn.ReLU):
-            self.functions.add(self._names[self._at_work[-1]])
-        return func(*args, **(kwargs or {}))
-
-
-def _world_size() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _nothing() -> None:

@@ -140,11 +140,11 @@ def share_weights(
         Li et al., `Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning
         <https://arxiv.org/abs/2411.13545>`_, TMLR 2025.
     """
-    if own < 1:
-        raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
+    _check_own(own)
     found = dict(_stages(module, own))
-    for pattern in stages or ():
-        if not shared_convolutions(module) and not any(fnmatchcase(name, pattern) for name in found):
+    # In a module that shares already, a glob may name a stage that has nothing left to share.
+    for pattern in () if stages is None or shared_convolutions(module) else stages:
+        if not any(fnmatchcase(name, pattern) for name in found):
             raise ValueError(
                 f"stages={pattern!r} matches no stage of more than {own} equal blocks. The stages are"
                 f" {', '.join(found) or 'none'}."
@@ -243,8 +243,7 @@ class WeightSharing(pl.Callback):
     """
 
     def __init__(self, *, own: int = 2, stages: Sequence[str] | None = None, seed: int = 0) -> None:
-        if own < 1:
-            raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
+        _check_own(own)
         self.own = own
         self.stages = None if stages is None else tuple(stages)
         self.seed = seed
@@ -282,6 +281,11 @@ class WeightSharing(pl.Callback):
         for name, convolution in self._convolutions.items():
             if name in scales:  # exactly; what the module's state gave is rounded
                 convolution.scale.copy_(scales[name])
+
+
+def _check_own(own: int) -> None:
+    if own < 1:
+        raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
 
 
 def _stages(module: nn.Module, own: int, prefix: str = "") -> Iterator[tuple[str, dict[str, str]]]:

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_sparse.modules.auxiliary import callbacks_of
 from lightning_sparse.testing.toys import ToyModel
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ class DumpRank(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the module's weights and the state of every callback that has one, by its ``state_key``."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        states = {callback.state_key: callback.state_dict() for callback in callbacks}
+        states = {callback.state_key: callback.state_dict() for callback in callbacks_of(trainer)}
         dump: RankDump = {
             "weights": pl_module.state_dict(),
             "callbacks": {key: state for key, state in states.items() if state},

@@ -49,9 +49,7 @@ class VGG16(nn.Sequential):
             nn.ReLU(),
             nn.Linear(8 * width, num_classes),
         )
-        super().__init__(
-            OrderedDict(features=features, pool=nn.AvgPool2d(2), flatten=nn.Flatten(), classifier=classifier)
-        )
+        super().__init__(_network(features, classifier))
 
 
 @final
@@ -85,9 +83,7 @@ class VGG19(nn.Sequential):
         classifier = nn.Linear(8 * width, num_classes)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)
-        super().__init__(
-            OrderedDict(features=features, pool=nn.AvgPool2d(2), flatten=nn.Flatten(), classifier=classifier)
-        )
+        super().__init__(_network(features, classifier))
 
 
 def _features(depths: Sequence[int], width: int, *, bias: bool) -> nn.Sequential:
@@ -103,3 +99,7 @@ def _features(depths: Sequence[int], width: int, *, bias: bool) -> nn.Sequential
             layers += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
             in_channels = channels
     return nn.Sequential(*layers)
+
+
+def _network(features: nn.Module, classifier: nn.Module) -> OrderedDict[str, nn.Module]:
+    return OrderedDict(features=features, pool=nn.AvgPool2d(2), flatten=nn.Flatten(), classifier=classifier)
