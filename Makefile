@@ -43,6 +43,7 @@ clean:  ## remove what these targets leave behind, but for .venv
 .venv: $(INSTALLED)  ## make the virtual environment
 
 $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): torch and all else are a few GB to download, which takes minutes."
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@

@@ -37,6 +37,7 @@ napoleon_use_rtype = False
 # Where the links of README.md and CONTRIBUTING.md lead here; others are to files that are no pages, and lose the link.
 PAGES = {
     "docs/decisions": "decisions.md",
+    "docs/getting-started.md": "getting-started.md",
     "CONTRIBUTING.md": "contributing.md",
     "tests/methods/test_contract.py": "api/testing.md",
 }

@@ -7,12 +7,14 @@ import re
 import shutil
 import sys
 import textwrap
+import traceback
 import warnings
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]  # listed in its __all__
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +24,7 @@ from typing_extensions import override
 # Importing the package makes its methods, the monitor and the zoo known by their bare class names.
 import lightning_sparse
 from lightning_sparse.masks import CheckpointError, read_masks, save_masks
-from lightning_sparse.reporting import checkpoint_sparsity, compare_masks, overlap_table, sparsity_table
+from lightning_sparse.reporting import checkpoint_sparsity, compare_masks, overlap_table, sparsity_table, width_of
 from lightning_sparse.zoo import MissingDataError, list_recipes, recipe_path
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ TRAINER_COMMANDS = {
     "test": "test a checkpoint, likewise",
     "predict": "predict with a checkpoint, likewise",
 }
+
+# Whose errors may be about what was given, and what lies between them and here.
+REFUSING = {"lightning_sparse", "lightning", "jsonargparse"}
+LIBRARIES = REFUSING | {"contextlib", "lightning_utilities", "torch"}
 
 
 class CommandError(ValueError):
@@ -109,19 +115,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"{options.command} does not know {' '.join(others)}.")
             options.run(options)
         else:
+            _look_for_classes_here()
             with warnings.catch_warnings():
                 # the zoo's data modules have no workers on purpose
                 warnings.filterwarnings("ignore", ".*does not have many workers.*")
                 SparseCLI(arguments)
     except (CheckpointError, CommandError, MissingDataError) as error:
-        print(f"lightning-sparse: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except (MisconfigurationException, ValueError) as error:
+        cause = _innermost(error)
+        if not _is_a_refusal(cause):
+            raise
+        return _refuse(cause)
     return 0
 
 
+def _refuse(error: BaseException) -> int:
+    print(f"lightning-sparse: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What was raised, out of what the parser of the command line has wrapped around it."""
+    while _modules(error)[-1:] == ["jsonargparse"] and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_a_refusal(error: BaseException) -> bool:
+    """Whether a library refuses what it was given; what comes through code of the user's needs its traceback."""
+    modules = _modules(error)
+    on_purpose = any(
+        (frame.line or "").startswith("raise ") for frame in traceback.extract_tb(error.__traceback__)[-1:]
+    )
+    return on_purpose and modules[-1] in REFUSING and LIBRARIES.issuperset(modules)
+
+
+def _modules(error: BaseException) -> list[str]:
+    """The packages through which an error came; the last one raised it."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+
+
+def _look_for_classes_here() -> None:
+    """Let ``--model mynet.LitCNN`` find ``mynet.py`` in this folder, as ``python -m`` does and a script does not."""
+    here = str(Path.cwd())
+    if not getattr(sys.flags, "safe_path", False) and not {here, ""} & {*sys.path}:
+        sys.path.insert(0, here)
+
+
 def _report(options: argparse.Namespace) -> None:
-    layers = checkpoint_sparsity(options.checkpoint, all_tensors=options.all)
-    Console().print(sparsity_table(layers, title=options.checkpoint))
+    for checkpoint in options.checkpoints:
+        _print_table(sparsity_table(checkpoint_sparsity(checkpoint, all_tensors=options.all), title=checkpoint))
 
 
 def _extract_masks(options: argparse.Namespace) -> None:
@@ -137,7 +182,13 @@ def _compare_masks(options: argparse.Namespace) -> None:
         overlaps = compare_masks(first, second)
     except ValueError as error:
         raise CommandError(f"A is {options.a} and B is {options.b}. {error}") from error
-    Console().print(overlap_table(overlaps, title=f"A: {options.a}  B: {options.b}"))
+    _print_table(overlap_table(overlaps, title=f"A: {options.a}  B: {options.b}"))
+
+
+def _print_table(table: Table) -> None:
+    """Print on the terminal, or, into a file or a pipe, as wide as the table is."""
+    console = Console()
+    Console(width=None if console.is_terminal else width_of(table)).print(table)
 
 
 def _list_recipes(options: argparse.Namespace) -> None:
@@ -192,8 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)  # LightningCLI parses the rest
-    checkpoint = commands.add_parser("report", help="print the sparsity of each layer of a checkpoint")
-    checkpoint.add_argument("checkpoint", help="a Lightning checkpoint, of ours or not, or a file with a state dict")
+    checkpoint = commands.add_parser("report", help="print the sparsity of each layer of checkpoints")
+    checkpoint.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="checkpoint",
+        help="a Lightning checkpoint, of ours or not, or a file with a state dict",
+    )
     checkpoint.add_argument("--all", action="store_true", help="biases, normalisation and integer tensors too")
     checkpoint.set_defaults(run=_report)
     _add_masks_commands(commands.add_parser("masks", help="take the masks out of a checkpoint, or compare two"))

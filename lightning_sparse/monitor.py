@@ -143,7 +143,7 @@ class SparsityMonitor(pl.Callback):
         if not self._begun:
             self._begin(trainer, pl_module)
         # Lightning leaves out the end of an epoch whose last batch is where a checkpoint was written.
-        missed_epoch_end = batch_idx == 0 and self._step < _steps_taken(trainer)
+        missed_epoch_end = batch_idx == 0 and self._step < _batches_stepped(trainer)
         self._advance(trainer)
         if missed_epoch_end and self._registry:
             self._record(trainer)
@@ -217,7 +217,7 @@ class SparsityMonitor(pl.Callback):
             return
         self._history = MaskHistory(self._masks)
         self.timeline = SparsityTimeline(list(self._registry))
-        self._step = self._update_step = _steps_taken(trainer)
+        self._step = self._update_step = _batches_stepped(trainer)
         self._pause = _pause(trainer)
         self._counted = self._recorded = self._registry.num_updates
         if self._loaded is None:
@@ -245,7 +245,7 @@ class SparsityMonitor(pl.Callback):
 
     def _advance(self, trainer: pl.Trainer) -> None:
         """Count the steps taken since the last time, each with the masks that it computed with."""
-        step = _steps_taken(trainer)
+        step = _batches_stepped(trainer)
         updated = self._registry.num_updates != self._counted
         if self._flops is not None:
             self._flops.add(step - self._step, self._flops.of_dense_gradients(trainer, updated))
@@ -399,6 +399,6 @@ def _pause(trainer: pl.Trainer) -> float:
     return max(1.0, min(every, total / _LEAST_RECORDS))
 
 
-def _steps_taken(trainer: pl.Trainer) -> int:
+def _batches_stepped(trainer: pl.Trainer) -> int:
     # Lightning's own monitors log at this count: batches that stepped, however many optimizers did.
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, final
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ __all__ = [
     "overlap_table",
     "report",
     "sparsity_table",
+    "width_of",
 ]
 
 
@@ -125,9 +128,12 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True, force_terminal=False, force_jupyter=False, highlight=False)
+        table = self.__rich__()
+        console = Console(
+            width=width_of(table), no_color=True, force_terminal=False, force_jupyter=False, highlight=False
+        )
         with console.capture() as capture:
-            console.print(self)
+            console.print(table)
         return capture.get().rstrip()
 
 
@@ -146,6 +152,7 @@ def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: 
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
+        TypeError: The source is neither, for example a callback or a Trainer.
         ValueError: The module has no weight to count, or an example input was given for a checkpoint.
 
     Example:
@@ -166,6 +173,11 @@ def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: 
     """
     if isinstance(source, nn.Module):
         return _report_of_module(source, example, all_tensors)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"report takes a module or the path of a checkpoint, and this is a {type(source).__name__}. For a callback"
+            " or a Trainer, report the module that is trained: report(trainer.model)."
+        )
     if example is not None:
         raise ValueError(f"{source} is a checkpoint, which takes no example input; load it and report the module.")
     return SparsityReport(tuple(checkpoint_sparsity(source, all_tensors=all_tensors)))
@@ -256,6 +268,18 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
         style="bold",
     )
     return table
+
+
+def width_of(table: Table) -> int:
+    """The columns that a table takes if nothing in it is broken into lines, 120 at least for what is below it.
+
+    Example:
+        >>> from lightning_sparse.reporting import LayerSparsity, sparsity_table, width_of
+        >>> width_of(sparsity_table([LayerSparsity("encoder." * 20 + "weight", (10, 20), num_active=50)]))
+        210
+    """
+    console = Console(width=10_000)
+    return max(120, Measurement.get(console, console.options, table).maximum)
 
 
 @final

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, Literal, get_args
 
 __all__ = [
     "Constant",
@@ -41,8 +42,16 @@ class Schedule(ABC):
         """The value at ``progress`` in [0, 1]."""
 
 
+class _OfNumbers(Schedule):
+    """A schedule whose fields are numbers; those of numpy, and tensors without dimensions, become Python's own."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+
+
 @dataclass(frozen=True)
-class Constant(Schedule):
+class Constant(_OfNumbers):
     """The same value throughout.
 
     Example:
@@ -57,7 +66,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Polynomial(Schedule):
+class Polynomial(_OfNumbers):
     r"""From ``initial`` to ``final``, fast first: :math:`v(p) = v_f + (v_i - v_f)(1 - p)^e`.
 
     With ``exponent`` 3 and values of sparsity it is the cubic schedule of gradual magnitude pruning.
@@ -84,7 +93,7 @@ class Polynomial(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
+class Linear(_OfNumbers):
     r"""From ``initial`` to ``final`` at an even pace: :math:`v(p) = v_i + (v_f - v_i)\,p`.
 
     Example:
@@ -100,7 +109,7 @@ class Linear(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(_OfNumbers):
     r"""From ``initial`` to ``final`` along half a cosine: :math:`v(p) = v_f + (v_i - v_f)\,\frac12 (1 + \cos \pi p)`.
 
     Example:
@@ -120,7 +129,7 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class Exponential(Schedule):
+class Exponential(_OfNumbers):
     r"""Sparsity whose remainder shrinks by a constant factor: :math:`1 - v(p) = (1 - v_i)\,((1 - v_f)/(1 - v_i))^p`.
 
     Example:
@@ -132,6 +141,7 @@ class Exponential(Schedule):
     final: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.initial < 1.0 and self.final < 1.0):
             raise ValueError(
                 f"{self} must begin and end below sparsity 1, where nothing would remain to shrink; give fractions in"
@@ -147,7 +157,7 @@ class Exponential(Schedule):
 
 
 @dataclass(frozen=True)
-class Cyclic(Schedule):
+class Cyclic(_OfNumbers):
     r"""A sparsity that falls and rises again, cycle after cycle, and begins and ends each cycle at ``sparsity``.
 
     At position :math:`x` of a cycle, with density :math:`d = 1 - s` and :math:`m` times as many weights at its peak,
@@ -183,6 +193,7 @@ class Cyclic(Schedule):
     shape: CycleShape = "cosine"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"{self}: sparsity is a fraction in [0, 1).")
         if self.cycles < 1 or self.multiplier < 1.0 or self.growth <= 0.0:
@@ -239,8 +250,8 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
         ValueError: sparsity is 95, but it is a fraction in [0, 1). Did you mean 0.95?
     """
     allowed = "[0, 1)" if below_one else "[0, 1]"
-    for percent in range(101):
-        value = schedule(percent / 100)
+    for percent in (0, 100, *range(1, 100)):  # the ends first: they are what was given
+        value = _plain(schedule(percent / 100))
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r}; give a number, a fraction in {allowed}, or a Schedule of it.")
         if not (0.0 <= value < 1.0 or (value == 1.0 and not below_one)):
@@ -288,6 +299,14 @@ class UpdateTimes:
         own = any(isinstance(duration, float) for duration in (self.every, self.start, self.stop))
         return own or (self.before is not None and self.before.needs_total_steps)
 
+    @property
+    def _fractions(self) -> str:
+        """The arguments that are fractions of training, as a user of a method has given them."""
+        own = {"start": self.start, "stop": self.stop, "update_every": self.every}
+        times = own if self.before is None else own | {"cycle_update_every": self.before.every}
+        *others, last = [f"{name}={value}" for name, value in times.items() if isinstance(value, float)]
+        return f"{', '.join(others)} and {last} are" if others else f"{last} is"
+
     def resolve(self, total_steps: float) -> Timetable:
         """The times in steps, for a training of ``total_steps`` optimizer steps (``inf`` where it has no known end).
 
@@ -296,9 +315,9 @@ class UpdateTimes:
         """
         if self.needs_total_steps and math.isinf(total_steps):
             raise ValueError(
-                f"{self} holds fractions of training, but the Trainer has no known end (max_epochs=-1 without"
-                " max_steps, or a data loader without length). Set max_epochs or max_steps, or give start, stop and"
-                " update_every as int, in optimizer steps."
+                f"{self._fractions} in fractions of training, but the Trainer has no known end (max_epochs=-1 without"
+                " max_steps, or a data loader without length). Set max_epochs or max_steps, or give an int, which is a"
+                " number of optimizer steps."
             )
         start, stop = _steps(self.start, total_steps), _steps(self.stop, total_steps)
         if isinstance(self.stop, float):
@@ -306,7 +325,10 @@ class UpdateTimes:
         if isinstance(self.start, float):
             start = min(start, int(total_steps) - 1)
         if start > stop:
-            raise ValueError(f"Updates start at step {start}, after they stop at {stop}, in {total_steps:g} steps.")
+            raise ValueError(
+                f"Updates start at step {start}, after they stop at {stop}, in {total_steps:g} steps. Give an earlier"
+                " start or a later stop, or both in the same unit."
+            )
         every = self.every if isinstance(self.every, int) else max(self.least, _steps(self.every, total_steps))
         before = None if self.before is None else self.before.resolve(total_steps)
         return Timetable(every=every, start=start, stop=stop, before=before)
@@ -331,6 +353,11 @@ class Timetable:
     def first(self) -> int:
         """The time of the first update."""
         return self.start if self.before is None else self.before.first
+
+    @property
+    def only_at_its_ends(self) -> bool:
+        """Whether no update comes between the first time and the last, although there is time between them."""
+        return self.before is None and 0 < self.stop - self.start < self.every
 
     def latest(self, step: int) -> int | None:
         """The latest time of an update up to ``step``, or ``None`` before the first."""
@@ -361,3 +388,10 @@ def _check_duration(name: str, duration: Duration) -> None:
 
 def _steps(duration: Duration, total_steps: float) -> int:
     return duration if isinstance(duration, int) else round(duration * total_steps)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own, from numpy or a tensor without dimensions too; anything else as it is."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -12,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_sparse
 from lightning_sparse.cli import SparseCLI, main
-from lightning_sparse.reporting import checkpoint_sparsity
+from lightning_sparse.reporting import LayerSparsity, checkpoint_sparsity
 from lightning_sparse.zoo import list_recipes, recipe_path
 
 TINY = [
@@ -29,6 +31,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # where the command puts the folder that it is in
 
 
 def exit_code(*arguments: str) -> object:
@@ -109,6 +112,67 @@ def test_an_unknown_recipe_is_one_sentence_that_lists_the_known_ones(capsys: pyt
     assert "fggp-lenet300" in sentence
 
 
+OWN = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+
+class Net(BoringModel):
+    def __init__(self, width: int = 1):
+        super().__init__()
+        if width < 1:
+            raise ValueError("my own check")
+        self.width = width
+
+    def training_step(self, batch, batch_idx):
+        if self.width > 1:
+            raise ValueError("in the midst of my step")
+        return super().training_step(batch, batch_idx)
+"""
+
+BORING = ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule", "--trainer.logger=false", *TINY]
+
+
+def test_the_installed_command_finds_classes_in_this_folder(tmp_path: Path) -> None:
+    (tmp_path / "ownnet.py").write_text(OWN)
+    command = [str(Path(sys.executable).with_name("lightning-sparse")), "fit", "--model=ownnet.Net", *BORING]
+    done = subprocess.run([*command, "--trainer.callbacks+=GMP", "--trainer.callbacks.sparsity=0.5"], check=False)
+    assert done.returncode == 0
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        # while callbacks are made, within an error of the parser; when training begins; in Lightning itself
+        (["--trainer.callbacks.sparsity=95"], "sparsity is 95, but it is a fraction in [0, 1). Did you mean 0.95?"),
+        (["--trainer.callbacks.exclude=[head]"], "exclude='head' matches no parameter name and no module type."),
+        (["--trainer.max_epochs=-5"], "`max_epochs` must be a non-negative integer or -1."),
+    ],
+)
+def test_what_is_refused_is_one_sentence(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config=fggp-digits", *TINY, *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1].startswith(f"lightning-sparse: error: {sentence}")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("width", "message"), [(0, "my own check"), (2, "in the midst of my step")])
+def test_errors_of_own_code_keep_their_traceback(
+    width: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failingnet.py").write_text(OWN)
+    monkeypatch.delitem(sys.modules, "failingnet", raising=False)
+    with pytest.raises(ValueError, match=message):
+        main(["fit", "--model=failingnet.Net", f"--model.width={width}", *BORING])
+
+
+def test_an_accident_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = LayerSparsity("weight", (2, 2), num_active="one")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr("lightning_sparse.cli.checkpoint_sparsity", lambda *_, **__: [layer])  # pyright: ignore[reportUnknownLambdaType]
+    with pytest.raises(ValueError, match="Cannot specify ','"):  # Python's own error, within the package
+        main(["report", "model.ckpt"])
+
+
 def test_missing_data_is_one_sentence_that_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "fggp-lenet300", *TINY]) == 2
     sentence = capsys.readouterr().err.splitlines()[-1]
@@ -127,6 +191,31 @@ def test_report_of_an_unreadable_file_is_one_sentence(
     assert output.out == ""
     (sentence,) = output.err.splitlines()
     assert "model.ckpt" in sentence
+    assert "weights_only" not in sentence
+
+
+def test_report_takes_several_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_with("1100", "a.ckpt")
+    checkpoint_with("1000", "b.ckpt")
+    assert main(["report", "a.ckpt", "b.ckpt"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("a.ckpt") < shown.index("50.00%") < shown.index("b.ckpt") < shown.index("75.00%")
+
+
+def test_report_breaks_no_name_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "encoder.layer.11.attention.self." * 5 + "query.weight"
+    torch.save({name: torch.eye(2)}, "long.pt")
+    assert main(["report", "long.pt"]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_report_of_a_file_of_masks_says_what_is_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    lightning_sparse.save_masks("sparse.masks", {"weight": torch.eye(2) != 0})
+    assert main(["report", "sparse.masks"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "sparse.masks is in the safetensors format, as files of masks are" in sentence
+    assert "`lightning-sparse masks compare A B`" in sentence
+    assert "weights_only" not in sentence
 
 
 def test_report_all_shows_biases_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

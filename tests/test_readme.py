@@ -1,6 +1,7 @@
 """What the documentation shows works: Python blocks run, commands exist, the table of methods is the methods'.
 
-The Python blocks of a file run in turn, as one program that finds a ``model`` and a ``datamodule``, in an empty folder.
+The Python blocks of a file run in turn, as one program that finds a ``model`` of the class ``MyModule`` and a
+``datamodule``, in an empty folder.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_sparse import FGGP, GMP, report
 from lightning_sparse.cli import TRAINER_COMMANDS, main
 from lightning_sparse.methods.catalog import methods_table
-from tests.helpers import ToyModel
+from lightning_sparse.schedules import Exponential
+from tests.helpers import ToyModel, make_trainer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,8 +69,11 @@ class ToyData(L.LightningDataModule):
         return self.toy.val_dataloader()
 
 
+NAMESPACE: dict[str, Any] = {"__name__": "__main__", "MyModule": ToyModel}
+
+
 def run_python(markdown: str, name: str) -> None:
-    namespace: dict[str, object] = {"__name__": "__main__", "model": ToyModel(), "datamodule": ToyData()}
+    namespace = NAMESPACE | {"model": ToyModel(), "datamodule": ToyData()}
     for block in blocks(markdown, "python"):
         exec(compile(block, name, "exec"), namespace)
 
@@ -102,6 +110,52 @@ def test_python_blocks_run(path: Path) -> None:
     run_python(path.read_text(encoding="utf-8"), str(path))
 
 
+class Overfit(ToyModel):
+    """A toy whose validation loss rises from the first epoch on, so that the first is the best."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", float(self.current_epoch))
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.usefixtures("on_cpu_in_an_empty_folder")
+def test_the_best_that_waits_is_sparse() -> None:
+    markdown = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    (block,) = (block for block in blocks(markdown, "python") if "class BestSparse" in block)
+    namespace: dict[str, Any] = NAMESPACE | {
+        "L": L,
+        "FGGP": FGGP,
+        "report": report,
+        "model": Overfit(),
+        "datamodule": ToyData(),
+    }
+    exec(compile(block, "getting-started.md", "exec"), namespace)
+    assert report(namespace["best"].best_model_path).sparsity >= 0.95
+    assert namespace["stop"].stopped_epoch > 15  # FGGP prunes until 0.8 of the 20 epochs; patience is 3
+
+
+@pytest.mark.parametrize("steps", [50, 200])
+def test_the_steps_of_lightnings_pruning_are_what_the_documentation_says(steps: int, tmp_path: Path) -> None:
+    markdown = (ROOT / "docs/moving.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^GMP\(.*Exponential.*\)$", markdown, re.MULTILINE)
+    assert "prunes to 0.50, 0.75, 0.88 and 0.94 at the ends of the four epochs" in markdown
+    method = eval(line, {"GMP": GMP, "Exponential": Exponential})
+    seen: list[float] = []
+    note = LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(method.registry.sparsity))
+    make_trainer(tmp_path, callbacks=[method, note], max_epochs=4).fit(ToyModel(samples=8 * steps))
+    assert [round(value, 2) for value in [*seen[steps::steps], seen[-1]]] == [0.5, 0.75, 0.88, 0.94]
+
+
+OWN_CLASSES = """
+from lightning.pytorch.demos.boring_classes import BoringDataModule as Digits
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+
+class LitCNN(BoringModel):
+    pass
+"""
+
+
 @pytest.mark.parametrize("tool", ["make", "lightning-sparse"])
 def test_the_documentation_shows_how_to_use(tool: str) -> None:
     assert documented(tool)
@@ -114,8 +168,13 @@ def test_make_commands_name_targets(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", documented("lightning-sparse"), ids=" ".join)
-def test_lightning_sparse_commands_are_understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of a training command every option is parsed, but nothing is trained.
+def test_lightning_sparse_commands_are_understood(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a training command every option is parsed, but nothing is trained. One names classes of the reader's own.
+    (tmp_path / "mynet.py").write_text(OWN_CLASSES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     trains = arguments[0] in TRAINER_COMMANDS
     asked = [*arguments, "--print_config" if trains else "--help"]
     monkeypatch.setattr(sys, "argv", ["lightning-sparse", *asked])

@@ -51,6 +51,7 @@ from lightning_sparse import (
     RigL,
     SparseMethod,
     report,
+    save_masks,
     share_weights,
     unshare_weights,
 )
@@ -710,7 +711,7 @@ def test_a_backbone_that_thaws_stays_dense_and_is_named(tmp_path: Path) -> None:
     module = new(FrozenBackbone)
     names = weights_to_mask(module, ["backbone.*"])
     thawed = weights_to_mask(module, ["head.*", "*embeddings*"])
-    with pytest.warns(UserWarning, match=r"backbone\.encoder.* was frozen when masks were made, and stays dense"):
+    with pytest.warns(UserWarning, match=r"frozen when masks were made, so left dense: backbone\.encoder"):
         losses = fit(module, method, tmp_path, also=[thaw()], max_epochs=3)
     assert torch.tensor(losses).isfinite().all()
     assert zeros(module, names) == zeros_at(SPARSITY, size(module, names))
@@ -718,22 +719,59 @@ def test_a_backbone_that_thaws_stays_dense_and_is_named(tmp_path: Path) -> None:
 
     # Not from a later checkpoint: resumed after the thaw, BackboneFinetuning itself leaves the backbone frozen.
     again, resumed = new(FrozenBackbone), FGGP(SPARSITY, start=1, update_every=1, stop=0.7)
-    with pytest.warns(UserWarning, match="was frozen when masks were made, and stays dense"):
+    with pytest.warns(UserWarning, match="frozen when masks were made, so left dense"):
         assert fit(again, resumed, tmp_path, tmp_path / "epoch=0.ckpt", also=[thaw()], max_epochs=3) == losses[4:]
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
 
 
-@pytest.mark.filterwarnings("ignore:FixedMask.*was frozen when masks were made")
-@pytest.mark.filterwarnings("ignore:FixedMask. .* hold zeros and are frozen")
-@pytest.mark.xfail(strict=True, reason="what is frozen when training begins gets no mask, though it has zeros to keep")
 def test_fixed_mask_keeps_the_zeros_of_a_backbone_that_thaws(tmp_path: Path) -> None:
     module = new(FrozenBackbone)
     prune_by_magnitude(module)
     names = weights_to_mask(module, ["*embeddings*"])
-    pruned = zeros(module, names)
-    fit(module, FixedMask(), tmp_path, also=[thaw()])
+    before, pruned = copy.deepcopy(module), zeros(module, names)
+    method = FixedMask()
+    losses = fit(module, method, tmp_path, also=[thaw()], max_epochs=3)
     assert zeros(module, names) == pruned
+    assert {*names} == {*method.registry}
+    for name in names:  # and what is active has been trained
+        assert not torch.equal(module.get_parameter(name), before.get_parameter(name)), name
+
+    # Resumed before the thaw: nothing is lost.
+    again, resumed = new(FrozenBackbone), FixedMask()
+    assert fit(again, resumed, tmp_path, tmp_path / "epoch=0.ckpt", also=[thaw()], max_epochs=3) == losses[4:]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("source", ["file", "mapping", "checkpoint"])
+def test_fixed_mask_gives_a_frozen_backbone_the_masks_that_it_was_told(source: str, tmp_path: Path) -> None:
+    sparse = new(FrozenBackbone)
+    prune_by_magnitude(sparse)
+    names = weights_to_mask(sparse, ["*embeddings*"])
+    pruned = zeros(sparse, names)
+    masks = {name: sparse.get_parameter(name) != 0 for name in names}
+    given: Any = masks
+    if source == "file":
+        save_masks(given := tmp_path / "sparse.masks", masks)
+    elif source == "checkpoint":
+        torch.save({"state_dict": sparse.state_dict()}, given := tmp_path / "plain.ckpt")
+    module = new(FrozenBackbone)
+    fit(module, FixedMask(given), tmp_path, also=[thaw()])
+    assert zeros(module, names) == pruned
+    assert all(torch.equal(module.get_parameter(name) != 0, mask) for name, mask in masks.items())
+
+
+def test_a_new_dense_head_on_a_sparse_frozen_backbone_is_fine_tuned(tmp_path: Path) -> None:
+    module = new(FrozenBackbone)
+    backbone = weights_to_mask(module, ["*embeddings*", "head.*"])
+    with torch.no_grad():
+        for name in backbone:
+            module.get_parameter(name).mul_(torch.rand_like(module.get_parameter(name)) < 0.2)
+    pruned = zeros(module, backbone)
+    fit(module, FixedMask(), tmp_path, also=[thaw()])
+    assert zeros(module, backbone) == pruned
+    assert zeros(module, ["head.0.weight"]) == 0
 
 
 class Adapted(nn.Module):

@@ -105,8 +105,9 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path, state: dict[
 def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "file.ckpt"
     path.write_text("trainer:\n  max_epochs: 1\n")
-    with pytest.raises(CheckpointError, match="is damaged or is not a checkpoint"):
+    with pytest.raises(CheckpointError, match="is damaged or is not a checkpoint") as refused:
         checkpoint_sparsity(path)
+    assert "weights_only" not in str(refused.value)  # which torch advises, and which could run code
 
 
 def test_python_objects_are_refused_with_a_way_out(tmp_path: Path) -> None:
@@ -250,6 +251,21 @@ def test_the_report_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path) -> No
     assert "dead" not in str(report(path))
     with pytest.raises(ValueError, match="is a checkpoint, which takes no example"):
         report(path, torch.ones(1, 4))
+
+
+def test_what_is_neither_module_nor_path_is_an_error_that_says_what_to_report(tmp_path: Path) -> None:
+    method: Any = GMP(sparsity=0.75)
+    trainer: Any = make_trainer(tmp_path, callbacks=[method])
+    for source in (method, trainer):
+        with pytest.raises(TypeError, match=rf"this is a {type(source).__name__}\..* report\(trainer\.model\)"):
+            report(source)
+    trainer.fit(ToyModel())
+    assert report(trainer.model).sparsity == pytest.approx(method.registry.sparsity)
+
+
+def test_a_printed_report_breaks_no_name() -> None:
+    name = "bert_encoder_layer_11_attention_self_" * 4 + "query"
+    assert f"{name}.weight" in str(report(nn.ModuleDict({name: nn.Linear(2, 2)})))
 
 
 def test_a_module_without_weights_is_an_error_with_the_reasons() -> None:

@@ -7,19 +7,25 @@ from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from lightning_sparse import DST, EAST, FGGP, RigL
 from lightning_sparse.schedules import (
     Constant,
     Cosine,
+    Cyclic,
     Exponential,
     Linear,
     Polynomial,
     Schedule,
     Timetable,
     UpdateTimes,
+    as_schedule,
     check_fraction,
 )
 
@@ -116,6 +122,48 @@ def test_a_value_that_is_no_number_is_refused_with_the_value(value: Any) -> None
         check_fraction("sparsity", Constant(value), below_one=True)
 
 
+def test_the_ends_of_a_schedule_are_looked_at_first() -> None:
+    with pytest.raises(ValueError, match=r"sparsity is 95 at progress 1\.00 .* Did you mean 0\.95\?"):
+        check_fraction("sparsity", Linear(0, 95), below_one=True)
+
+
+NUMBERS = [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), nn.Parameter(torch.tensor(0.5))]
+
+
+@pytest.mark.parametrize("number", [*NUMBERS, Fraction(1, 2)], ids=lambda number: type(number).__name__)
+def test_numbers_of_other_libraries_become_pythons_own(number: Any) -> None:
+    for schedule in (Constant(number), Cosine(0.5, number), Linear(number, 0.5), Exponential(0.5, number)):
+        check_fraction("sparsity", schedule, below_one=True)
+        assert schedule(1.0) == 0.5
+        assert type(schedule(1.0)) is float
+    assert type(Cyclic(number).sparsity) is float
+    assert as_schedule(number) == Constant(0.5)
+
+
+def test_so_do_those_of_a_schedule_of_ones_own() -> None:
+    class Own(Schedule):
+        def __call__(self, progress: float) -> Any:
+            return np.float32(progress)
+
+    check_fraction("drop_fraction", Own(), below_one=False)
+    with pytest.raises(ValueError, match=r"sparsity is 1 at progress 1\.00"):
+        check_fraction("sparsity", Own(), below_one=True)
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.5]), torch.tensor(True), np.True_, np.array([0.5]), 0.5j])
+def test_other_values_of_other_libraries_are_no_numbers(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"give a number, a fraction in \[0, 1\)"):
+        check_fraction("sparsity", Constant(value), below_one=True)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.5)], ids=["numpy", "tensor"])
+def test_methods_take_them(number: Any) -> None:
+    assert FGGP(number).sparsity == FGGP(0.5).sparsity
+    assert RigL(number, drop_fraction=number).sparsity == Constant(0.5)
+    assert type(DST(sparsity=number).sparsity) is float
+    assert EAST(number).target_sparsity() == 0.5
+
+
 # Durations
 
 
@@ -141,13 +189,26 @@ def test_a_start_after_the_stop_is_refused_at_once_where_both_are_of_one_kind(st
 
 @pytest.mark.parametrize(("start", "stop"), [(60, 0.5), (0.9, 10)])
 def test_a_start_after_the_stop_is_refused_when_the_steps_are_known(start: float, stop: float) -> None:
-    with pytest.raises(ValueError, match="after they stop"):
+    with pytest.raises(ValueError, match=r"after they stop at \d+, in 100 steps\. Give an earlier start or a later"):
         UpdateTimes(every=1, start=start, stop=stop).resolve(100)
 
 
 @pytest.mark.parametrize("times", [UpdateTimes(1, 0, 1.0), UpdateTimes(1, 0.0, 5), UpdateTimes(0.1, 0, 5)], ids=repr)
 def test_fractions_of_an_endless_training_are_refused(times: UpdateTimes) -> None:
     with pytest.raises(ValueError, match="max_epochs or max_steps"):
+        times.resolve(math.inf)
+
+
+@pytest.mark.parametrize(
+    ("times", "sentence"),
+    [
+        (UpdateTimes(0.01, 0.0, 0.8), r"^start=0\.0, stop=0\.8 and update_every=0\.01 are in fractions of training"),
+        (UpdateTimes(10, 0, 0.8), r"^stop=0\.8 is in fractions of training, but the Trainer has no known end"),
+        (UpdateTimes(10, 400, 1000, before=UpdateTimes(0.001, 0, 400)), r"^cycle_update_every=0\.001 is in fractions"),
+    ],
+)
+def test_they_are_named_as_they_were_given(times: UpdateTimes, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         times.resolve(math.inf)
 
 

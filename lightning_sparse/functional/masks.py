@@ -6,14 +6,24 @@ A mask is a ``bool`` tensor, ``True`` = active. Selection never sorts: a partiti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["count_true", "kth_smallest", "largest", "multiplier", "pack", "smallest", "unpack", "zero_pruned_"]
+__all__ = [
+    "count_true",
+    "counts_true",
+    "kth_smallest",
+    "largest",
+    "multiplier",
+    "pack",
+    "smallest",
+    "unpack",
+    "zero_pruned_",
+]
 
 # Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
 _CHUNK = 1 << 17
@@ -53,7 +63,7 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
         raise ValueError(f"k is {k}, but {values.numel()} values have ranks 1 to {values.numel()}.")
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()  # exact; a half has no fast comparison on the CPU
-    if values.is_cpu:
+    if _on_cpu(values):
         # numpy's introselect takes a sixth of the time of torch.kthvalue on 25 M values.
         partitioned = values.detach().flatten().clone().numpy()
         partitioned.partition(k - 1)
@@ -77,7 +87,8 @@ def smallest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> T
         ``bool``, the shape of ``scores``.
 
     Raises:
-        ValueError: Fewer than ``k`` entries are eligible.
+        ValueError: Fewer than ``k`` entries are eligible, or ``k`` is negative. On a GPU the first is not looked for,
+            because the CPU would have to wait for it at every layer: the mask then has fewer entries than ``k``.
 
     Example:
         >>> scores = torch.tensor([4.0, 1.0, 2.0, -1.0])
@@ -88,33 +99,33 @@ def smallest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> T
         return torch.zeros_like(among)
     if k < 0:
         raise ValueError(f"Cannot choose {k} entries; k must be at least 0.")
-    if scores.is_cpu and scores.numel() > _LARGE and scores.is_contiguous() and among.is_contiguous():
+    if not _on_cpu(scores):
+        return _smallest_without_looking(scores if key is None else key(scores), k, among)
+    if scores.numel() > _LARGE and scores.is_contiguous() and among.is_contiguous():
         chosen = _smallest_in_parts(scores.detach().view(-1), k, among.view(-1), key)
         if chosen is not None:
             return chosen.view_as(among)
     keys = scores if key is None else key(scores)
-    # Order is expressed with infinity: max + epsilon equals max from 256 upward in float32.
-    candidates = keys.masked_fill(~among, torch.inf)
-    if candidates.numel() == 0:
-        raise ValueError(f"Cannot choose {k} entries: only 0 are eligible, the tensor is empty.")
-    threshold = kth_smallest(candidates, min(k, candidates.numel()))
-    chosen = candidates <= threshold
-    if threshold < torch.inf and count_true(chosen) == k:
-        return chosen
-    chosen = candidates < threshold
-    ties = (candidates == threshold).logical_and_(among)
-    missing = k - count_true(chosen)
-    num_ties = count_true(ties)
-    if missing > num_ties:
+    chosen = _smallest_without_looking(keys, min(k, keys.numel()), among) if keys.numel() else among
+    if count_true(chosen) < k:
         comparable = count_true(among & ~keys.isnan())
         raise ValueError(
             f"Cannot choose {k} entries: only {comparable} are eligible"
             f" ({count_true(among) - comparable} more have the score NaN, which cannot be ranked)."
         )
-    if missing < num_ties:
-        first = ties.flatten().nonzero().squeeze(1)[:missing]
-        ties = torch.zeros_like(ties).flatten().index_fill_(0, first, True).view_as(chosen)
-    return chosen.logical_or_(ties)
+    return chosen
+
+
+def _smallest_without_looking(keys: Tensor, k: int, among: Tensor) -> Tensor:
+    """:func:`smallest` by operations alone whose results the CPU does not wait for; fewer than ``k`` may be chosen."""
+    # Order is expressed with infinity: max + epsilon equals max from 256 upward in float32.
+    candidates = keys.masked_fill(~among, torch.inf)
+    threshold = kth_smallest(candidates, k)
+    below = candidates < threshold
+    ties = (candidates == threshold).logical_and_(among)
+    missing = k - below.sum()
+    first = ties.flatten().cumsum(0, dtype=torch.int32).view_as(ties) <= missing
+    return below.logical_or_(ties.logical_and_(first))
 
 
 def count_true(mask: Tensor) -> int:
@@ -124,7 +135,23 @@ def count_true(mask: Tensor) -> int:
         >>> count_true(torch.tensor([True, False, True]))
         2
     """
-    return int(np.count_nonzero(mask.numpy()) if mask.is_cpu else mask.count_nonzero())
+    return counts_true([mask])[0]
+
+
+def counts_true(masks: Sequence[Tensor]) -> list[int]:
+    """The number of ``True`` in each of several masks; from a device that is not the CPU, in one transfer.
+
+    Example:
+        >>> counts_true([torch.tensor([True, False]), torch.tensor([False])])
+        [1, 0]
+    """
+    if all(map(_on_cpu, masks)):
+        return [int(np.count_nonzero(mask.numpy())) for mask in masks]
+    return torch.stack([mask.count_nonzero() for mask in masks]).tolist()
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
 
 def largest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:

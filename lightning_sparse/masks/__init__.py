@@ -1,5 +1,6 @@
 """The masks of one module: which weights, who owns them, and how they stay true."""
 
+from lightning_sparse.masks.apply import apply_masks
 from lightning_sparse.masks.checkpoint import CheckpointError
 from lightning_sparse.masks.files import load_masks, read_masks, save_masks
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
@@ -12,6 +13,7 @@ __all__ = [
     "MaskRegistry",
     "MaskedWeight",
     "Plan",
+    "apply_masks",
     "load_masks",
     "read_masks",
     "save_masks",

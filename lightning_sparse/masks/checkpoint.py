@@ -14,7 +14,14 @@ from torch import Tensor
 from lightning_sparse.functional.masks import unpack
 from lightning_sparse.masks.selection import canonical_name
 
-__all__ = ["CheckpointError", "load_checkpoint", "masks_by_method", "masks_of_zeros", "state_dict_of"]
+__all__ = [
+    "CheckpointError",
+    "load_checkpoint",
+    "looks_like_safetensors",
+    "masks_by_method",
+    "masks_of_zeros",
+    "state_dict_of",
+]
 
 # Lightning's key, then those that training scripts commonly use
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -41,6 +48,12 @@ def load_checkpoint(path: str | Path) -> Any:
         raise CheckpointError(f"There is no file {path}.")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; give the file itself (sharded checkpoints cannot be read).")
+    if looks_like_safetensors(path):
+        raise CheckpointError(
+            f"{path} is in the safetensors format, as files of masks are, and is no checkpoint. Of a file of masks,"
+            " load_masks gives the masks, and `lightning-sparse masks compare A B` says how alike those of two files"
+            " are; it takes a checkpoint as well."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint lead torch to any exception
@@ -51,9 +64,24 @@ def load_checkpoint(path: str | Path) -> Any:
                 "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')."
             ) from error
         raise CheckpointError(
-            f"{path} is damaged or is not a checkpoint: torch cannot read it ({_first_line(error)}). "
+            f"{path} is damaged or is not a checkpoint: torch cannot read it{_reason(error)}. "
             "If it should be one, copy or download it again."
         ) from error
+
+
+def looks_like_safetensors(path: str | Path) -> bool:
+    """Whether a JSON header follows eight bytes of its length; zip archives and pickles begin otherwise.
+
+    Example:
+        >>> torch.save({"weight": torch.eye(2)}, "eye.pt")
+        >>> looks_like_safetensors("eye.pt")
+        False
+    """
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Tensor]:
@@ -140,6 +168,12 @@ def _unpacked(name: str, saved: Any, path: str | Path) -> Tensor:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: Exception) -> str:
+    """What torch says in brackets, but for its advice to load with ``weights_only=False``, which may run code."""
+    line = _first_line(error)
+    return "" if "weights_only" in line else f" ({line})"
 
 
 def _describe(checkpoint: Any) -> str:

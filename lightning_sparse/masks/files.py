@@ -8,6 +8,7 @@ shape of each mask, as JSON.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -22,6 +23,7 @@ from lightning_sparse.functional.masks import pack, unpack
 from lightning_sparse.masks.checkpoint import (
     CheckpointError,
     load_checkpoint,
+    looks_like_safetensors,
     masks_by_method,
     masks_of_zeros,
     state_dict_of,
@@ -32,6 +34,11 @@ from lightning_sparse.masks.selection import judge_parameters
 __all__ = ["load_masks", "read_masks", "save_masks"]
 
 _FORMAT, _VERSION = "lightning_sparse.masks", "1"
+
+_HOW_TO_SAVE = (
+    'save_masks takes the file and then what has the masks, as in save_masks("sparse.masks", method): a method such as'
+    " FGGP, its registry, a module, or a mapping from names to bool tensors"
+)
 
 
 class _HasRegistry(Protocol):
@@ -55,6 +62,7 @@ def save_masks(
             registry, and otherwise the weights that a method would mask.
 
     Raises:
+        TypeError: The path is no path, as when the arguments are swapped, or the masks are nothing of these.
         ValueError: There is no mask, or one is not ``bool``.
 
     Example:
@@ -66,6 +74,8 @@ def save_masks(
         {'weight': tensor([[ True, False],
                 [False,  True]])}
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{_HOW_TO_SAVE}; the path is a {type(path).__name__}.")
     tensors = _tensors(masks)
     if not tensors:
         raise ValueError(
@@ -145,7 +155,7 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
         {'fc.weight': tensor([[ True, False],
                 [False,  True]])}
     """
-    if _looks_like_safetensors(Path(path)):
+    if looks_like_safetensors(path):
         return load_masks(path)
     try:
         checkpoint = load_checkpoint(path)
@@ -172,7 +182,9 @@ def _tensors(masks: Any) -> dict[str, Tensor]:
             return {weight.name: weight.parameter.detach() != 0 for weight in judge_parameters(masks).weights}
         masks = registry
     elif not isinstance(masks, Mapping):
-        masks = masks.registry
+        masks = getattr(masks, "registry", masks)
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"{_HOW_TO_SAVE}; what is to be written is a {type(masks).__name__}.")
     return {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
 
 
@@ -186,11 +198,3 @@ def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: P
         raise CheckpointError(
             f"{path} is damaged: its masks do not fit their shapes ({error}) Write it anew."
         ) from error
-
-
-def _looks_like_safetensors(path: Path) -> bool:
-    """Whether a JSON header follows eight bytes of its length; zip archives and pickles begin otherwise."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"

@@ -23,4 +23,7 @@ def random_scores(weight: MaskedWeight, seed: int, step: int) -> Tensor:
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{weight.name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.rand(weight.shape, generator=generator).to(weight.parameter.device)
+    scores = torch.rand(weight.shape, generator=generator)
+    device = weight.parameter.device
+    # From pinned memory, so that the CPU goes on to the next layer.
+    return scores.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scores.to(device)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, TypedDict
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sparse.functional.masks import count_true, memory_order, multiplier, pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, pack, unpack, zero_pruned_
 from lightning_sparse.masks.selection import Candidate, canonical_name
 
 __all__ = ["MaskGroup", "MaskRegistry", "MaskedWeight"]
@@ -177,11 +177,7 @@ class MaskGroup(Sequence[MaskedWeight]):
 
     def recount(self) -> None:
         """Count the active weights anew; one transfer from a device that is not the CPU."""
-        if self.mask.is_cpu:
-            counts = [count_true(weight.mask) for weight in self]
-        else:
-            counts = torch.stack([weight.mask.count_nonzero() for weight in self]).tolist()
-        for weight, num_active in zip(self, counts, strict=True):
+        for weight, num_active in zip(self, counts_true([weight.mask for weight in self]), strict=True):
             weight.recount(num_active)
 
     def apply_(self) -> None:
@@ -244,6 +240,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
 
     _of_module: ClassVar[WeakKeyDictionary[nn.Module, MaskRegistry]] = WeakKeyDictionary()
     _left_in: ClassVar[WeakKeyDictionary[nn.Module, dict[str, Tensor]]] = WeakKeyDictionary()
+    _given: ClassVar[WeakSet[nn.Module]] = WeakSet()
 
     def __init__(self) -> None:
         self._weights: dict[str, MaskedWeight] = {}
@@ -267,6 +264,18 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         registry = cls._of_module.pop(module, None)
         if registry:
             cls._left_in[module] = {name: pack(weight.mask) for name, weight in registry.items()}
+            cls._given.discard(module)
+
+    @classmethod
+    def leave(cls, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Let the next training of ``module`` find ``masks``, by name, as if one had just ended with them."""
+        cls._left_in[module] = {name: pack(mask) for name, mask in masks.items()}
+        cls._given.add(module)
+
+    @classmethod
+    def was_given(cls, module: nn.Module) -> bool:
+        """Whether ``module`` has not been trained since :meth:`leave`."""
+        return module in cls._given
 
     @classmethod
     def left_in(cls, module: nn.Module) -> dict[str, Tensor]:
@@ -295,6 +304,12 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
             MisconfigurationException: A weight has another owner, or no optimizer steps it.
         """
         self.release(owner)
+        return self.claim_more(owner, candidates, optimizers)
+
+    def claim_more(
+        self, owner: str, candidates: Sequence[Candidate], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> list[MaskGroup]:
+        """:meth:`claim` beside what ``owner`` has already."""
         for candidate in candidates:
             self._check_free(owner, candidate)
         groups = [MaskGroup(members, opt) for opt, members in _by_optimizer(candidates, optimizers) if members]

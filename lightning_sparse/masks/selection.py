@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_sparse.modules.dyrelu import HyperLinear
 from lightning_sparse.modules.weight_sharing import SharedConvolution, uses_of
 
-__all__ = ["Candidate", "Plan", "canonical_name", "judge_parameters", "select_weights"]
+__all__ = ["Candidate", "Plan", "as_patterns", "canonical_name", "judge_parameters", "select_weights"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -155,6 +155,40 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
+    """The patterns of ``include`` or ``exclude`` as a tuple; None stays None.
+
+    Raises:
+        ValueError: They are no list, or one of them is no string.
+
+    Example:
+        >>> as_patterns("exclude", [nn.Linear])
+        Traceback (most recent call last):
+            ...
+        ValueError: exclude[0] is the class Linear; give its name: 'Linear'.
+    """
+    if patterns is None:
+        return None
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument} is the string {patterns!r}; give a list of patterns: [{patterns!r}].")
+    if not isinstance(patterns, Iterable):
+        raise ValueError(f"{argument} is {_shown(patterns)}; give a list of names or patterns, such as ['head.*'].")
+    names = tuple(patterns)
+    for index, pattern in enumerate(names):
+        if isinstance(pattern, type):
+            raise ValueError(f"{argument}[{index}] is {_shown(pattern)}; give its name: {pattern.__name__!r}.")
+        if not isinstance(pattern, str):
+            raise ValueError(
+                f"{argument}[{index}] is {_shown(pattern)}; give parameter names, such as 'head.weight', or patterns of"
+                " them, such as 'head.*'."
+            )
+    return names
+
+
+def _shown(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+
+
 def select_weights(
     module: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> Plan:
@@ -173,6 +207,7 @@ def select_weights(
 
     Raises:
         MisconfigurationException: A pattern matches nothing, nothing is left to mask, or a layer is not materialised.
+        ValueError: ``include`` or ``exclude`` is no list of strings.
 
     Example:
         >>> plan = select_weights(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
@@ -199,6 +234,7 @@ def judge_parameters(
         >>> plan.masked, [candidate.name for candidate in plan.weights]
         ([], ['weight'])
     """
+    include, exclude = as_patterns("include", include), as_patterns("exclude", exclude)
     owned = list(_owned_parameters(module))
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
@@ -244,12 +280,25 @@ def _owned_parameters(module: nn.Module) -> Iterator[_Owned]:
 def _check_matches_something(argument: str, pattern: str, owned: Sequence[_Owned]) -> None:
     if any(item.matches(pattern) for item in owned):
         return
+    holders = dict.fromkeys(holder for item in owned for holder in _modules_around(item.name))
+    meant = [holder for holder in holders if holder == pattern or holder.endswith(f".{pattern}")]
+    if meant:
+        raise MisconfigurationException(
+            f"{argument}={pattern!r} matches no parameter name and no module type. {meant[0]!r} is a module; for its"
+            f" parameters write '{meant[0]}.*'."
+        )
     known = sorted({item.name for item in owned} | {type(item.module).__name__ for item in owned})
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:8]
     raise MisconfigurationException(
         f"{argument}={pattern!r} matches no parameter name and no module type. Near it: {', '.join(near)}."
         " Patterns are globs over parameter names ('encoder.*.weight') and module types ('Conv2d')."
     )
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """The names of the modules that a parameter is in, the outermost first."""
+    parts = name.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
 def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None, uses: int) -> Candidate:

@@ -39,8 +39,9 @@ from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
-from lightning_sparse.masks.selection import Candidate, select_weights
+from lightning_sparse.masks.selection import Candidate, as_patterns, select_weights
 from lightning_sparse.masks.succession import forget_pruned, waking_zeros
+from lightning_sparse.methods.best_checkpoint import denser_checkpoints
 from lightning_sparse.methods.past import Past
 from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy
 from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training, steps_taken
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-    from lightning_sparse.methods.paper import Paper
+    from lightning_sparse.methods.best_checkpoint import denser_checkpoints
+from lightning_sparse.methods.paper import Paper
 
 __all__ = ["SparseMethod", "total_target_sparsity"]
 
@@ -78,11 +80,7 @@ class SparseMethod(pl.Callback, ABC):
     needs_dense_gradients: ClassVar[bool] = False
 
     def __init__(self, *, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int) -> None:
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise ValueError(f"{name} is the string {patterns!r}; give a list of patterns: [{patterns!r}].")
-        self.include = None if include is None else tuple(include)
-        self.exclude = None if exclude is None else tuple(exclude)
+        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
         self.seed = seed
         # Lightning asks for it at every hook.
         self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)
@@ -98,6 +96,7 @@ class SparseMethod(pl.Callback, ABC):
         self._inherited: Mapping[str, Tensor] = {}
         self._began_at = 0
         self._dense: list[Candidate] = []
+        self._frozen: list[Candidate] = []
         self._warned: set[str] = set()
 
     # What a method implements.
@@ -144,6 +143,10 @@ class SparseMethod(pl.Callback, ABC):
     @abstractmethod
     def training_ended(self) -> None:
         """Training has run to its end; say what the user should know of it."""
+
+    def mask_of_thawed(self, candidate: Candidate) -> Tensor | None:
+        """The mask of a weight that was frozen when masks were made and is trained now; None leaves it dense."""
+        return None
 
     def companions(self) -> Sequence[pl.Callback]:
         """Callbacks that the method brings with it; they work in the Trainer, right behind it."""
@@ -215,6 +218,7 @@ class SparseMethod(pl.Callback, ABC):
         if state is not None:
             plan = plan.without(state.get("dense", ()))
         self._dense = [candidate for candidate in plan if candidate.reason]
+        self._frozen = [candidate for candidate in self._dense if candidate.reason == "frozen"]
         self._registry = MaskRegistry.of(pl_module)
         self._groups = self._registry.claim(self.state_key, plan.masked, trainer.optimizers)
         try:
@@ -230,14 +234,18 @@ class SparseMethod(pl.Callback, ABC):
         self._past.remember(pl_module)
         for group in self._groups:
             broadcast_(group.mask)
-            group.recount()
-            group.apply_()
-            if state is None:
-                forget_pruned(group, self._inherited)
-            mask_averaged_weights(trainer, group)
-            self._name_empty_layers(group)
-            self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
+            self._put_to_work(trainer, group, begins=state is None)
         rank_zero_info(f"{type(self).__name__}: {plan.summary} Sparsity {self._registry.sparsity:.4f}.")
+
+    def _put_to_work(self, trainer: pl.Trainer, group: MaskGroup, *, begins: bool) -> None:
+        """Let the masks of ``group`` hold from now on."""
+        group.recount()
+        group.apply_()
+        if begins:
+            forget_pruned(group, self._inherited)
+        mask_averaged_weights(trainer, group)
+        self._name_empty_layers(group)
+        self._handles.append(group.optimizer.register_step_post_hook(self._post_hook(group)))
 
     def _masks_of_others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Mapping[str, Tensor]:
         """The masks that another method has left of the weights of this one."""
@@ -248,7 +256,8 @@ class SparseMethod(pl.Callback, ABC):
                     f"The checkpoint's mask of {weight.name} has shape {tuple(left[weight.name].shape)}, but the weight"
                     f" has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
                 )
-        unmasked = left.keys() - self._registry.keys()
+        # What is frozen is not trained; it is named when it thaws.
+        unmasked = left.keys() - self._registry.keys() - {candidate.name for candidate in self._frozen}
         if unmasked and [other for other in callbacks_of(trainer) if isinstance(other, SparseMethod)][-1] is self:
             self._warn_once(
                 f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over, so"
@@ -284,7 +293,8 @@ class SparseMethod(pl.Callback, ABC):
         if names:
             self._warn_once(
                 f"{', '.join(names)} hold zeros as after a sparse training, and no masks came with them: the zeros are"
-                " trained again. To go on from their masks, resume with ckpt_path, or train with FixedMask"
+                " trained again. To go on from their masks, call lightning_sparse.apply_masks(model, masks) before fit,"
+                " with the model that fit is given, resume with ckpt_path, or train with FixedMask"
             )
 
     @final
@@ -293,6 +303,8 @@ class SparseMethod(pl.Callback, ABC):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        if self._frozen:
+            self._take_in_thawed(trainer, optimizer)
         for index, group in enumerate(self._groups):
             if group.optimizer is optimizer:
                 self._awaiting_step.add(index)
@@ -301,6 +313,23 @@ class SparseMethod(pl.Callback, ABC):
         if optimizer in self._registry.idle_optimizers and self is _methods_in_training(trainer)[-1]:
             self._registry.idle_optimizers.discard(optimizer)
             optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
+
+    def _take_in_thawed(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Mask what was frozen until now and is about to be stepped, where the method has masks for it."""
+        stepped = {id(parameter) for param_group in optimizer.param_groups for parameter in param_group["params"]}
+        thawed = [c for c in self._frozen if c.parameter.grad is not None and id(c.parameter) in stepped]
+        masks = {c.name: mask for c in thawed if (mask := self.mask_of_thawed(c)) is not None}
+        masked = [candidate for candidate in thawed if candidate.name in masks]
+        for group in self._registry.claim_more(self.state_key, masked, [optimizer]):
+            for weight in group:
+                weight.mask.copy_(masks[weight.name])
+            group.updated_at = self.step
+            self._groups.append(group)
+            self._put_to_work(trainer, group, begins=True)
+            for weight in group:
+                weight.budget = weight.num_active
+        self._frozen = [candidate for candidate in self._frozen if candidate.name not in masks]
+        self._dense = [candidate for candidate in self._dense if candidate.name not in masks]
 
     def _post_hook(self, group: MaskGroup) -> Callable[..., None]:
         index = self._groups.index(group)
@@ -354,11 +383,11 @@ class SparseMethod(pl.Callback, ABC):
                     f"{type(group.optimizer).__name__} has not stepped through Lightning in a whole epoch, so masks do"
                     " not hold. In manual optimization, take it from self.optimizers() and call its step()"
                 )
-        thawed = [candidate.name for candidate in self._dense if _is_thawed(candidate)]
+        thawed = [candidate.name for candidate in self._frozen if candidate.parameter.requires_grad]
         if thawed:
             self._warn_once(
-                f"{', '.join(thawed)} can be trained now, but was frozen when masks were made, and stays dense. To mask"
-                " it, let it be trainable when fit begins"
+                f"trained now, but frozen when masks were made, so left dense: {', '.join(thawed)}. To mask them, let"
+                " them be trainable when fit begins"
             )
         # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
         values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
@@ -370,6 +399,9 @@ class SparseMethod(pl.Callback, ABC):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply_masks(trainer)
         self.training_ended()
+        if trainer.is_global_zero:
+            for sentence in denser_checkpoints(self, trainer):
+                self._warn_once(sentence)
 
     @final
     @override
@@ -487,7 +519,3 @@ def total_target_sparsity(trainer: pl.Trainer) -> float:
 
 def _methods_in_training(trainer: pl.Trainer) -> list[SparseMethod]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, SparseMethod) and callback.groups]
-
-
-def _is_thawed(candidate: Candidate) -> bool:
-    return candidate.reason == "frozen" and candidate.parameter.requires_grad

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.functional.masks import count_true
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 from lightning_sparse.methods.latent import LatentMethod
@@ -35,6 +36,7 @@ from lightning_sparse.methods.steering import Steering
 __all__ = ["DST"]
 
 _TOLERANCE = 0.005  # of a sparsity that is asked for
+_LARGEST_ALPHA = 0.1  # what is larger was probably meant to be a sparsity
 
 
 @final
@@ -111,12 +113,17 @@ class DST(LatentMethod):
             raise ValueError(f"alpha is {alpha}; give the strength of a regulariser, at least 0, such as 5e-4.")
         if reset_sparsity is not None and not reset_sparsity > 0.0:
             raise ValueError(f"reset_sparsity is {reset_sparsity}; give one above 0, or above 1 for none.")
+        if alpha is not None and alpha > _LARGEST_ALPHA:
+            hint = f" For a sparsity, DST(sparsity={alpha:g})." if alpha < 1.0 else ""
+            rank_zero_warn(f"DST: alpha is {alpha:g}; the authors use 5e-4.{hint}")
         super().__init__(include=include, exclude=exclude, seed=0)
         self._fixed_alpha = alpha
-        self.sparsity = sparsity
         self._steering = None if sparsity is None else Steering(sparsity)
+        self.sparsity = self._steering.sparsity if self._steering else None
         # A network that is asked to be sparser than 90 % may have layers of more than 99 %.
-        self.reset_sparsity = max(0.99, 1 - (1 - (sparsity or 0.0)) / 10) if reset_sparsity is None else reset_sparsity
+        self.reset_sparsity = (
+            max(0.99, 1 - (1 - (self.sparsity or 0.0)) / 10) if reset_sparsity is None else reset_sparsity
+        )
         self.thresholds: dict[str, nn.Parameter] = {}
         self.resets: dict[str, int] = {}
         self._optimizers: list[Optimizer] = []
@@ -182,14 +189,25 @@ class DST(LatentMethod):
         if not self.thresholds[weight.name].any():
             return  # nothing to undo: the weights themselves are zero
         if self.resets[weight.name] == 0:
+            self._name_collapsed(weight)
+        self.resets[weight.name] += 1
+        self.thresholds[weight.name].zero_()
+        self.renew(weight)
+
+    def _name_collapsed(self, weight: MaskedWeight) -> None:
+        zeros = 1.0 - count_true(self.latent(weight) != 0) / weight.numel
+        if zeros < self.reset_sparsity:
             rank_zero_warn(
                 f"DST: {weight.name} has collapsed to sparsity {weight.sparsity:.4f} at step {self.step}; its"
                 " thresholds are reset to 0. A lower alpha avoids this. Later resets are counted in"
                 " masks/threshold_resets."
             )
-        self.resets[weight.name] += 1
-        self.thresholds[weight.name].zero_()
-        self.renew(weight)
+        elif zeros < 1.0:  # one that is all zero was named as training began
+            rank_zero_warn(
+                f"DST: {zeros:.4f} of {weight.name} is zero already, whatever its thresholds, so at reset_sparsity"
+                f" {self.reset_sparsity:g} they are reset to 0 at every step and learn nothing; a lower alpha does not"
+                " help. Give a larger reset_sparsity, or leave the layer out with exclude= and give it to FixedMask."
+            )
 
     @override
     def resolve_times(self, total_steps: float) -> None:

@@ -15,6 +15,7 @@ Differs from the authors' code, or is chosen where paper and code say nothing ce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, final
 
@@ -50,6 +51,9 @@ class EAST(PruneAndGrow):
     The authors train with SGD (Nesterov 0.9, learning rate 0.1, a tenth of it after 1/2 and 3/4, weight decay 1e-4),
     batch 128, 250 epochs, and clip the gradients' norm to 1.
 
+    To find the channels of each ReLU, phasing takes a first training batch, which a data set that can be iterated over
+    only once has lost when training begins; a module's ``example_input_array`` avoids this.
+
     Args:
         sparsity: Sparsity, in [0, 1), of the masked weights together, each use of a shared one counted; between cycles
             and at the end it is exact.
@@ -73,7 +77,7 @@ class EAST(PruneAndGrow):
         seed: Seed of the initial masks.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range, or a part is neither a ``bool`` nor its callback.
 
     Example:
         >>> import lightning as L
@@ -121,11 +125,15 @@ class EAST(PruneAndGrow):
         exclude: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
+        _check_part("phasing", phasing, DyReLUPhasing)
+        _check_part("sharing", sharing, WeightSharing)
         cyclic = before = None
         if cycles:
             cyclic = Cyclic(sparsity, cycles, cycle_length, cycle_growth, multiplier, cycle_shape)
-            end = min(1.0, cyclic.end) * stop  # a sum of fractions may be a little above 1
-            before = UpdateTimes(every=cycle_update_every, stop=round(end) if isinstance(stop, int) else end, least=10)
+            end = min(1.0, cyclic.end) * stop  # a sum of fractions may be a little above 1, or above a whole step
+            if isinstance(stop, int):
+                end = math.ceil(end - 1e-6)  # the first step at which the last cycle is over
+            before = UpdateTimes(every=cycle_update_every, stop=end, least=10)
         super().__init__(
             sparsity if cyclic is None else cyclic,
             allocation=allocation,
@@ -150,3 +158,9 @@ class EAST(PruneAndGrow):
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
         return weight.grad.abs()
+
+
+def _check_part(name: str, value: object, kind: type[pl.Callback]) -> None:
+    if not isinstance(value, bool | kind):
+        shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise ValueError(f"{name} is {shown}; give True, False, or the callback, such as {kind.__name__}().")

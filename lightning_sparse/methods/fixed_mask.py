@@ -17,14 +17,13 @@ from typing import ClassVar, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import count_true
+from lightning_sparse.functional.masks import count_true, zero_pruned_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
-from lightning_sparse.masks.succession import looks_pruned
+from lightning_sparse.masks.selection import Candidate
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes
@@ -41,7 +40,8 @@ class FixedMask(HardMaskMethod):
     .. math:: W \leftarrow M \odot \bigl(W - \eta\, (M \odot \nabla L)\bigr) .
 
     There is no sparsity to ask for: it, and its target, is that of the masks. They are read as training begins;
-    resumed with ``ckpt_path``, a training goes on with those that are in its checkpoint.
+    resumed with ``ckpt_path``, a training goes on with those that are in its checkpoint. What is frozen when training
+    begins, such as a backbone that a callback thaws later, is masked when an optimizer first has its gradient.
 
     Args:
         masks: Where the masks come from:
@@ -92,6 +92,11 @@ class FixedMask(HardMaskMethod):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> None:
+        if masks is not None and not isinstance(masks, str | Path | Mapping):
+            raise ValueError(
+                f"masks is {masks!r}; give a path, a mapping of names to masks, or nothing. A sparsity cannot be asked"
+                " for: fixed masks keep that of the weights. To prune, use GMP or FGGP."
+            )
         for name, mask in masks.items() if isinstance(masks, Mapping) else ():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -110,22 +115,21 @@ class FixedMask(HardMaskMethod):
             weight.budget = count_true(weight.mask)
         group.updated_at = 0
         if group is self.groups[-1]:
+            for candidate in self._frozen:  # which gets its mask when it thaws: that of its zeros
+                if candidate.name in self._chosen:
+                    zero_pruned_(candidate.parameter, self._chosen[candidate.name].to(candidate.parameter.device))
             self._chosen = {}
-            self._name_frozen_zeros()
 
-    def _name_frozen_zeros(self) -> None:
-        frozen = [candidate for candidate in self.dense if candidate.reason == "frozen"]
-        names = [candidate.name for candidate in frozen if looks_pruned(candidate.parameter == 0)]
-        if names:
-            rank_zero_warn(
-                f"FixedMask: {', '.join(names)} hold zeros and are frozen, and what is frozen when fit begins gets no"
-                " mask. To thaw them later and keep their zeros, let them be trainable now, with a learning rate of 0."
-            )
+    @override
+    def mask_of_thawed(self, candidate: Candidate) -> Tensor | None:
+        active = candidate.parameter != 0
+        return active if active.any() and not active.all() else None
 
     def _masks_in_module(self) -> Mapping[str, Tensor]:
         zeros = {weight.name: weight.parameter != 0 for weight in self.weights}
         masks = zeros | dict(self.inherited)  # a weight that was just grown is zero, and active
-        if all(mask.all() for mask in masks.values()):
+        frozen = any(self.mask_of_thawed(candidate) is not None for candidate in self._frozen)
+        if not frozen and all(mask.all() for mask in masks.values()):
             raise MisconfigurationException(
                 f"FixedMask found no zero in {', '.join(masks)}: the module is dense. Load sparse weights into it"
                 " before fit, resume a sparse training with ckpt_path, or name the masks: FixedMask(masks=PATH)."
@@ -136,7 +140,8 @@ class FixedMask(HardMaskMethod):
         if isinstance(given, Mapping):
             masks, source = given, "The mapping masks="
         else:
-            masks, source = read_masks(given, names=[weight.name for weight in self.weights]), f"{given}"
+            names = [weight.name for weight in (*self.weights, *self._frozen)]
+            masks, source = read_masks(given, names=names), f"{given}"
         known = [weight.name for weight in self.weights] + [candidate.name for candidate in self.dense]
         unknown = [name for name in masks if name not in known]
         if unknown:
@@ -149,9 +154,11 @@ class FixedMask(HardMaskMethod):
         if missing:
             raise MisconfigurationException(
                 f"{source} has no mask of {', '.join(missing)}; it has masks of {', '.join(masks) or 'nothing'}. To"
-                f" leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}."
+                f" leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}. If they come from a"
+                " training that shared weights (EAST, WeightSharing), add WeightSharing() before FixedMask instead,"
+                " with the arguments that it had there."
             )
-        _check_shapes(self.weights, masks, source)
+        _check_shapes([*self.weights, *self._frozen], masks, source)
         return masks
 
     @override
@@ -169,11 +176,11 @@ class FixedMask(HardMaskMethod):
         """The sparsity was there from the start."""
 
 
-def _check_shapes(weights: Sequence[MaskedWeight], masks: Mapping[str, Tensor], source: str) -> None:
+def _check_shapes(weights: Sequence[MaskedWeight | Candidate], masks: Mapping[str, Tensor], source: str) -> None:
     wrong = [
-        f"{weight.name} is {tuple(weight.shape)} and its mask {tuple(masks[weight.name].shape)}"
+        f"{weight.name} is {tuple(weight.parameter.shape)} and its mask {tuple(masks[weight.name].shape)}"
         for weight in weights
-        if masks[weight.name].shape != weight.shape
+        if weight.name in masks and masks[weight.name].shape != weight.parameter.shape
     ]
     if wrong:
         raise MisconfigurationException(

@@ -126,11 +126,18 @@ class GradualPruning(HardMaskMethod):
                 self._prune_layer(weight, weight.num_active - budget)
 
     def _prune_together(self, group: MaskGroup, n: int) -> None:
+        remaining = group.num_active - max(n, 0)
         if n > 0:
             weight = group.flatten([weight.parameter for weight in group])
             grad = group.flatten([weight.grad for weight in group])
             group.mask &= ~self.prune(weight, grad, self._prunable(group), n)
         group.recount()
+        if group.num_active != remaining:
+            raise ValueError(
+                f"{type(self).__name__}.prune was to leave {remaining} weights active and left {group.num_active}."
+                " Scores of NaN cannot be ranked: if there are some, training has diverged; lower the learning rate, or"
+                " clip gradients."
+            )
         for weight in group:
             weight.budget = weight.num_active
 

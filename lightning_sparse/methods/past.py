@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_sparse.masks.checkpoint import masks_by_method
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.modules.auxiliary import callbacks_of
+from lightning_sparse.modules.weight_sharing import refuse_unshared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,13 @@ class Past:
         self._state = state or None
 
     def load_masks_of_others(self, method: pl.Callback, trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
-        """Take the masks of methods that were there when ``checkpoint`` was written, if ``method`` was not."""
+        """Take the masks of methods that were there when ``checkpoint`` was written, if ``method`` was not.
+
+        Raises:
+            MisconfigurationException: The module that is to be trained does not share weights as that one did.
+        """
+        if trainer.state.fn == "fit":
+            refuse_unshared(trainer.lightning_module, checkpoint, trainer.ckpt_path)
         here = {callback.state_key for callback in callbacks_of(trainer)}
         states: Mapping[str, Any] = checkpoint.get("callbacks", {})
         others = {key: state for key, state in states.items() if key not in here}
@@ -87,7 +94,9 @@ class Past:
                 " include= and exclude=). To begin with its weights, load them with load_from_checkpoint and call fit"
                 " without ckpt_path."
             )
-        state = method.state_dict() if self.has_trained(pl_module) else {}
+        # Masks that a module was given since replace those with which this very method has ended.
+        goes_on = self.has_trained(pl_module) and not MaskRegistry.was_given(pl_module)
+        state = method.state_dict() if goes_on else {}
         return state | {"began_at": 0} if state else None
 
     def masks_of_others(self, pl_module: pl.LightningModule) -> Mapping[str, Tensor]:

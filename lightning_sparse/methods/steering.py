@@ -49,8 +49,9 @@ class Steering:
     """
 
     def __init__(self, sparsity: float) -> None:
-        check_fraction("sparsity", Constant(sparsity), below_one=True)
-        self.sparsity = sparsity
+        constant = Constant(sparsity)
+        check_fraction("sparsity", constant, below_one=True)
+        self.sparsity = constant.value
         self._error = 0.0
         self._integral = 0.0
         self._scale = _FIRST_SCALE

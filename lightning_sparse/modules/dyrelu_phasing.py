@@ -59,9 +59,10 @@ class DyReLUPhasing(pl.Callback):
     ``nn.ReLU`` again. A fit that ends earlier leaves the Dynamic ReLUs, which the network needs, and says so.
 
     How many channels come to a ReLU is found by letting a copy of the module compute: ``forward`` of its
-    ``example_input_array`` or, where it has none, ``training_step`` of a batch. Calls of ``F.relu`` cannot be replaced
-    and are named, and so are ReLUs of (batch, position, feature) as in transformers, for which Dynamic ReLU is not
-    defined.
+    ``example_input_array`` or, where it has none, ``training_step`` of a first training batch. A data set that can be
+    iterated over only once has lost that batch when training begins; an ``example_input_array`` avoids this. Calls of
+    ``F.relu`` cannot be replaced and are named, and so are ReLUs of (batch, position, feature) as in transformers, for
+    which Dynamic ReLU is not defined.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
@@ -113,7 +114,8 @@ class DyReLUPhasing(pl.Callback):
         self.seed = seed
         self.beta = 1.0
         self._timetable = Timetable(every=1, start=0, stop=0)
-        self._sites: dict[str, PhasedReLU] = {}
+        self._sites: dict[str, PhasedReLU] = {}  # while a module is at work
+        self._site_names: list[str] = []  # theirs, afterwards too
         self._inserted = self._trained = False  # by this fit; since then
         self._hides_from_ddp = False
         self._ignored_before: Any = None
@@ -129,6 +131,7 @@ class DyReLUPhasing(pl.Callback):
         if not there_before:
             self._insert(trainer, pl_module, stage)
         self._sites = phased_relus(pl_module)
+        self._site_names = list(self._sites)
         if not there_before and (stage != "fit" or self._finished() is pl_module):
             for site in self._sites.values():
                 site.phase_out()
@@ -280,6 +283,7 @@ class DyReLUPhasing(pl.Callback):
         for site in phased_relus(pl_module).values():
             if site.is_phased_out or self._is_untouched():
                 _replace(pl_module, site, site.relu)
+        self._sites = {}
         if self._hides_from_ddp:
             vars(pl_module).pop(_IGNORED_BY_DDP, None)
             if self._ignored_before is not None:
@@ -288,16 +292,16 @@ class DyReLUPhasing(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"sites": list(self._sites)}
+        return {"sites": list(self._site_names)}
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("sites")
-        if trainer.state.fn == "fit" and self._sites and saved != list(self._sites):
+        if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
             raise MisconfigurationException(
-                f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._sites)}, but"
+                f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
                 f" {'none' if saved is None else ', '.join(saved)}, so its optimizers do not know their parameters."
                 " Resume with the callbacks that wrote it. To begin with its weights, load them with"
                 " load_from_checkpoint and call fit without ckpt_path."

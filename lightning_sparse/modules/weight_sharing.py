@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -24,6 +25,7 @@ from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again, r
 __all__ = [
     "SharedConvolution",
     "WeightSharing",
+    "refuse_unshared",
     "share_weights",
     "shared_convolutions",
     "unshare_weights",
@@ -110,10 +112,11 @@ def share_weights(
 ) -> dict[str, str]:
     r"""Let the blocks of a stage from number ``own`` on reuse the convolutions of block ``own - 1``, in place.
 
-    A stage is a :class:`~torch.nn.Sequential` or :class:`~torch.nn.ModuleList` of equal blocks with convolutions. In
-    block :math:`i \ge R` each convolution whose counterpart in block :math:`R - 1` has the same name and shape becomes
-    a :class:`SharedConvolution`, :math:`W_i = s_i W_{R-1}`. Norms, activations and what has no counterpart, such as a
-    convolution in a shortcut, stay the block's own. Nothing happens to what is shared already.
+    A stage is a :class:`~torch.nn.Sequential` or :class:`~torch.nn.ModuleList` of equal blocks with convolutions, the
+    module itself or one inside. In block :math:`i \ge R` each convolution whose counterpart in block :math:`R - 1` has
+    the same name and shape becomes a :class:`SharedConvolution`, :math:`W_i = s_i W_{R-1}`. Norms, activations and what
+    has no counterpart, such as a convolution in a shortcut, stay the block's own. Nothing happens to what is shared
+    already.
 
     Args:
         module: Any module, for example a torchvision ResNet.
@@ -147,7 +150,7 @@ def share_weights(
         if not any(fnmatchcase(name, pattern) for name in found):
             raise ValueError(
                 f"stages={pattern!r} matches no stage of more than {own} equal blocks. The stages are"
-                f" {', '.join(found) or 'none'}."
+                f" {', '.join(name or 'the module itself, which * names' for name in found) or 'none'}."
             )
     chosen = [name for name in found if stages is None or any(fnmatchcase(name, pattern) for pattern in stages)]
     shared = {later: source for name in chosen for later, source in found[name].items()}
@@ -196,6 +199,29 @@ def shared_convolutions(module: nn.Module) -> dict[str, SharedConvolution]:
         ['0']
     """
     return {name: child for name, child in module.named_modules() if isinstance(child, SharedConvolution)}
+
+
+def refuse_unshared(module: nn.Module, checkpoint: Mapping[str, Any], path: object) -> None:
+    """Refuse to resume a training that shared weights with a module that does not.
+
+    Args:
+        module: The module that is to be trained, set up.
+        checkpoint: What Lightning gives to a callback.
+        path: Where it was, for the message.
+
+    Raises:
+        MisconfigurationException: That of the checkpoint shared weights, and ``module`` shares none.
+
+    Example:
+        >>> refuse_unshared(nn.Linear(2, 2), {"callbacks": {}}, "plain.ckpt")
+    """
+    scales = checkpoint.get("callbacks", {}).get(WeightSharing.__qualname__, {}).get("scales", {})
+    if scales and not shared_convolutions(module):
+        raise MisconfigurationException(
+            f"In the training of the checkpoint {path}, {', '.join(scales)} used the weights of other convolutions, as"
+            f" under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
+            " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
+        )
 
 
 def uses_of(module: nn.Module) -> dict[int, int]:
@@ -262,6 +288,7 @@ class WeightSharing(pl.Callback):
             rank_zero_warn(
                 f"WeightSharing: {type(pl_module).__name__} has no stage of more than {self.own} equal blocks with"
                 " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in __init__."
+                " With EAST, sharing=False says so without this warning."
             )
 
     @override
@@ -289,14 +316,16 @@ def _check_own(own: int) -> None:
 
 
 def _stages(module: nn.Module, own: int, prefix: str = "") -> Iterator[tuple[str, dict[str, str]]]:
-    """The outermost containers of equal blocks, with the convolutions that can share and those that they share with."""
+    """The outermost containers of equal blocks, with the convolutions that can share and those that they share with.
+
+    The module itself may be one; its name is then empty.
+    """
+    pairs = _pairs(module, own) if isinstance(module, nn.Sequential | nn.ModuleList) else {}
+    if pairs:
+        yield prefix.removesuffix("."), {f"{prefix}{later}": f"{prefix}{source}" for later, source in pairs.items()}
+        return
     for name, child in module.named_children():
-        full = f"{prefix}{name}"
-        pairs = _pairs(child, own) if isinstance(child, nn.Sequential | nn.ModuleList) else {}
-        if pairs:
-            yield full, {f"{full}.{later}": f"{full}.{source}" for later, source in pairs.items()}
-        else:
-            yield from _stages(child, own, f"{full}.")
+        yield from _stages(child, own, f"{prefix}{name}.")
 
 
 def _pairs(stage: nn.Module, own: int) -> dict[str, str]:

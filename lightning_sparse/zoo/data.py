@@ -25,7 +25,7 @@ MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 
 
 
 class MissingDataError(FileNotFoundError):
-    """The files of a data set are not where they were looked for; the message says how to get them."""
+    """A data set is not where it was looked for; the message says how to get it."""
 
 
 @final
@@ -144,6 +144,9 @@ class DigitsDataModule(InMemoryDataModule):
         split_seed: Which images are kept for validation. It does not follow ``seed_everything``: runs with different
             seeds are validated on the same images.
 
+    Raises:
+        MissingDataError: On use, if scikit-learn is not installed.
+
     Example:
         >>> from lightning_sparse.zoo import DigitsDataModule
         >>> images, labels = next(iter(DigitsDataModule(batch_size=32).train_dataloader()))
@@ -161,8 +164,14 @@ class DigitsDataModule(InMemoryDataModule):
     @override
     def load(self) -> tuple[TensorImages, TensorImages]:
         """Split and standardise the digits that scikit-learn ships."""
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise MissingDataError(
+                "The digits come with scikit-learn, which is not installed: pip install 'lightning-sparse[demo]', or"
+                " pip install scikit-learn."
+            ) from error
 
         pixels, classes = load_digits(return_X_y=True)
         train, val = train_test_split(

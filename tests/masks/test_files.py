@@ -6,6 +6,7 @@ import json
 import string
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_sparse import GMP, MaskRegistry, load_masks, save_masks
+from lightning_sparse import GMP, MaskRegistry, SparsityMonitor, load_masks, save_masks
 from lightning_sparse.masks import CheckpointError, read_masks, select_weights
 from tests.helpers import ToyModel, make_trainer
 from tests.methods.spies import masks_of
@@ -98,6 +99,18 @@ def test_a_checkpoint_without_masks_gives_its_zeros(tmp_path: Path) -> None:
 def test_a_callback_without_masks_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no mask to write .* from the start of its training on"):
         save_masks(tmp_path / "masks", GMP(0.5))
+
+
+def test_swapped_arguments_are_an_error_that_says_their_order(tmp_path: Path) -> None:
+    swapped: Any = (GMP(0.5), tmp_path / "masks")
+    with pytest.raises(TypeError, match=r'as in save_masks\("sparse\.masks", method\).*the path is a GMP'):
+        save_masks(*swapped)
+
+
+def test_what_has_no_masks_is_an_error_that_says_what_has_some(tmp_path: Path) -> None:
+    monitor: Any = SparsityMonitor()
+    with pytest.raises(TypeError, match=r"a method such as FGGP, its registry.* is a SparsityMonitor"):
+        save_masks(tmp_path / "masks", monitor)
 
 
 def test_what_is_no_mask_is_not_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -319,6 +320,38 @@ def test_a_pattern_that_matches_nothing_is_answered_with_names_near_it(argument:
         select_weights(network(), **{argument: [pattern]})
     assert f"{argument}={pattern!r}" in str(raised.value)
     assert near in str(raised.value)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "module"),
+    [("head", "head"), ("encoder", "encoder"), ("encoder.1", "encoder.1"), ("1", "encoder.1")],
+)
+def test_the_name_of_a_module_is_answered_with_the_pattern_of_its_parameters(
+    argument: str, pattern: str, module: str
+) -> None:
+    sentence = f"{argument}='{pattern}' matches no .* '{module}' is a module; for its parameters write '{module}.*'."
+    with pytest.raises(MisconfigurationException, match=sentence.replace(".*'.", r"\.\*'\.")):
+        select_weights(network(), **{argument: [pattern]})
+    assert select_weights(network(), **{argument: [f"{module}.*"]}).masked
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("patterns", "sentence"),
+    [
+        ("head", r" is the string 'head'; give a list of patterns: \['head'\]\."),
+        ([nn.Linear], r"\[0\] is the class Linear; give its name: 'Linear'\."),
+        (["head.*", nn.Conv2d], r"\[1\] is the class Conv2d; give its name: 'Conv2d'\."),
+        ([(nn.Linear(1, 1), "weight")], r"\[0\] is of type tuple; give parameter names, such as 'head\.weight'"),
+        ([nn.Linear(1, 1)], r"\[0\] is of type Linear; give parameter names, such as 'head\.weight'"),
+        (nn.Linear, r" is the class Linear; give a list of names or patterns"),
+        (3, r" is of type int; give a list of names or patterns"),
+    ],
+)
+def test_what_is_no_list_of_strings_is_refused(argument: str, patterns: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=argument + sentence):
+        select_weights(network(), **{argument: patterns})
 
 
 def test_the_type_of_every_module_is_no_pattern() -> None:

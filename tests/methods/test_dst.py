@@ -246,6 +246,7 @@ def test_training_is_that_of_masked_layers_step_by_step(optimizer: str, settings
     _assert_same_course(ours, reference, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:DST. alpha is 0.3")
 def test_collapsed_layers_are_reset_as_in_the_authors_layers(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"has collapsed to sparsity"):
         ours, reference = _courses(tmp_path, alpha=0.3, reset=0.7)
@@ -391,6 +392,7 @@ class _LSTM(ToyModel):
         return self.network(inputs.reshape(-1, 3, 4))[0][:, -1, :3]
 
 
+@pytest.mark.filterwarnings("ignore:DST. alpha is 3")
 @pytest.mark.parametrize(("model", "layer"), [(ToyModel, r"network\.\d\.weight"), (_LSTM, r"network\.weight_[ih]h_l0")])
 def test_a_collapsed_layer_is_reset_named_once_and_counted(model: Any, layer: str, tmp_path: Path) -> None:
     method = DST(3.0)
@@ -404,6 +406,29 @@ def test_a_collapsed_layer_is_reset_named_once_and_counted(model: Any, layer: st
     assert all(weight.sparsity < 0.99 for weight in method.weights)
 
 
+def zeroed(share: float) -> ToyModel:
+    """The toy whose second layer has that share of zeros."""
+    model = ToyModel()
+    weight = model.get_parameter("network.2.weight").data.view(-1)
+    weight[: round(share * len(weight))] = 0.0
+    return model
+
+
+@pytest.mark.filterwarnings(r"ignore:DST at step 0. network\.2\.weight has no active weight left")
+@pytest.mark.parametrize(
+    ("share", "sentence"),
+    [
+        (1.0, r"network\.2\.weight is all zero, and DST cannot wake"),
+        (127 / 128, r"0\.9922 of network\.2\.weight is zero already.* a lower alpha does not help"),
+    ],
+)
+def test_a_layer_of_zeros_is_not_said_to_have_collapsed(share: float, sentence: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        make_trainer(tmp_path, callbacks=[DST(1e-4)]).fit(zeroed(share))
+    assert len([warning for warning in caught if "DST: " in str(warning.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:DST. alpha is 3")
 def test_no_layer_is_reset_when_the_guard_is_off(tmp_path: Path) -> None:
     method = DST(3.0, reset_sparsity=1.1)
     make_trainer(tmp_path, callbacks=[method]).fit(ToyModel())
@@ -411,6 +436,7 @@ def test_no_layer_is_reset_when_the_guard_is_off(tmp_path: Path) -> None:
     assert method.registry.sparsity == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:DST. alpha is 3")
 def test_evaluation_never_resets(tmp_path: Path) -> None:
     method = DST(3.0, reset_sparsity=1.1)
     trainer = make_trainer(tmp_path, callbacks=[method])
@@ -444,6 +470,23 @@ def test_evaluation_never_resets(tmp_path: Path) -> None:
 def test_arguments_out_of_range_are_refused(arguments: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         DST(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sentence"),
+    [
+        (0.95, r"alpha is 0\.95; the authors use 5e-4\. For a sparsity, DST\(sparsity=0\.95\)\.$"),
+        (3.0, r"alpha is 3; the authors use 5e-4\.$"),
+    ],
+)
+def test_an_alpha_that_looks_like_a_sparsity_is_named(alpha: float, sentence: str) -> None:
+    with pytest.warns(UserWarning, match=sentence):
+        DST(alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5e-4, 0.1])
+def test_other_alphas_are_not(alpha: float) -> None:
+    assert DST(alpha).alpha == alpha
 
 
 def test_steering_towards_an_end_that_is_not_known_is_refused(tmp_path: Path) -> None:

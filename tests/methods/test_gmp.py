@@ -306,5 +306,5 @@ def test_a_schedule_that_leaves_the_range_is_refused_where_it_does() -> None:
         def __call__(self, progress: float) -> float:
             return 2 * progress
 
-    with pytest.raises(ValueError, match=r"sparsity is 1 at progress 0\.50"):
+    with pytest.raises(ValueError, match=r"sparsity is 2 at progress 1\.00"):
         GMP(Rising())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_sparse import EAST, SET, DyReLUPhasing, RigL, WeightSharing
+from lightning_sparse import EAST, GMP, SET, DyReLUPhasing, RigL, WeightSharing
 from lightning_sparse.functional import erdos_renyi_kernel, num_active
 from lightning_sparse.masks import select_weights
 from lightning_sparse.modules import share_weights
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_sparse import SparseMethod
     from lightning_sparse.methods.prune_and_grow import PruneAndGrow
 
 
@@ -291,6 +293,30 @@ def test_the_stop_of_east_may_be_a_number_of_steps() -> None:
     assert (times.start, times.stop) == (400, 1000)
 
 
+def test_the_last_update_of_the_cycles_comes_when_they_are_over() -> None:
+    # They end at 0.35 · 7 = 2.45 steps: at step 2 the network would still be too dense.
+    assert EAST(0.9, cycles=1, cycle_length=0.35, stop=7).times.start == 3
+    for stop in range(1, 200):
+        east = EAST(0.9, cycles=3, cycle_length=0.1, stop=stop)  # 0.1 + 0.1 + 0.1 is a little above 0.3
+        assert east.times.start == math.ceil(Fraction(3, 10) * stop)
+        assert east.sparsity(east.times.start / stop) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"phasing": "yes"}, r"phasing is 'yes'; give True, False, or the callback, such as DyReLUPhasing\(\)\."),
+        ({"phasing": 1}, "phasing is 1; give True"),
+        ({"sharing": None}, r"sharing is None; give True, False, or the callback, such as WeightSharing\(\)\."),
+        ({"sharing": WeightSharing}, "sharing is the class WeightSharing; give True"),
+        ({"phasing": WeightSharing()}, "phasing is <.*WeightSharing.*>; give True"),
+    ],
+)
+def test_parts_of_east_that_are_none_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EAST(0.9, **arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -305,3 +331,23 @@ def test_the_stop_of_east_may_be_a_number_of_steps() -> None:
 def test_cycles_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Cyclic(**arguments)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [RigL(0.9, update_every=100), SET(0.9, update_every=1000), GMP(0.9, update_every=100)],
+    ids=lambda method: type(method).__name__,
+)
+def test_an_interval_longer_than_the_time_of_updates_is_named(method: SparseMethod, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"update_every is \d+ steps, but updates begin at step 0 and end at step \d+"):
+        make_trainer(tmp_path, max_steps=10, callbacks=[method]).fit(ToyModel())
+
+
+@pytest.mark.filterwarnings("error:.*update_every")
+@pytest.mark.parametrize(
+    "method",
+    [GMP(0.9, start=3, stop=3), RigL(0.9, stop=0), EAST(0.9, phasing=False, sharing=False), SET(0.9, update_every=4)],
+    ids=lambda method: type(method).__name__,
+)
+def test_one_update_that_is_meant_to_be_one_is_not_named(method: SparseMethod, tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=10, callbacks=[method]).fit(ToyModel())

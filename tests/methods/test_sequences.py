@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:DST. "),
+    # Masks that do not move while they are looked at.
+    pytest.mark.filterwarnings("ignore:.*update_every is \\d+ steps, but updates begin"),
 ]
 
 Masks = dict[str, Tensor]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,6 +69,21 @@ def test_when_the_fit_ends_the_module_has_its_relu_again(tmp_path: Path) -> None
     assert model.network[1] is relu
     assert list(model.state_dict()) == list(ToyModel().state_dict())
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_when_the_fit_ends_its_parameters_are_let_go(tmp_path: Path) -> None:
+    site: Any = None
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            nonlocal site
+            site = weakref.ref(cast("Any", pl_module).network[1])
+
+    phasing = DyReLUPhasing(4, 8)
+    fit(ToyModel(), tmp_path, phasing, Look())
+    gc.collect()
+    assert site() is None
+    assert phasing.state_dict() == {"sites": ["network.1"]}  # for a checkpoint that is written now
 
 
 def test_after_the_phase_the_optimizer_remembers_nothing_of_it(tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_stages_can_be_chosen_by_name_and_unknown_ones_are_named() -> None:
         share_weights(resnet34(), stages=["block*"])
 
 
+def test_the_module_itself_may_be_a_stage() -> None:
+    net = stage()[0]
+    inputs = torch.randn(2, 4, 5, 5)
+    assert share_weights(net, stages=["*"]) == {"2.conv": "1.conv", "3.conv": "1.conv"}
+    assert net[3].conv.source is net[1].conv
+    assert net(inputs).shape == inputs.shape
+    assert share_weights(net) == {}
+    with pytest.raises(ValueError, match=r"The stages are the module itself, which \* names\."):
+        share_weights(stage()[0], stages=["layer1"])
+
+
 def test_stages_within_a_chain_are_found() -> None:
     shared = share_weights(ResNet20())
     assert shared == {

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_sparse import FGGP, GMP, RigL, SparsityMonitor, WeightSharing, unshare_weights
+from lightning_sparse import FGGP, GMP, FixedMask, RigL, SparsityMonitor, WeightSharing, unshare_weights
 from lightning_sparse.functional import num_active
 from tests.helpers import ToyModel, fit_two_processes, make_trainer
 from tests.methods.spies import Kill, KilledError, StepIndexedToy
@@ -128,8 +128,23 @@ def test_averaged_weights(first: bool, tmp_path: Path) -> None:
 
 
 def test_a_module_without_stages_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"ToyModel has no stage of more than 2 equal blocks"):
+    with pytest.warns(UserWarning, match=r"ToyModel has no stage of more than 2 equal blocks.*EAST, sharing=False"):
         fit(ToyModel(), tmp_path, WeightSharing())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("method", [FixedMask(), FGGP(0.9, update_every=1)], ids=["fixed", "fggp"])
+def test_going_on_without_it_is_refused_and_told(method: L.Callback, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[WeightSharing(), RigL(0.8, update_every=3)])
+    trainer.fit(Residual())
+    trainer.save_checkpoint(tmp_path / "shared.ckpt")
+    more = make_trainer(tmp_path, callbacks=[method], max_epochs=3)
+    with pytest.raises(MisconfigurationException, match=r"network\.2\.2\.conv1, .* Add WeightSharing\(\) to the callb"):
+        more.fit(Residual(), ckpt_path=tmp_path / "shared.ckpt")
+    more.validate(Residual(), ckpt_path=tmp_path / "shared.ckpt", verbose=False)  # the same network, as a plain one
+    make_trainer(tmp_path, callbacks=[WeightSharing(), method], max_epochs=3).fit(
+        Residual(), ckpt_path=tmp_path / "shared.ckpt"
+    )
 
 
 def test_an_optimizer_made_of_a_list_of_before_is_refused(tmp_path: Path) -> None:

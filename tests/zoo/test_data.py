@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def test_missing_files_are_an_error_that_says_what_to_do(tmp_path: Path) -> None
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(MissingDataError, match=r"looked in .*raw and in .* for t10k-labels-idx1-ubyte .*download=True"):
         MNISTDataModule(tmp_path).prepare_data()
+
+
+def test_without_scikit_learn_the_digits_are_missing_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingDataError, match=r"scikit-learn, which is not installed: pip install .*\[demo\]"):
+        DigitsDataModule().train_dataloader()
 
 
 def test_missing_files_are_downloaded_if_that_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

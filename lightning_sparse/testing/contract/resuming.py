@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from lightning_sparse.testing.toys import OPTIMIZERS, StepIndexedToy, ToyModel
 from lightning_sparse.testing.training import fit, make_trainer
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -100,17 +102,18 @@ class ResumeContract(Contract):
 
         path = tmp_path / "killed.ckpt"
         method, finetuning = once()
-        with pytest.warns(UserWarning, match="was frozen when masks were made"):
+        with _told_of_a_layer_that_thaws(case):
             fit(method, tmp_path, finetuning, model=StepIndexedToy(optimizer=trainable))
         with pytest.raises(KilledError):
             fit(once()[0], tmp_path, once()[1], Kill(12, path), model=StepIndexedToy(optimizer=trainable))
         resumed, finetuning = once()
         trainer = make_trainer(tmp_path, callbacks=[resumed, finetuning])
         trainer.fit(StepIndexedToy(optimizer=trainable, seed=99), ckpt_path=path)
-        assert_same_masks(masks_of(resumed), masks_of(method))
+        assert masks_of(resumed)
+        assert_same_masks(masks_of(resumed), {name: masks_of(method)[name] for name in masks_of(resumed)})
 
-    def test_a_layer_unfrozen_while_training_stays_dense_by_name(self, case: Case, tmp_path: Path) -> None:
-        """A layer that was frozen when masks were made is named once it can be trained."""
+    def test_a_layer_unfrozen_while_training_is_masked_or_named(self, case: Case, tmp_path: Path) -> None:
+        """A layer that was frozen when masks were made is named once it can be trained, or gets the mask it has."""
 
         class Thaw(L.Callback):
             def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -119,9 +122,9 @@ class ResumeContract(Contract):
         model = ToyModel()
         model.get_parameter("network.0.weight").requires_grad_(False)
         method = case.make()
-        with pytest.warns(UserWarning, match=r"network\.0\.weight can be trained now, but was frozen"):
+        with _told_of_a_layer_that_thaws(case):
             fit(method, tmp_path, Thaw(), model=model)
-        assert "network.0.weight" not in method.registry
+        assert ("network.0.weight" in method.registry) == case.masks_what_thaws
 
     def test_going_on_after_validating_a_checkpoint_takes_its_masks(self, case: Case, tmp_path: Path) -> None:
         """Weights that ``validate`` loads bring their masks."""
@@ -142,3 +145,9 @@ class ResumeContract(Contract):
         look = FirstLook(method)
         make_trainer(tmp_path, callbacks=[method, look], max_epochs=2).fit(model)
         assert_same_masks(look.masks, saved)
+
+
+def _told_of_a_layer_that_thaws(case: Case) -> AbstractContextManager[Any]:
+    if case.masks_what_thaws:
+        return nullcontext()
+    return pytest.warns(UserWarning, match=r"frozen when masks were made, so left dense: network\.0\.weight")

@@ -1,0 +1,130 @@
+"""Masks given to a module: as if a training with them had just ended."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.masks.files import read_masks
+from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
+from lightning_sparse.masks.selection import Plan, judge_parameters
+
+__all__ = ["apply_masks"]
+
+
+@torch.no_grad()
+def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Mapping[str, MaskedWeight]) -> None:
+    """Zero the pruned weights of a module, and let its next training go on from the masks.
+
+    It is as if a method had just ended training the module: whichever method comes next takes over the masks, and
+    begins its schedule with a new optimizer. To resume a training with its optimizer, give ``ckpt_path`` to ``fit``
+    instead; a checkpoint's masks win over these.
+
+    Args:
+        module: The module that ``fit`` will be given, with its weights loaded. Where each process runs the script, as
+            in DDP, each calls this.
+        masks: A path, of a file that :func:`~lightning_sparse.save_masks` wrote or of a checkpoint of a method; or a
+            mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active. Weights without a
+            mask stay as they are.
+
+    Raises:
+        ValueError: There is no mask, one is not ``bool``, names or shapes are not those of the module, or the module is
+            in training. Nothing has changed then.
+        CheckpointError: The file is missing, damaged, or holds no masks.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_sparse import apply_masks, save_masks
+        >>> save_masks("eye.masks", {"weight": torch.eye(2, dtype=torch.bool)})
+        >>> module = nn.Linear(2, 2)
+        >>> apply_masks(module, "eye.masks")
+        >>> module.weight != 0
+        tensor([[ True, False],
+                [False,  True]])
+    """
+    module = getattr(module, "_orig_mod", module)  # fit, too, trains what torch.compile has wrapped
+    if MaskRegistry.find(module):
+        raise ValueError(
+            f"{type(module).__name__} is in training, where its masks are those of its method. Call apply_masks before"
+            " fit."
+        )
+    plan = judge_parameters(module)
+    given, source = _read(masks, plan)
+    _check_names(given, source, plan)
+    _check_shapes(given, source, plan)
+    by_name = _by_first_name(given, source, plan)
+    left = MaskRegistry.left_in(module)  # of weights that were pruned before, and have no mask here
+    for candidate in plan:
+        if candidate.name in by_name:
+            mask = by_name[candidate.name].to(candidate.parameter.device)
+            candidate.parameter.masked_fill_(~mask, 0.0)
+    MaskRegistry.leave(module, left | by_name)
+
+
+def _read(masks: Any, plan: Plan) -> tuple[dict[str, Tensor], str]:
+    """The masks by name, and whence they come."""
+    if isinstance(masks, str | Path):
+        return read_masks(masks, names=[candidate.name for candidate in plan.weights]), str(masks)
+    if not isinstance(masks, Mapping):
+        raise ValueError(
+            f"masks is a {type(masks).__name__}; give a path, or a mapping of parameter names to bool tensors, such as"
+            " the registry of a method."
+        )
+    if not masks:
+        raise ValueError(
+            "masks is empty; give a bool tensor for at least one parameter. The registry of a method is empty before"
+            " its training."
+        )
+    tensors = {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
+    for name, mask in tensors.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"masks[{name!r}] is {kind}; give a tensor of torch.bool, as in `weight != 0`.")
+    return tensors, "The mapping masks="
+
+
+def _check_names(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
+    known = [candidate.name for candidate in plan]
+    unknown = [name for name in masks if name not in known]
+    if unknown:
+        near = [name for each in unknown for name in difflib.get_close_matches(each, known, n=3, cutoff=0.4)]
+        raise ValueError(
+            f"{source} has masks of {', '.join(unknown)}, which the module does not have. Its parameters near them:"
+            f" {', '.join(dict.fromkeys(near or known[:8]))}. Give the module that the masks are of, which is the one"
+            " that fit was given, or its masks."
+        )
+
+
+def _check_shapes(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
+    wrong = [
+        f"{candidate.name} is {tuple(candidate.parameter.shape)} and its mask {tuple(masks[candidate.name].shape)}"
+        for candidate in plan
+        if candidate.name in masks and masks[candidate.name].shape != candidate.parameter.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source} has masks of other shapes than the module: {'; '.join(wrong)}. Give the masks of this module."
+        )
+
+
+def _by_first_name(masks: Mapping[str, Tensor], source: str, plan: Plan) -> dict[str, Tensor]:
+    """The masks by the name under which a method knows a weight that has several."""
+    names: dict[int, str] = {}
+    for candidate in plan:
+        names.setdefault(id(candidate.parameter), candidate.name)
+    found: dict[str, Tensor] = {}
+    for candidate in plan:
+        if candidate.name in masks:
+            first = names[id(candidate.parameter)]
+            mask = found.setdefault(first, masks[candidate.name])
+            if not torch.equal(mask.cpu(), masks[candidate.name].cpu()):
+                raise ValueError(
+                    f"{source} has different masks of {first} and {candidate.name}, which are one weight. Give one of"
+                    " them."
+                )
+    return found

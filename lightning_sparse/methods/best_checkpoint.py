@@ -1,0 +1,49 @@
+"""The best checkpoint by a metric is often one from before the last weights were pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_sparse.functional.masks import count_true
+from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method
+from lightning_sparse.modules.auxiliary import callbacks_of
+
+if TYPE_CHECKING:
+    from lightning_sparse.methods.base import SparseMethod
+
+__all__ = ["denser_checkpoints"]
+
+# Of the weights; less is rounding, or an epoch of a method that moves weights about.
+_TOLERANCE = 0.005
+
+
+def denser_checkpoints(method: SparseMethod, trainer: pl.Trainer) -> list[str]:
+    """A sentence on each checkpoint that a ``ModelCheckpoint`` holds for the best, and that is denser than the end."""
+    numel = sum(weight.unshared_numel for weight in method.weights)
+    at_the_end = sum(weight.num_active for weight in method.weights)
+    sentences: list[str] = []
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
+            active = _active_weights(callback.best_model_path, method.state_key)
+            if active is not None and active - at_the_end > _TOLERANCE * numel:
+                its, last = 1 - active / numel, 1 - at_the_end / numel
+                sentences.append(
+                    f"the best checkpoint by {callback.monitor}, {Path(callback.best_model_path).name}, has sparsity"
+                    f" {its:.4f}, and training ended with {last:.4f}: it is from before the last weights were pruned."
+                    " Take the last checkpoint (save_last=True), or let ModelCheckpoint wait until the sparsity is"
+                    " reached, as the page on getting started shows"
+                )
+    return sentences
+
+
+def _active_weights(path: str, state_key: str) -> int | None:
+    """How many weights the checkpoint at ``path`` holds active; None where it does not tell."""
+    try:
+        masks = masks_by_method(load_checkpoint(path), path).get(state_key)
+    except CheckpointError:  # of a user's own making, with objects that are not to be loaded; this is a hint alone
+        return None
+    return None if masks is None else sum(map(count_true, masks.values()))
