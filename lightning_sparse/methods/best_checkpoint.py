@@ -34,8 +34,8 @@ def denser_checkpoints(method: SparseMethod, trainer: pl.Trainer) -> list[str]:
                 sentences.append(
                     f"the best checkpoint by {callback.monitor}, {Path(callback.best_model_path).name}, has sparsity"
                     f" {its:.4f}, and training ended with {last:.4f}: it is from before the last weights were pruned."
-                    " Take the last checkpoint (save_last=True), or let ModelCheckpoint wait until the sparsity is"
-                    " reached, as the page on getting started shows"
+                    " Add a ModelCheckpoint() without monitor=, which keeps the last epoch, or let this one wait until"
+                    " the sparsity is reached, as the page on getting started shows"
                 )
     return sentences
 
