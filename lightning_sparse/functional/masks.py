@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,9 @@ _FLOAT = 4  # bytes
 
 Key = Callable[[Tensor], Tensor]
 """What is compared: a function of each entry alone."""
+
+Scores = Tensor | Sequence[Tensor]
+"""One tensor, or several flat ones that are ranked together; nothing of the size of all of them is made."""
 
 _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -71,20 +75,21 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     return values.flatten().kthvalue(k).values
 
 
-def smallest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
+def smallest(scores: Scores, k: int, among: Tensor, key: Key | None = None) -> Tensor:
     """The mask of the ``k`` smallest scores among the eligible entries; exactly ``k`` are ``True``.
 
     Equal scores are taken in the order of ``scores.flatten()``, so that every device and rank chooses the same ones.
 
     Args:
-        scores: Floating point, any shape.
+        scores: Floating point, any shape. Or several flat tensors that are ranked together, in the order of their
+            entries from the first of the first to the last of the last.
         k: How many to choose, at least 0.
-        among: ``bool``, the shape of ``scores``: the entries that may be chosen.
+        among: ``bool``, the shape of ``scores``, or flat where there are several: the entries that may be chosen.
         key: What is compared, entry by entry, instead of the scores themselves, such as :func:`torch.abs`. On a CPU it
             is called on parts of large tensors, which takes less time and memory than a tensor of all keys.
 
     Returns:
-        ``bool``, the shape of ``scores``.
+        ``bool``, the shape of ``among``.
 
     Raises:
         ValueError: Fewer than ``k`` entries are eligible, or ``k`` is negative. On a GPU the first is not looked for,
@@ -94,18 +99,23 @@ def smallest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> T
         >>> scores = torch.tensor([4.0, 1.0, 2.0, -1.0])
         >>> smallest(scores, 2, among=torch.tensor([True, False, True, True]), key=torch.abs)
         tensor([False, False,  True,  True])
+        >>> smallest([scores[:1], scores[1:]], 1, among=torch.ones(4, dtype=torch.bool))
+        tensor([False, False, False,  True])
     """
     if k == 0:
         return torch.zeros_like(among)
     if k < 0:
         raise ValueError(f"Cannot choose {k} entries; k must be at least 0.")
-    if not _on_cpu(scores):
-        return _smallest_without_looking(scores if key is None else key(scores), k, among)
-    if scores.numel() > _LARGE and scores.is_contiguous() and among.is_contiguous():
-        chosen = _smallest_in_parts(scores.detach().view(-1), k, among.view(-1), key)
+    parts = [scores] if isinstance(scores, Tensor) else scores
+    on_cpu = _on_cpu(among)
+    if on_cpu and among.numel() > _LARGE and all(tensor.is_contiguous() for tensor in (among, *parts)):
+        chosen = _smallest_in_pieces(_pieces([part.detach().view(-1) for part in parts]), k, among.view(-1), key)
         if chosen is not None:
             return chosen.view_as(among)
-    keys = scores if key is None else key(scores)
+    together = scores if isinstance(scores, Tensor) else torch.cat(list(scores))
+    keys = together if key is None else key(together)
+    if not on_cpu:
+        return _smallest_without_looking(keys, k, among)
     chosen = _smallest_without_looking(keys, min(k, keys.numel()), among) if keys.numel() else among
     if count_true(chosen) < k:
         comparable = count_true(among & ~keys.isnan())
@@ -154,7 +164,7 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def largest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
+def largest(scores: Scores, k: int, among: Tensor, key: Key | None = None) -> Tensor:
     """The mask of the ``k`` largest scores among the eligible entries; see :func:`smallest`.
 
     Example:
@@ -164,23 +174,45 @@ def largest(scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Te
     return smallest(scores, k, among, key=lambda part: (part if key is None else key(part)).neg())
 
 
-def _smallest_in_parts(scores: Tensor, k: int, among: Tensor, key: Key | None) -> Tensor | None:
+def _pieces(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Flat tensors as others of at most a chunk, which stay in the cache; small neighbours are joined."""
+    pieces, small = list[Tensor](), list[Tensor]()
+
+    def join() -> None:
+        if small:
+            pieces.append(torch.cat(small))
+            small.clear()
+
+    for part in parts:
+        is_small = len(part) <= _CHUNK // 2
+        if not is_small or sum(map(len, small)) + len(part) > _CHUNK:
+            join()
+        if is_small:
+            small.append(part)
+        else:
+            pieces += part.split(_CHUNK)
+    join()
+    return pieces
+
+
+def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Key | None) -> Tensor | None:
     """:func:`smallest` without a tensor of the size of the keys; None where the sample misleads, or k is out of range.
 
     A sample brackets the k-th key. One pass counts the keys below the bracket and collects those inside, a partition of
     these finds the k-th, and a second pass compares with it.
     """
+    sizes = [len(piece) for piece in pieces]
 
     def parts() -> Iterator[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        for number, (part, eligible) in enumerate(zip(scores.split(_CHUNK), among.split(_CHUNK), strict=True)):
-            yield number * _CHUNK, _keys(part, key), eligible.numpy()
+        for start, piece, eligible in zip(_starts(pieces), pieces, among.split(sizes), strict=True):
+            yield start, _keys(piece, key), eligible.numpy()
 
     num_eligible = count_true(among)
     if k > num_eligible:
         return None
-    if num_eligible * _FEW <= len(scores):
-        return _smallest_of_few(scores, k, among, key)
-    low, high = _bracket(scores, k / num_eligible, among, key)
+    if num_eligible * _FEW <= len(among):
+        return _smallest_of_few(pieces, k, among, key)
+    low, high = _bracket(pieces, k / num_eligible, among, key)
     below, inside = 0, list[np.ndarray[Any, Any]]()
     for _, keys, eligible in parts():
         below += np.count_nonzero((keys < low) & eligible)
@@ -194,7 +226,7 @@ def _smallest_in_parts(scores: Tensor, k: int, among: Tensor, key: Key | None) -
     if not np.isfinite(threshold):
         return None
     chosen = torch.empty_like(among)
-    for (_, keys, eligible), out in zip(parts(), chosen.split(_CHUNK), strict=True):
+    for (_, keys, eligible), out in zip(parts(), chosen.split(sizes), strict=True):
         np.logical_and(keys <= threshold, eligible, out=out.numpy())
     surplus = count_true(chosen) - k
     if surplus:
@@ -203,10 +235,10 @@ def _smallest_in_parts(scores: Tensor, k: int, among: Tensor, key: Key | None) -
     return chosen
 
 
-def _smallest_of_few(scores: Tensor, k: int, among: Tensor, key: Key | None) -> Tensor | None:
+def _smallest_of_few(pieces: Sequence[Tensor], k: int, among: Tensor, key: Key | None) -> Tensor | None:
     """The same where few are eligible: these are gathered."""
     where = np.flatnonzero(among.numpy())
-    keys = _keys(scores[torch.from_numpy(where)], key)
+    keys = _keys(_take(pieces, where), key)
     threshold = np.partition(keys, k - 1)[k - 1]
     if not np.isfinite(threshold):
         return None
@@ -216,16 +248,33 @@ def _smallest_of_few(scores: Tensor, k: int, among: Tensor, key: Key | None) -> 
     return chosen
 
 
+def _starts(pieces: Sequence[Tensor]) -> list[int]:
+    """Where each piece begins."""
+    return list(accumulate((len(piece) for piece in pieces[:-1]), initial=0))
+
+
+def _take(pieces: Sequence[Tensor], where: np.ndarray[Any, Any]) -> Tensor:
+    """The entries at rising places, counted through all pieces."""
+    starts = _starts(pieces)
+    bounds = np.searchsorted(where, [*starts, starts[-1] + len(pieces[-1])])
+    return torch.cat(
+        [
+            piece[torch.from_numpy(where[first:last] - start)]
+            for piece, start, (first, last) in zip(pieces, starts, pairwise(bounds), strict=True)
+        ]
+    )
+
+
 def _keys(part: Tensor, key: Key | None) -> np.ndarray[Any, Any]:
     keys = part if key is None else key(part)
     return (keys.float() if keys.element_size() < _FLOAT else keys).numpy()  # exact; numpy knows no bfloat16
 
 
-def _bracket(scores: Tensor, fraction: float, among: Tensor, key: Key | None) -> tuple[float, float]:
+def _bracket(pieces: Sequence[Tensor], fraction: float, among: Tensor, key: Key | None) -> tuple[float, float]:
     """Keys between which the one at ``fraction`` of the eligible most probably is: five standard deviations around."""
-    size = min(_SAMPLE, max(_SAMPLE // 8, len(scores) >> 7))
-    where = torch.randint(len(scores), (size,), generator=torch.Generator().manual_seed(0))
-    sample = np.sort(_keys(scores[where[among[where]]], key))
+    size = min(_SAMPLE, max(_SAMPLE // 8, len(among) >> 7))
+    where = torch.randint(len(among), (size,), generator=torch.Generator().manual_seed(0))
+    sample = np.sort(_keys(_take(pieces, np.sort(where[among[where]].numpy())), key))
     sample = sample[~np.isnan(sample)]
     middle = fraction * len(sample)
     margin = 5.0 * math.sqrt(middle * (1.0 - fraction)) + 5.0

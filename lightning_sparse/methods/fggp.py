@@ -132,8 +132,8 @@ class FGGP(GradualPruning):
         self.first: First = first
 
     @override
-    def prune(self, weight: Tensor, grad: Tensor, among: Tensor, n: int) -> Tensor:
-        pool_scores, prune_scores = grad, weight
+    def prune(self, weights: Sequence[Tensor], grads: Sequence[Tensor], among: Tensor, n: int) -> Tensor:
+        pool_scores, prune_scores = grads, weights
         if self.first == "magnitude":
             pool_scores, prune_scores = prune_scores, pool_scores
         # C = the max(n, ⌊γR⌋) active weights with the smallest |∂L/∂w|

@@ -101,5 +101,5 @@ class GMP(GradualPruning):
         )
 
     @override
-    def prune(self, weight: Tensor, grad: Tensor, among: Tensor, n: int) -> Tensor:
-        return smallest(weight, n, among, key=torch.abs)
+    def prune(self, weights: Sequence[Tensor], grads: Sequence[Tensor], among: Tensor, n: int) -> Tensor:
+        return smallest(weights, n, among, key=torch.abs)

@@ -72,17 +72,17 @@ class GradualPruning(HardMaskMethod):
         self.min_active = min_active
 
     @abstractmethod
-    def prune(self, weight: Tensor, grad: Tensor, among: Tensor, n: int) -> Tensor:
+    def prune(self, weights: Sequence[Tensor], grads: Sequence[Tensor], among: Tensor, n: int) -> Tensor:
         """Choose ``n`` active weights to prune.
 
         Args:
-            weight: The weights that are ranked together, shape ``(m,)``.
-            grad: The gradient of the loss with respect to them, shape ``(m,)``.
+            weights: The m weights that are ranked together, as flat tensors, one for each layer.
+            grads: The gradients of the loss with respect to them, likewise.
             among: ``bool``, shape ``(m,)``: the active ones that may be pruned.
             n: How many to prune, at least 1 and at most ``among.sum()``.
 
         Returns:
-            ``bool``, shape ``(m,)``: the ones to prune.
+            ``bool``, shape ``(m,)``: the ones to prune, as by :func:`~lightning_sparse.functional.masks.smallest`.
         """
 
     @final
@@ -128,9 +128,9 @@ class GradualPruning(HardMaskMethod):
     def _prune_together(self, group: MaskGroup, n: int) -> None:
         remaining = group.num_active - max(n, 0)
         if n > 0:
-            weight = group.flatten([weight.parameter for weight in group])
-            grad = group.flatten([weight.grad for weight in group])
-            group.mask &= ~self.prune(weight, grad, self._prunable(group), n)
+            weights = [weight.flatten(weight.parameter) for weight in group]
+            grads = [weight.flatten(weight.grad) for weight in group]
+            group.mask &= ~self.prune(weights, grads, self._prunable(group), n)
         group.recount()
         if group.num_active != remaining:
             raise ValueError(
@@ -144,7 +144,7 @@ class GradualPruning(HardMaskMethod):
     def _prune_layer(self, weight: MaskedWeight, n: int) -> None:
         if n > 0:
             value, grad, mask = (weight.flatten(t) for t in (weight.parameter, weight.grad, weight.mask))
-            weight.mask.masked_fill_(weight.unflatten(self.prune(value, grad, mask, n)), False)
+            weight.mask.masked_fill_(weight.unflatten(self.prune([value], [grad], mask, n)), False)
         weight.budget = weight.num_active - n
 
     def _prunable(self, group: MaskGroup) -> Tensor:

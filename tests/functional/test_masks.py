@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -88,6 +89,32 @@ def test_a_selection_among_many_is_that_without_a_sample(
     monkeypatch.setattr(masks, "_LARGE", 1 << 40)
     assert torch.equal(in_parts[0], smallest(scores, k, among))
     assert torch.equal(in_parts[1], smallest(scores.abs(), k, among))
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@given(selections(), st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_several_tensors_are_ranked_as_one(
+    in_pieces: bool, selection: tuple[Tensor, Tensor, int], data: st.DataObject
+) -> None:
+    scores, among, k = selection[0].flatten(), selection[1].flatten(), selection[2]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(scores)), max_size=6)))
+    parts = [scores[first:last] for first, last in pairwise([0, *cuts, len(scores)])]
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in (("_LARGE", 0), ("_CHUNK", 4), ("_SAMPLE", 6)) if in_pieces else ():
+            patched.setattr(masks, name, value)
+        assert indices(smallest(parts, k, among)) == choose_by_sorting(scores, k, among)
+        assert indices(largest(parts, k, among)) == choose_by_sorting(scores, k, among, sign=-1)
+
+
+@pytest.mark.parametrize("eligible", [0.9, 0.05])
+def test_many_tensors_of_all_sizes_are_ranked_as_one(eligible: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randn(900_000, generator=generator).mul(1000).round()
+    among = torch.rand(900_000, generator=generator) < eligible
+    parts = scores.split([1, 70_000, 50_000, 10, 300_000, 0, 131_072, 131_073, 65_536, 65_537, 86_771])
+    k = int(among.sum()) // 3
+    assert torch.equal(smallest(parts, k, among, key=torch.abs), smallest(scores, k, among, key=torch.abs))
 
 
 def test_a_sample_that_misleads_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ class Mine(GradualPruning):
         super().__init__(sparsity, allocation=allocation, update_every=update_every, start=start, stop=stop,
                          min_active=min_active, include=include, exclude=exclude, seed=seed)
 
-    def prune(self, weight, grad, among, n):
+    def prune(self, weights, grads, among, n):
         return {prune}
 
 class TestMine(MethodContract):
@@ -112,19 +112,21 @@ def run_contract(pytester: pytest.Pytester, prune: str, *, only: str, cases: str
 
 
 def test_a_method_of_somebody_else_passes(pytester: pytest.Pytester) -> None:
-    result = run_contract(pytester, "largest(grad, n, among, key=torch.abs)", only="two_processes or layer")
+    result = run_contract(pytester, "largest(grads, n, among, key=torch.abs)", only="two_processes or layer")
     assert set(result.parseoutcomes()) <= {"passed", "deselected", "warnings"}
     assert result.parseoutcomes()["passed"] >= 5
 
 
 def test_a_method_that_prunes_too_few_fails_with_both_numbers(pytester: pytest.Pytester) -> None:
-    result = run_contract(pytester, "largest(grad, n // 2, among, key=torch.abs)", only="each_layer_holds")
+    result = run_contract(pytester, "largest(grads, n // 2, among, key=torch.abs)", only="each_layer_holds")
     result.assert_outcomes(failed=1, deselected=result.parseoutcomes()["deselected"])
     result.stdout.re_match_lines([r".*has \d+ active weights after an update, but its budget is \d+"])
 
 
 def test_a_method_that_draws_its_masks_unseeded_fails(pytester: pytest.Pytester) -> None:
-    result = run_contract(pytester, "largest(torch.rand_like(grad), n, among)", only="global_generator")
+    result = run_contract(
+        pytester, "largest([torch.rand_like(part) for part in grads], n, among)", only="global_generator"
+    )
     assert result.parseoutcomes()["failed"] == 2
 
 
