@@ -5,7 +5,7 @@ Each contender trains 25 million weights in ten layers with SGD and momentum for
 - bytes between updates: the storages of all tensors that Python's garbage collector knows, whoever holds them, at the
   end of a step, less those of dense training, for each weight;
 - peak in an update: how much more than before the process held at most while masks were chosen and set
-  (on CUDA: what torch's allocator counted), for each weight;
+  (on CUDA: what torch's allocator counted), for each weight; the rivals' masks change at no step here;
 - checkpoint: how much larger the file is than that of dense training, over the bytes of the weights;
 - peak of training: the most that a process held which trained ResNet-18 for a few steps, less that of dense training,
   for each weight. Where it is about 0, what masks take is less than what backward does.
@@ -160,7 +160,7 @@ def measure(num_weights: int, case: Case, names: Sequence[str], device: str) -> 
             "contender": name,
             "bytes / weight between updates": (its.in_tensors - dense.in_tensors) / its.weights,
             "goal": GOALS.get(name, ""),
-            "peak of an update, bytes / weight": its.peak_of_update / its.weights,
+            "peak of an update, bytes / weight": its.peak_of_update / its.weights if name in update.METHODS else "",
             "checkpoint, share of the weights' bytes": (its.checkpoint - dense.checkpoint) / its.weights / FLOAT,
             "goal ": f"{GOAL_OF_CHECKPOINT:.4f}" if GOALS.get(name) == GOAL_OF_HARD_MASKS else "",
             f"peak of training {case.name}, bytes / weight": (its.peak_of_training - dense.peak_of_training) / weights,
