@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 SparseCLI(arguments)
     except (CheckpointError, CommandError, MissingDataError) as error:
         return _refuse(error)
-    except (MisconfigurationException, ValueError) as error:
+    except (FileNotFoundError, MisconfigurationException, ValueError) as error:
         cause = _innermost(error)
         if not _is_a_refusal(cause):
             raise

@@ -66,6 +66,9 @@ class SparsityMonitor(pl.Callback):
     :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: what an ideal sparse kernel would need. See
     :mod:`lightning_sparse.functional.flops`.
 
+    Weights that get their masks later, such as those of a backbone that thaws, join all of these from then on, and
+    operations are counted anew; the heat map is blank where they had none.
+
     It may stand before or after the methods in the list of callbacks, and watches all of them together. Its history is
     part of a checkpoint, so that curves go on where they were; a fit that does not resume begins a new one.
 
@@ -150,7 +153,8 @@ class SparsityMonitor(pl.Callback):
         if self._registry.num_updates > self._recorded and self._step >= self._update_step + self._pause:
             self._update_step = self._step
             self._record(trainer)
-        if self._registry and self._flops is None and self._attempts < _PATIENCE:
+        counted = self._flops is not None and self._flops.layers.keys() == self._registry.keys()
+        if self._registry and not counted and self._attempts < _PATIENCE:
             self._attempts += 1
             parameters = {canonical_name(name): parameter for name, parameter in pl_module.named_parameters()}
             self._counter = ForwardFLOPs(parameters).__enter__()
@@ -172,7 +176,7 @@ class SparsityMonitor(pl.Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_counting(trainer)
-        if self._registry:
+        if self._begun:
             self._advance(trainer)
             self._record(trainer)
             if self.histograms:
@@ -192,7 +196,7 @@ class SparsityMonitor(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if not self._registry:
+        if not self._begun:
             return {}  # the learning-rate finder asks before training begins
         return {
             "step": self._step,
@@ -211,10 +215,10 @@ class SparsityMonitor(pl.Callback):
     # What is kept.
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begun = True
         self._registry = MaskRegistry.of(pl_module)
         if not self._registry:
-            return
+            return  # until something has a mask: all that is to be masked may be frozen yet
+        self._begun = True
         self._history = MaskHistory(self._masks)
         self.timeline = SparsityTimeline(list(self._registry))
         self._step = self._update_step = _batches_stepped(trainer)
@@ -233,7 +237,8 @@ class SparsityMonitor(pl.Callback):
                 " from an earlier checkpoint, or without the monitor."
             )
         self._history.load_state_dict(state["history"])
-        self.timeline.load_state_dict(state["timeline"])
+        # Checkpoints of older versions do not name the layers; their history has the same, in their order.
+        self.timeline.load_state_dict({"layers": list(state["history"]["initial"])} | state["timeline"])
         self._flops = None if state["flops"] is None else _FLOPs(**state["flops"])
         self._step, self._update_step = state["step"], state["update_step"]
         self._counted -= state["uncounted"]
@@ -249,9 +254,18 @@ class SparsityMonitor(pl.Callback):
         updated = self._registry.num_updates != self._counted
         if self._flops is not None:
             self._flops.add(step - self._step, self._flops.of_dense_gradients(trainer, updated))
-            if updated:
-                self._flops.sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
+            if updated:  # a layer of a resumed training that is frozen now keeps the sparsity that it had
+                self._flops.sparsity |= {name: weight.sparsity for name, weight in self._registry.items()}
         self._step, self._counted = step, self._registry.num_updates
+        if len(self._registry) > len(self.timeline.layers):
+            self._take_in_new()
+
+    def _take_in_new(self) -> None:
+        """Make room for weights that have a mask since the last time, as those have that thaw."""
+        self._history.add(self._masks)
+        self.timeline.add(list(self._registry))
+        self._of_masks = {}
+        self._attempts = 0  # their operations are looked for again
 
     def _stop_counting(self, trainer: pl.Trainer) -> None:
         if self._counter is None:
@@ -270,7 +284,8 @@ class SparsityMonitor(pl.Callback):
         if not any(layers.values()):
             return
         sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
-        self._flops = _FLOPs(counter.total, layers, sparsity)
+        past = self._flops or _FLOPs(0, {}, {})
+        self._flops = _FLOPs(counter.total, layers, sparsity, past.spent, past.steps)
         self._write(trainer, {"flops/inference": self._flops.inference})
 
     # What is written.
@@ -287,7 +302,7 @@ class SparsityMonitor(pl.Callback):
         if self._flops is not None:
             values |= self._flops.values
         self._recorded = self._registry.num_updates
-        self.timeline.record(self._step, [weight.sparsity for weight in self._registry.values()])
+        self.timeline.record(self._step, [self._registry[name].sparsity for name in self.timeline.layers])
         self._write(trainer, values)
 
     def _describe_masks(self) -> dict[str, float]:
@@ -361,6 +376,7 @@ class _FLOPs:
             # Latent methods need them at every step, the others where they update their masks.
             if isinstance(method, LatentMethod) or (updated and group.updated_at == method.step - 1)
             for weight in group
+            if weight.name in self.layers  # not before operations are counted anew, where it has just thawed
         )
 
     def add(self, steps: int, dense_gradients: float) -> None:

@@ -49,6 +49,13 @@ class _OfNumbers(Schedule):
         for field in fields(self):  # type: ignore[arg-type]
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
 
+    def _check_numbers(self, but: str = "") -> None:
+        """Refuse a field that is no number, other than that of the name ``but``."""
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name != but and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{self}: {field.name} is {value!r}; give a number.")
+
 
 @dataclass(frozen=True)
 class Constant(_OfNumbers):
@@ -142,6 +149,7 @@ class Exponential(_OfNumbers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers()
         if not (self.initial < 1.0 and self.final < 1.0):
             raise ValueError(
                 f"{self} must begin and end below sparsity 1, where nothing would remain to shrink; give fractions in"
@@ -194,6 +202,9 @@ class Cyclic(_OfNumbers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers(but="shape")
+        if not isinstance(self.cycles, int):
+            raise ValueError(f"{self}: cycles is {self.cycles!r}; give an int of at least 1, such as 2.")
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"{self}: sparsity is a fraction in [0, 1).")
         if self.cycles < 1 or self.multiplier < 1.0 or self.growth <= 0.0:
@@ -334,6 +345,10 @@ class UpdateTimes:
         return Timetable(every=every, start=start, stop=stop, before=before)
 
 
+# Steps; in less, two updates may be all that is meant.
+_A_WHILE = 5
+
+
 @dataclass(frozen=True)
 class Timetable:
     """:class:`UpdateTimes` in optimizer steps. Step ``t`` is the one after ``t`` completed steps.
@@ -357,7 +372,7 @@ class Timetable:
     @property
     def only_at_its_ends(self) -> bool:
         """Whether no update comes between the first time and the last, although there is time between them."""
-        return self.before is None and 0 < self.stop - self.start < self.every
+        return self.before is None and _A_WHILE <= self.stop - self.start < self.every
 
     def latest(self, step: int) -> int | None:
         """The latest time of an update up to ``step``, or ``None`` before the first."""

@@ -146,6 +146,7 @@ def test_the_installed_command_finds_classes_in_this_folder(tmp_path: Path) -> N
         # while callbacks are made, within an error of the parser; when training begins; in Lightning itself
         (["--trainer.callbacks.sparsity=95"], "sparsity is 95, but it is a fraction in [0, 1). Did you mean 0.95?"),
         (["--trainer.callbacks.exclude=[head]"], "exclude='head' matches no parameter name and no module type."),
+        (["--ckpt_path=none.ckpt"], "Checkpoint file not found: "),
         (["--trainer.max_epochs=-5"], "`max_epochs` must be a non-negative integer or -1."),
     ],
 )

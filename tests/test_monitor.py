@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from lightning_sparse import DST, FGGP, GMP, MaskRegistry
+from lightning_sparse import DST, FGGP, GMP, FixedMask, MaskRegistry
 from lightning_sparse.functional.masks import unpack
 from lightning_sparse.functional.topology import exploration_rate, mask_change
 from lightning_sparse.monitor import SparsityMonitor
@@ -179,6 +180,44 @@ class WithLearningRate(ToyModel):
     """Has the attribute that the learning-rate finder looks for."""
 
     lr = 0.1
+
+
+class WithBackbone(ToyModel):
+    """``backbone`` and ``head`` of a sparse network: half of each weight is zero."""
+
+    def __init__(self, *, frozen: bool = True, optimizer_has: str = "all") -> None:
+        super().__init__()
+        self.backbone, self.head = self.network[:3], self.network[3:]
+        del self.network
+        self.optimizer_has = optimizer_has
+        self.zero_half("backbone.0", "backbone.2", "head.4")
+        self.backbone.requires_grad_(not frozen)
+
+    @torch.no_grad()
+    def zero_half(self, *names: str) -> None:
+        for name in names:
+            cast(nn.Linear, self.get_submodule(name)).weight.view(-1)[::2] = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.backbone(inputs))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = self.parameters() if self.optimizer_has == "all" else self.head.parameters()
+        return torch.optim.SGD(parameters, lr=0.1)
+
+
+class Thaw(L.Callback):
+    """Thaws ``part`` of the network as ``epoch`` begins."""
+
+    def __init__(self, epoch: int = 1, part: str = "backbone") -> None:
+        self.epoch, self.part = epoch, part
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            pl_module.get_submodule(self.part).requires_grad_(True)
+
+
+HEAD, BACKBONE = ["head.4.weight"], ["backbone.0.weight", "backbone.2.weight"]
 
 
 class TestCurves:
@@ -495,6 +534,86 @@ class TestResume:
         monitor.setup(cast(L.Trainer, None), ToyModel(), stage="test")
         monitor.load_state_dict({"step": 3})
         assert monitor.state_dict() == {}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+class TestThaw:
+    def test_the_heat_map_takes_in_what_thaws(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        logger = TensorBoardLogger(tmp_path)
+        monitor = SparsityMonitor()
+        make_trainer(tmp_path, callbacks=[monitor, FixedMask(), Thaw()], logger=logger).fit(WithBackbone())
+        (image,) = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload().Images("sparsity/heatmap")
+        assert image.step == 16
+        assert monitor.timeline.layers == HEAD + BACKBONE
+        assert monitor.timeline.steps == [0, 8, 16]
+        first, second, last = monitor.timeline.sparsity
+        assert (first[0], second[0], last) == (0.5, 0.5, [0.5] * 3)
+        assert all(math.isnan(value) for value in first[1:] + second[1:])
+
+    def test_operations_are_counted_anew(self, tmp_path: Path) -> None:
+        logger, _ = fit(tmp_path, SparsityMonitor(), FixedMask(), Thaw(), model=WithBackbone())
+        dense, half = (320 + 24 / 2) / 344, 0.5
+        inference = logger.curves["flops/inference"]
+        assert inference == pytest.approx({0: dense, 8: dense, 9: half, 16: half})
+        # the layers have their masks from the ninth step on, whose forward pass came before them
+        assert logger.curves["flops/training"][16] == pytest.approx((9 * dense + 7 * half) / 16)
+
+    @pytest.mark.parametrize("monitor_first", [True, False])
+    def test_beside_a_method_that_updates(self, monitor_first: bool, tmp_path: Path) -> None:
+        callbacks = [
+            FGGP(0.8, update_every=2, stop=20, include=HEAD),
+            FixedMask(exclude=HEAD),
+            BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False),
+        ]
+        monitor = SparsityMonitor()
+        callbacks.insert(0 if monitor_first else len(callbacks), monitor)
+        model = WithBackbone(frozen=False, optimizer_has="head")
+        logger, _ = fit(tmp_path, *callbacks, model=model, max_epochs=3)
+        assert monitor.timeline.layers == HEAD + BACKBONE
+        assert monitor.timeline.sparsity[-1][1:] == [0.5, 0.5]
+        assert 0 < logger.curves["masks/ever_active"][24] < 1
+        assert logger.curves["masks/changed_since_start"][24] <= 24 / 344  # the head alone has changed
+
+    def test_where_nothing_has_a_mask_before_it_thaws(self, tmp_path: Path) -> None:
+        monitor = SparsityMonitor()
+        logger, _ = fit(tmp_path, monitor, FixedMask(include=["backbone.*"]), Thaw(), model=WithBackbone())
+        assert monitor.timeline.layers == BACKBONE
+        assert monitor.timeline.steps == [9, 16]
+        assert logger.curves["masks/ever_active"] == {9: 0.5, 16: 0.5}
+
+    def test_in_the_last_batch_of_an_epoch(self, tmp_path: Path) -> None:
+        monitor = SparsityMonitor()
+        fit(tmp_path, monitor, FixedMask(), Thaw(), model=WithBackbone(), limit_train_batches=1)
+        assert monitor.timeline.sparsity[-1] == [0.5] * 3
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_a_training_goes_on_where_more_or_less_is_trained(self, frozen: bool, tmp_path: Path) -> None:
+        saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
+        fit(tmp_path, SparsityMonitor(), FixedMask(), Thaw(), saver, model=WithBackbone(), enable_checkpointing=True)
+        monitor = SparsityMonitor()
+        path = tmp_path / "saved" / "last.ckpt"
+        model = WithBackbone(frozen=frozen)
+        logger, _ = fit(tmp_path, monitor, FixedMask(), model=model, ckpt_path=path, max_epochs=3)
+        assert set(monitor.timeline.layers) == {*HEAD, *(() if frozen else BACKBONE)}
+        assert monitor.timeline.steps == [0, 8, 16, 24]
+        head = monitor.timeline.layers.index(*HEAD)
+        assert [column[head] for column in monitor.timeline.sparsity] == [0.5] * 4
+        assert monitor.timeline.sparsity[-1] == [0.5] * len(monitor.timeline.layers)
+        dense, half = (320 + 24 / 2) / 344, 0.5
+        after = dense if frozen else half
+        assert logger.curves["flops/inference"][24] == pytest.approx(after)
+        assert logger.curves["flops/training"][24] == pytest.approx((9 * dense + 7 * half + 8 * after) / 24)
+
+    def test_a_training_goes_on_from_before_the_thaw_was_seen(self, tmp_path: Path) -> None:
+        saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=9, save_top_k=-1, filename="{step}")
+        fit(tmp_path, SparsityMonitor(), FixedMask(), Thaw(), saver, model=WithBackbone(), enable_checkpointing=True)
+        monitor = SparsityMonitor()
+        path = tmp_path / "saved" / "step=9.ckpt"
+        logger, _ = fit(tmp_path, monitor, FixedMask(), model=WithBackbone(frozen=False), ckpt_path=path)
+        assert set(monitor.timeline.layers) == {*HEAD, *BACKBONE}
+        assert monitor.timeline.sparsity[-1] == [0.5] * 3
+        assert logger.curves["flops/inference"][16] == pytest.approx(0.5)
 
 
 class TestTensorBoard:

@@ -116,6 +116,34 @@ def test_an_exponential_that_begins_at_1_is_refused_like_any_other_schedule() ->
         check_fraction("sparsity", Exponential(1.0, 0.5), below_one=True)
 
 
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Exponential("a", 0.9), r"Exponential\(initial='a', final=0\.9\): initial is 'a'; give a number\."),  # type: ignore[arg-type]
+        (lambda: Exponential(0.0, None), r": final is None; give a number\."),  # type: ignore[arg-type]
+        (lambda: Exponential(0.0, True), r": final is True; give a number\."),
+        (lambda: Cyclic("0.9"), r": sparsity is '0\.9'; give a number\."),  # type: ignore[arg-type]
+        (lambda: Cyclic(0.9, multiplier=None), r": multiplier is None; give a number\."),  # type: ignore[arg-type]
+        (lambda: Cyclic(0.9, cycles=2.0), r": cycles is 2\.0; give an int of at least 1, such as 2\."),  # type: ignore[arg-type]
+        (lambda: Cyclic(0.9, shape=3), r": shape is one of 'cosine', 'triangular'\."),  # type: ignore[arg-type]
+        (lambda: EAST("0.9"), r"^sparsity is '0\.9'; give a number, a fraction in \[0, 1\)\.$"),  # type: ignore[arg-type]
+        (lambda: EAST(None), r"^sparsity is None; give a number"),  # type: ignore[arg-type]
+        (lambda: EAST("0.9", cycles=0), r"^sparsity is '0\.9'; give a number"),  # type: ignore[arg-type]
+        (lambda: EAST(Constant(0.9)), r"sparsity is Constant.*; give a number.* needs cycles=0\.$"),  # type: ignore[arg-type]
+        (lambda: EAST(0.9, cycles=2.0), r": cycles is 2\.0; give an int"),  # type: ignore[arg-type]
+        (lambda: EAST(0.9, stop=None), r"^stop is None; give an int"),  # type: ignore[arg-type]
+        (lambda: DST("0.1"), r"^alpha is '0\.1'; give the strength of a regulariser, a number of at least 0"),  # type: ignore[arg-type]
+        (lambda: DST(True), r"^alpha is True; give the strength"),
+        (lambda: DST(1e-4, reset_sparsity="1"), r"^reset_sparsity is '1'; give a number above 0"),  # type: ignore[arg-type]
+        (lambda: DST(1e-4, reset_sparsity=True), r"^reset_sparsity is True; give a number above 0"),
+        (lambda: DST(sparsity="0.9"), r"^sparsity is '0\.9'; give a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_number_is_refused_where_it_is_given(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
 @pytest.mark.parametrize("value", ["0.9", None, [0.9]])
 def test_a_value_that_is_no_number_is_refused_with_the_value(value: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(value))):

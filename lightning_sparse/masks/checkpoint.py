@@ -20,6 +20,7 @@ __all__ = [
     "looks_like_safetensors",
     "masks_by_method",
     "masks_of_zeros",
+    "some_of",
     "state_dict_of",
 ]
 
@@ -157,6 +158,18 @@ def masks_of_zeros(state: Mapping[str, Tensor], names: Iterable[str] | None = No
         return {name: tensors[name] != 0 for name in names if name in tensors}
     masks = {name: tensor != 0 for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.is_floating_point()}
     return {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+
+
+def some_of(names: Iterable[str], most: int = 4) -> str:
+    """The first of the names, and how many more there are.
+
+    Example:
+        >>> some_of(["conv.weight", "fc.weight", "head.weight"], most=2)
+        'conv.weight, fc.weight and 1 more'
+    """
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
 
 
 def _unpacked(name: str, saved: Any, path: str | Path) -> Tensor:

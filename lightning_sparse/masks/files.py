@@ -26,6 +26,7 @@ from lightning_sparse.masks.checkpoint import (
     looks_like_safetensors,
     masks_by_method,
     masks_of_zeros,
+    some_of,
     state_dict_of,
 )
 from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
@@ -83,10 +84,7 @@ def save_masks(
             " those of a checkpoint, use `lightning-sparse masks extract`."
         )
     for name, mask in tensors.items():
-        if mask.dtype != torch.bool:
-            raise ValueError(
-                f"The mask of {name} is {mask.dtype}; give torch.bool, True = active, as in `weight != 0`."
-            )
+        _check_mask(name, mask)
     shapes = {name: list(mask.shape) for name, mask in tensors.items()}
     metadata = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(shapes)}
     save_file({name: pack(mask) for name, mask in tensors.items()}, str(path), metadata)
@@ -140,13 +138,14 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
     Args:
         path: What :func:`save_masks` wrote, a Lightning checkpoint, or a file with a state dict. Masks that methods
             have saved in a checkpoint go before the zeros of its weights.
-        names: The weights that are asked for where masks are read off zeros; by default all that have some.
+        names: The weights that are asked for where masks are read off zeros, those that the file does not have left
+            out; by default all that have some.
 
     Returns:
         ``bool`` tensors with the shapes of the weights, on the CPU, by name.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or neither.
+        CheckpointError: The file is missing, damaged, or none of these, or has none of the ``names``.
 
     Example:
         >>> from lightning_sparse.masks import read_masks
@@ -166,7 +165,13 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
     methods = masks_by_method(checkpoint, path)
     if methods:
         return {name: mask for masks in methods.values() for name, mask in masks.items()}
-    masks = masks_of_zeros(state_dict_of(checkpoint, path), names)
+    state, asked = state_dict_of(checkpoint, path), None if names is None else list(names)
+    masks = masks_of_zeros(state, asked)
+    if asked and not masks:
+        raise CheckpointError(
+            f"{path} has none of the weights that are asked for, which are {some_of(asked)}; it has {some_of(state)}."
+            " Give a file with the weights of this module, under the names that they have in it."
+        )
     if all(mask.all() for mask in masks.values()):
         raise CheckpointError(
             f"{path} is dense: no method has saved masks in it, and there is no weight in it with zeros. Give the"
@@ -186,6 +191,17 @@ def _tensors(masks: Any) -> dict[str, Tensor]:
     if not isinstance(masks, Mapping):
         raise TypeError(f"{_HOW_TO_SAVE}; what is to be written is a {type(masks).__name__}.")
     return {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
+
+
+def _check_mask(name: str, mask: Any) -> None:
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return
+    found, remedy = str(getattr(mask, "dtype", "")), "as in `weight != 0`"
+    if not isinstance(mask, Tensor):
+        is_array = hasattr(mask, "__array__")
+        found = f"no tensor but of type {type(mask).__name__}"
+        remedy = "as in `torch.as_tensor(mask) != 0`" if is_array else f"of the weight's shape, {remedy}"
+    raise ValueError(f"The mask of {name} is {found}; give a tensor of torch.bool, True = active, {remedy}.")
 
 
 def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def canonical_name(name: str) -> str:
 
 
 def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
-    """The patterns of ``include`` or ``exclude`` as a tuple; None stays None.
+    """The patterns of ``include`` or ``exclude`` as a tuple, those of a set in alphabetical order; None stays None.
 
     Raises:
         ValueError: They are no list, or one of them is no string.
@@ -173,7 +173,8 @@ def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...
         raise ValueError(f"{argument} is the string {patterns!r}; give a list of patterns: [{patterns!r}].")
     if not isinstance(patterns, Iterable):
         raise ValueError(f"{argument} is {_shown(patterns)}; give a list of names or patterns, such as ['head.*'].")
-    names = tuple(patterns)
+    # the order of a set is another in each process, and a method is known by its patterns in its checkpoints
+    names = tuple(sorted(patterns, key=str) if isinstance(patterns, set | frozenset) else patterns)
     for index, pattern in enumerate(names):
         if isinstance(pattern, type):
             raise ValueError(f"{argument}[{index}] is {_shown(pattern)}; give its name: {pattern.__name__!r}.")

@@ -39,9 +39,10 @@ from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
-from lightning_sparse.masks.selection import Candidate, as_patterns, select_weights
+from lightning_sparse.masks.selection import Candidate, as_patterns, judge_parameters, select_weights
 from lightning_sparse.masks.succession import forget_pruned, waking_zeros
 from lightning_sparse.methods.best_checkpoint import denser_checkpoints
+from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.past import Past
 from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy
 from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training, steps_taken
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
-    from lightning_sparse.methods.best_checkpoint import denser_checkpoints
-from lightning_sparse.methods.paper import Paper
 
 __all__ = ["SparseMethod", "total_target_sparsity"]
 
@@ -97,6 +96,7 @@ class SparseMethod(pl.Callback, ABC):
         self._began_at = 0
         self._dense: list[Candidate] = []
         self._frozen: list[Candidate] = []
+        self._thawed: list[str] = []
         self._warned: set[str] = set()
 
     # What a method implements.
@@ -144,9 +144,14 @@ class SparseMethod(pl.Callback, ABC):
     def training_ended(self) -> None:
         """Training has run to its end; say what the user should know of it."""
 
-    def mask_of_thawed(self, candidate: Candidate) -> Tensor | None:
+    def mask_of_thawed(self, name: str) -> Tensor | None:
         """The mask of a weight that was frozen when masks were made and is trained now; None leaves it dense."""
         return None
+
+    @property
+    def masks_what_thaws(self) -> bool:
+        """Whether the method has masks for frozen weights, so that it may begin with nothing that is trained."""
+        return type(self).mask_of_thawed is not SparseMethod.mask_of_thawed
 
     def companions(self) -> Sequence[pl.Callback]:
         """Callbacks that the method brings with it; they work in the Trainer, right behind it."""
@@ -214,11 +219,16 @@ class SparseMethod(pl.Callback, ABC):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = dict(self.__dict__)
         state = self._past.state(self, trainer, pl_module)
-        plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
+        plan = judge_parameters(pl_module, include=self.include, exclude=self.exclude)
+        if not (self.masks_what_thaws and plan.weights):
+            plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
+        were_frozen: Sequence[str] = ()
         if state is not None:
             plan = plan.without(state.get("dense", ()))
+            were_frozen = state.get("frozen", ())
         self._dense = [candidate for candidate in plan if candidate.reason]
-        self._frozen = [candidate for candidate in self._dense if candidate.reason == "frozen"]
+        self._frozen = [c for c in self._dense if c.reason == "frozen" or c.name in were_frozen]
+        self._thawed = []
         self._registry = MaskRegistry.of(pl_module)
         self._groups = self._registry.claim(self.state_key, plan.masked, trainer.optimizers)
         try:
@@ -316,19 +326,27 @@ class SparseMethod(pl.Callback, ABC):
 
     def _take_in_thawed(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Mask what was frozen until now and is about to be stepped, where the method has masks for it."""
+        # Not what has a gradient here: on another process it may have none.
+        trainable = [candidate for candidate in self._frozen if candidate.parameter.requires_grad]
+        if not trainable:
+            return
         stepped = {id(parameter) for param_group in optimizer.param_groups for parameter in param_group["params"]}
-        thawed = [c for c in self._frozen if c.parameter.grad is not None and id(c.parameter) in stepped]
-        masks = {c.name: mask for c in thawed if (mask := self.mask_of_thawed(c)) is not None}
+        thawed = [candidate for candidate in trainable if id(candidate.parameter) in stepped]
+        masks = {c.name: mask for c in thawed if (mask := self.mask_of_thawed(c.name)) is not None}
         masked = [candidate for candidate in thawed if candidate.name in masks]
         for group in self._registry.claim_more(self.state_key, masked, [optimizer]):
             for weight in group:
                 weight.mask.copy_(masks[weight.name])
             group.updated_at = self.step
+            broadcast_(group.mask)
             self._groups.append(group)
             self._put_to_work(trainer, group, begins=True)
             for weight in group:
                 weight.budget = weight.num_active
-        self._frozen = [candidate for candidate in self._frozen if candidate.name not in masks]
+        # Decided once: zeros that a dense layer comes by later are no mask.
+        gone = {candidate.name for candidate in thawed}
+        self._thawed += [name for name in gone if name not in masks]
+        self._frozen = [candidate for candidate in self._frozen if candidate.name not in gone]
         self._dense = [candidate for candidate in self._dense if candidate.name not in masks]
 
     def _post_hook(self, group: MaskGroup) -> Callable[..., None]:
@@ -383,11 +401,11 @@ class SparseMethod(pl.Callback, ABC):
                     f"{type(group.optimizer).__name__} has not stepped through Lightning in a whole epoch, so masks do"
                     " not hold. In manual optimization, take it from self.optimizers() and call its step()"
                 )
-        thawed = [candidate.name for candidate in self._frozen if candidate.parameter.requires_grad]
-        if thawed:
+        left_dense = [name for name in self._thawed if name not in self._registry]
+        if left_dense:
             self._warn_once(
-                f"trained now, but frozen when masks were made, so left dense: {', '.join(thawed)}. To mask them, let"
-                " them be trainable when fit begins"
+                f"trained now, but frozen when masks were made, so left dense: {', '.join(left_dense)}. To mask them,"
+                " let them be trainable when fit begins"
             )
         # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
         values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
@@ -439,7 +457,7 @@ class SparseMethod(pl.Callback, ABC):
     @final
     @override
     def state_dict(self) -> dict[str, Any]:
-        if not self._groups:
+        if not self._groups and not self._frozen:
             return {}  # the learning-rate finder asks before training begins
         masks: dict[str, Any] = {}
         for group in self._groups:
@@ -449,6 +467,7 @@ class SparseMethod(pl.Callback, ABC):
             "began_at": self._began_at,
             "masks": masks,
             "dense": [candidate.name for candidate in self._dense],
+            "frozen": [candidate.name for candidate in self._frozen],
             "not_finite_for": [group.not_finite_for for group in self._groups],
             "method": self.method_state(),
         }

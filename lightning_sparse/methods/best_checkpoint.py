@@ -13,6 +13,10 @@ from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, 
 from lightning_sparse.modules.auxiliary import callbacks_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from lightning_sparse.methods.base import SparseMethod
 
 __all__ = ["denser_checkpoints"]
@@ -23,13 +27,15 @@ _TOLERANCE = 0.005
 
 def denser_checkpoints(method: SparseMethod, trainer: pl.Trainer) -> list[str]:
     """A sentence on each checkpoint that a ``ModelCheckpoint`` holds for the best, and that is denser than the end."""
-    numel = sum(weight.unshared_numel for weight in method.weights)
-    at_the_end = sum(weight.num_active for weight in method.weights)
     sentences: list[str] = []
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
-            active = _active_weights(callback.best_model_path, method.state_key)
-            if active is not None and active - at_the_end > _TOLERANCE * numel:
+            masks = _masks_in(callback.best_model_path, method.state_key)
+            weights = [weight for weight in method.weights if weight.name in masks]
+            numel = sum(weight.unshared_numel for weight in weights)
+            at_the_end = sum(weight.num_active for weight in weights)
+            active = sum(count_true(masks[weight.name]) for weight in weights)
+            if active - at_the_end > _TOLERANCE * numel:
                 its, last = 1 - active / numel, 1 - at_the_end / numel
                 sentences.append(
                     f"the best checkpoint by {callback.monitor}, {Path(callback.best_model_path).name}, has sparsity"
@@ -40,10 +46,9 @@ def denser_checkpoints(method: SparseMethod, trainer: pl.Trainer) -> list[str]:
     return sentences
 
 
-def _active_weights(path: str, state_key: str) -> int | None:
-    """How many weights the checkpoint at ``path`` holds active; None where it does not tell."""
+def _masks_in(path: str, state_key: str) -> Mapping[str, Tensor]:
+    """The masks that the checkpoint at ``path`` holds of a method; none where it does not tell."""
     try:
-        masks = masks_by_method(load_checkpoint(path), path).get(state_key)
+        return masks_by_method(load_checkpoint(path), path).get(state_key, {})
     except CheckpointError:  # of a user's own making, with objects that are not to be loaded; this is a hint alone
-        return None
-    return None if masks is None else sum(map(count_true, masks.values()))
+        return {}

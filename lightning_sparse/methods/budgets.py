@@ -14,6 +14,7 @@ from lightning_sparse.functional.allocation import (
     num_active,
     uniform,
 )
+from lightning_sparse.functional.masks import counts_true
 from lightning_sparse.masks.registry import MaskGroup
 
 __all__ = ["LayerAllocation", "budget_of", "check_budget", "check_choice", "check_count", "layer_budgets"]
@@ -63,6 +64,23 @@ def check_budget(group: MaskGroup, sparsity: float, min_active: int) -> None:
             f" {least} must stay active (min_active={min_active} in each of {len(group)} layers). The largest feasible"
             f" sparsity is {largest_feasible_sparsity(least, group.unshared_numel)}."
         )
+
+
+def check_met(group: MaskGroup) -> None:
+    """Find what a selection on a GPU does not look for: that fewer weights could be ranked than were to be chosen.
+
+    To be called on new masks before they go to other processes.
+
+    Raises:
+        ValueError: A layer holds more or fewer weights than its budget.
+    """
+    for weight, active in zip(group, counts_true([weight.mask for weight in group]), strict=True):
+        if active != weight.budget:
+            raise ValueError(
+                f"{weight.name} has {active} active weights after an update, but its budget is {weight.budget}. Scores"
+                " of NaN cannot be ranked: if there are some, training has diverged; lower the learning rate, or clip"
+                " gradients. Else the method did not choose as many as it was asked for."
+            )
 
 
 def check_choice(name: str, value: object, allowed: object) -> None:

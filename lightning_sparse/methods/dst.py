@@ -32,6 +32,7 @@ from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.steering import Steering
+from lightning_sparse.schedules import Constant
 
 __all__ = ["DST"]
 
@@ -109,10 +110,12 @@ class DST(LatentMethod):
                 f"alpha is {alpha} and sparsity is {sparsity}; give one of them: alpha (the paper, for example 5e-4),"
                 " or the sparsity to end with (for example 0.95)."
             )
-        if alpha is not None and not (alpha >= 0.0 and math.isfinite(alpha)):
-            raise ValueError(f"alpha is {alpha}; give the strength of a regulariser, at least 0, such as 5e-4.")
-        if reset_sparsity is not None and not reset_sparsity > 0.0:
-            raise ValueError(f"reset_sparsity is {reset_sparsity}; give one above 0, or above 1 for none.")
+        if alpha is not None and not (_is_number(alpha) and alpha >= 0.0 and math.isfinite(alpha)):
+            raise ValueError(
+                f"alpha is {alpha!r}; give the strength of a regulariser, a number of at least 0, such as 5e-4."
+            )
+        if reset_sparsity is not None and not (_is_number(reset_sparsity) and reset_sparsity > 0.0):
+            raise ValueError(f"reset_sparsity is {reset_sparsity!r}; give a number above 0, or above 1 for none.")
         if alpha is not None and alpha > _LARGEST_ALPHA:
             hint = f" For a sparsity, DST(sparsity={alpha:g})." if alpha < 1.0 else ""
             rank_zero_warn(f"DST: alpha is {alpha:g}; the authors use 5e-4.{hint}")
@@ -281,6 +284,11 @@ class DST(LatentMethod):
         self.resets = dict(state["resets"])
         if self._steering and state["steering"]:
             self._steering.load(state["steering"])
+
+
+def _is_number(value: object) -> bool:
+    plain: object = Constant(value).value  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    return isinstance(plain, int | float) and not isinstance(plain, bool)
 
 
 def _twin_optimizer(group: MaskGroup, thresholds: Mapping[str, nn.Parameter]) -> Optimizer:

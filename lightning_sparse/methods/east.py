@@ -28,7 +28,7 @@ from lightning_sparse.methods.budgets import LayerAllocation
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.prune_and_grow import PruneAndGrow
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing
-from lightning_sparse.schedules import Cosine, CycleShape, Cyclic, Duration, Schedule, UpdateTimes
+from lightning_sparse.schedules import Constant, Cosine, CycleShape, Cyclic, Duration, Schedule, UpdateTimes
 
 __all__ = ["EAST"]
 
@@ -128,7 +128,9 @@ class EAST(PruneAndGrow):
         _check_part("phasing", phasing, DyReLUPhasing)
         _check_part("sharing", sharing, WeightSharing)
         cyclic = before = None
+        UpdateTimes(every=update_every, stop=stop)  # refuses what are no durations
         if cycles:
+            _check_number("sparsity", sparsity)
             cyclic = Cyclic(sparsity, cycles, cycle_length, cycle_growth, multiplier, cycle_shape)
             end = min(1.0, cyclic.end) * stop  # a sum of fractions may be a little above 1, or above a whole step
             if isinstance(stop, int):
@@ -158,6 +160,13 @@ class EAST(PruneAndGrow):
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
         return weight.grad.abs()
+
+
+def _check_number(name: str, value: object) -> None:
+    plain: object = Constant(value).value  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    if isinstance(plain, bool) or not isinstance(plain, int | float):
+        hint = " The cycles are its schedule; a schedule of your own needs cycles=0." if callable(value) else ""
+        raise ValueError(f"{name} is {value!r}; give a number, a fraction in [0, 1).{hint}")
 
 
 def _check_part(name: str, value: object, kind: type[pl.Callback]) -> None:

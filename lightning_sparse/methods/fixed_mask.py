@@ -13,14 +13,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import count_true, zero_pruned_
+from lightning_sparse.functional.masks import count_true, pack, unpack, zero_pruned_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 from lightning_sparse.masks.selection import Candidate
@@ -41,7 +41,7 @@ class FixedMask(HardMaskMethod):
 
     There is no sparsity to ask for: it, and its target, is that of the masks. They are read as training begins;
     resumed with ``ckpt_path``, a training goes on with those that are in its checkpoint. What is frozen when training
-    begins, such as a backbone that a callback thaws later, is masked when an optimizer first has its gradient.
+    begins, such as a backbone that a callback thaws later, is masked when an optimizer first steps it.
 
     Args:
         masks: Where the masks come from:
@@ -104,37 +104,49 @@ class FixedMask(HardMaskMethod):
         # The one update is over before training begins.
         super().__init__(times=UpdateTimes(every=1, start=0, stop=0), include=include, exclude=exclude, seed=0)
         self.masks = masks
-        self._chosen: Mapping[str, Tensor] = {}
+        self._chosen: dict[str, Tensor] = {}
+        self._asleep: dict[str, Tensor] = {}
 
     @override
     def initialize_masks(self, group: MaskGroup) -> None:
-        if group is self.groups[0]:
-            self._chosen = self._masks_in_module() if self.masks is None else self._masks_given(self.masks)
         for weight in group:
-            weight.mask.copy_(self._chosen[weight.name])
+            weight.mask.copy_(self._chosen.pop(weight.name))
             weight.budget = count_true(weight.mask)
         group.updated_at = 0
-        if group is self.groups[-1]:
-            for candidate in self._frozen:  # which gets its mask when it thaws: that of its zeros
-                if candidate.name in self._chosen:
-                    zero_pruned_(candidate.parameter, self._chosen[candidate.name].to(candidate.parameter.device))
-            self._chosen = {}
 
     @override
-    def mask_of_thawed(self, candidate: Candidate) -> Tensor | None:
-        active = candidate.parameter != 0
-        return active if active.any() and not active.all() else None
+    def mask_of_thawed(self, name: str) -> Tensor | None:
+        return self._asleep.pop(name, None)
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        packed = {name: {"shape": list(mask.shape), "bits": pack(mask)} for name, mask in self._asleep.items()}
+        return super().method_state() | {"asleep": packed}
+
+    @override
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        super().load_method_state(state)
+        if state:
+            packed = state.get("asleep", {})
+            self._asleep = {name: unpack(its["bits"], its["shape"]) for name, its in packed.items()}
+            return
+        self._chosen = dict(self._masks_in_module() if self.masks is None else self._masks_given(self.masks))
+        self._asleep = {c.name: self._chosen.pop(c.name) for c in self._frozen if c.name in self._chosen}
+        for candidate in self._frozen:
+            if candidate.name in self._asleep:
+                zero_pruned_(candidate.parameter, self._asleep[candidate.name].to(candidate.parameter.device))
 
     def _masks_in_module(self) -> Mapping[str, Tensor]:
         zeros = {weight.name: weight.parameter != 0 for weight in self.weights}
         masks = zeros | dict(self.inherited)  # a weight that was just grown is zero, and active
-        frozen = any(self.mask_of_thawed(candidate) is not None for candidate in self._frozen)
+        frozen = {candidate.name: candidate.parameter != 0 for candidate in self._frozen}
+        frozen = {name: mask for name, mask in frozen.items() if mask.any() and not mask.all()}
         if not frozen and all(mask.all() for mask in masks.values()):
             raise MisconfigurationException(
                 f"FixedMask found no zero in {', '.join(masks)}: the module is dense. Load sparse weights into it"
                 " before fit, resume a sparse training with ckpt_path, or name the masks: FixedMask(masks=PATH)."
             )
-        return masks
+        return masks | frozen
 
     def _masks_given(self, given: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if isinstance(given, Mapping):

@@ -16,7 +16,14 @@ from lightning_sparse.functional.masks import largest
 from lightning_sparse.masks.randomness import random_scores
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
 from lightning_sparse.masks.succession import inherit_
-from lightning_sparse.methods.budgets import budget_of, check_budget, check_choice, check_count, layer_budgets
+from lightning_sparse.methods.budgets import (
+    budget_of,
+    check_budget,
+    check_choice,
+    check_count,
+    check_met,
+    layer_budgets,
+)
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.schedules import Duration, Polynomial, Schedule, UpdateTimes, as_schedule, check_fraction
 
@@ -124,6 +131,7 @@ class GradualPruning(HardMaskMethod):
         else:
             for weight, budget in zip(group, self._budgets(group, sparsity), strict=True):
                 self._prune_layer(weight, weight.num_active - budget)
+            check_met(group)
 
     def _prune_together(self, group: MaskGroup, n: int) -> None:
         remaining = group.num_active - max(n, 0)

@@ -71,7 +71,7 @@ class HardMaskMethod(SparseMethod):
                 f"{type(self).__name__} updates masks until step {self._timetable.stop}, but training ends after"
                 f" {total_steps:g}: the last updates will not happen. Give an earlier stop, or train longer."
             )
-        if self._timetable.only_at_its_ends:
+        if isinstance(self.times.every, int) and self._timetable.only_at_its_ends:
             rank_zero_warn(
                 f"{type(self).__name__}: update_every is {self._timetable.every} steps, but updates begin at step"
                 f" {self._timetable.first} and end at step {self._timetable.stop}: masks change there at the most, and"
@@ -108,7 +108,6 @@ class HardMaskMethod(SparseMethod):
             for weight, its_changed in zip(group, group.split(changed), strict=True):
                 clear_moments(group.optimizer, weight.parameter, its_changed)
             self.masks_changed(trainer, group)
-            _check_budgets_are_met(group)
             if self.replaces_step:
                 self.registry.idle_optimizers.add(group.optimizer)
 
@@ -132,27 +131,10 @@ class HardMaskMethod(SparseMethod):
     def extra_metrics(self) -> dict[str, float]:
         return {}
 
-    @final
     @override
     def method_state(self) -> dict[str, Any]:
         return {"stop": self._timetable.stop}
 
-    @final
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         self._resumed_stop = state.get("stop")
-
-
-def _check_budgets_are_met(group: MaskGroup) -> None:
-    """Find what a selection on a GPU does not look for, and what a method of a user's own does wrong.
-
-    Raises:
-        ValueError: A layer holds more or fewer weights than its budget.
-    """
-    for weight in group:
-        if weight.num_active != weight.budget:
-            raise ValueError(
-                f"{weight.name} has {weight.num_active} active weights after an update, but its budget is"
-                f" {weight.budget}. Scores of NaN cannot be ranked: if there are some, training has diverged; lower the"
-                " learning rate, or clip gradients. Else the method did not choose as many as it was asked for."
-            )

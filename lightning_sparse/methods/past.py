@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 from weakref import ref
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_sparse.masks.checkpoint import masks_by_method
@@ -33,6 +34,7 @@ class Past:
         self._masks_of_others: Mapping[str, Tensor] = {}
         self._trained: Callable[[], pl.LightningModule | None] = _nothing
         self._visited: Callable[[], pl.LightningModule | None] = _nothing
+        self._given_before: Mapping[str, Tensor] = {}
 
     def visit(self, module: pl.LightningModule) -> None:
         """``module`` is to be validated, tested or asked for predictions."""
@@ -42,7 +44,7 @@ class Past:
     def enter(self, module: pl.LightningModule) -> None:
         """``module`` is to be trained."""
         # A state that is here already came with weights that validate or test has put into the module.
-        if not (self._trained() is module is self._visited()):
+        if not (self._trained() is module is self._visited()) or self._given_since(module):
             self._forget_checkpoint()
 
     def remember(self, module: pl.LightningModule) -> None:
@@ -65,6 +67,8 @@ class Past:
         """
         if trainer.state.fn == "fit":
             refuse_unshared(trainer.lightning_module, checkpoint, trainer.ckpt_path)
+        else:
+            self._given_before = _given(trainer.lightning_module)
         here = {callback.state_key for callback in callbacks_of(trainer)}
         states: Mapping[str, Any] = checkpoint.get("callbacks", {})
         others = {key: state for key, state in states.items() if key not in here}
@@ -103,11 +107,25 @@ class Past:
         """The masks that other methods have left, in the checkpoint that is resumed or in ``pl_module``."""
         return self._masks_of_others or MaskRegistry.left_in(pl_module)
 
+    def _given_since(self, module: pl.LightningModule) -> bool:
+        """Whether ``module`` was given masks after validate or test had put the weights of a checkpoint into it."""
+        given, before = _given(module), self._given_before
+        return bool(given) and not (
+            given.keys() == before.keys() and all(torch.equal(mask, before[name]) for name, mask in given.items())
+        )
+
     def _forget_checkpoint(self) -> None:
-        self._state, self._masks_of_others = None, {}
+        self._state, self._masks_of_others, self._given_before = None, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_trained": _nothing, "_visited": _nothing}  # a reference cannot go to another process
+
+
+def _given(module: pl.LightningModule) -> dict[str, Tensor]:
+    """The masks that ``module`` was given since its last training; empty where its weights no longer fit them."""
+    if not MaskRegistry.was_given(module):
+        return {}
+    return {name: mask.cpu() for name, mask in MaskRegistry.left_in(module).items()}
 
 
 def _nothing() -> None:

@@ -22,6 +22,7 @@ from lightning_sparse.methods.budgets import (
     check_budget,
     check_choice,
     check_count,
+    check_met,
     layer_budgets,
 )
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -141,6 +142,7 @@ class PruneAndGrow(HardMaskMethod):
             else:
                 self._exchange(weight, share(fraction, weight.num_active))
             weight.budget = budget
+        check_met(group)
 
     def _exchange(self, weight: MaskedWeight, k: int) -> None:
         if not self.regrow:

@@ -46,8 +46,17 @@ class MaskHistory:
         self._latest = self._initial
         self._ever_active = self._initial
 
+    def add(self, masks: Mapping[str, Tensor]) -> None:
+        """Take in the first masks of weights that had none until now; of the others nothing changes."""
+        new = {name: mask for name, mask in masks.items() if name not in self._latest}
+        first = {name: pack(mask) for name, mask in new.items()}
+        self._numel += sum(mask.numel() for mask in new.values())
+        self._initial = self._initial | first
+        self._latest = self._latest | first
+        self._ever_active = self._ever_active | first
+
     def observe(self, masks: Mapping[str, Tensor]) -> float:
-        """Take in ``masks``, of the names and shapes of the first.
+        """Take in ``masks``, of the names and shapes of the first and of those added since.
 
         Returns:
             The share of entries that have changed since the last time, in [0, 1].
@@ -71,19 +80,25 @@ class MaskHistory:
         return {"initial": self._initial, "latest": self._latest, "ever_active": self._ever_active}
 
     def load_state_dict(self, state: HistoryState) -> None:
-        """Take what :meth:`state_dict` gave.
+        """Take what :meth:`state_dict` gave, of the masks that are there today.
+
+        Weights may have been frozen or thawed since: the state may lack some of today's masks, whose history then
+        begins today, or have more, which are left out.
 
         Raises:
             ValueError: The state is of other masks.
         """
         sizes = {name: bits.shape for name, bits in self._latest.items()}
         for part in (state["initial"], state["latest"], state["ever_active"]):
-            if {name: bits.shape for name, bits in part.items()} != sizes:
+            nested = part.keys() <= sizes.keys() or part.keys() >= sizes.keys()
+            if not nested or any(part[name].shape != size for name, size in sizes.items() if name in part):
                 raise ValueError(
                     f"The history is of the masks {', '.join(part)}, in their sizes, but these are {', '.join(sizes)}."
                     " Resume with the module, include= and exclude= of the run that wrote it."
                 )
-        self._initial, self._latest, self._ever_active = state["initial"], state["latest"], state["ever_active"]
+        self._initial = {name: state["initial"].get(name, bits) for name, bits in self._initial.items()}
+        self._latest = {name: state["latest"].get(name, bits) for name, bits in self._latest.items()}
+        self._ever_active = {name: state["ever_active"].get(name, bits) for name, bits in self._ever_active.items()}
 
     def _share(self, packed: Iterable[Tensor]) -> float:
         return sum(count_bits(bits) for bits in packed) / self._numel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -17,6 +18,7 @@ _MAX_COLUMNS = 1024
 class TimelineState(TypedDict):
     """A :class:`SparsityTimeline` in a checkpoint."""
 
+    layers: list[str]
     steps: list[int]
     sparsity: list[list[float]]
 
@@ -30,7 +32,7 @@ class SparsityTimeline:
     Attributes:
         layers: Names of the layers.
         steps: The steps that are kept.
-        sparsity: For each of them the sparsity of each layer, in [0, 1].
+        sparsity: For each of them the sparsity of each layer, in [0, 1]; NaN while a layer had no mask.
 
     Example:
         >>> timeline = SparsityTimeline(["0.weight", "2.weight"])
@@ -45,6 +47,11 @@ class SparsityTimeline:
         self.steps: list[int] = []
         self.sparsity: list[list[float]] = []
 
+    def add(self, layers: Sequence[str]) -> None:
+        """Take in layers that had no mask until now; those that are here already stay as they are."""
+        known, self.layers = self.layers, list(dict.fromkeys([*self.layers, *layers]))
+        self.sparsity = _of_layers(self.layers, known, self.sparsity)
+
     def record(self, step: int, sparsity: Sequence[float]) -> None:
         """Keep the sparsity of each layer from ``step`` on; a second record of a step replaces the first."""
         if self.steps and self.steps[-1] == step:
@@ -57,16 +64,20 @@ class SparsityTimeline:
 
     def state_dict(self) -> TimelineState:
         """What a checkpoint must hold."""
-        return {"steps": list(self.steps), "sparsity": [list(column) for column in self.sparsity]}
+        return {
+            "layers": list(self.layers),
+            "steps": list(self.steps),
+            "sparsity": [list(column) for column in self.sparsity],
+        }
 
     def load_state_dict(self, state: TimelineState) -> None:
-        """Take what :meth:`state_dict` gave."""
-        self.steps, self.sparsity = list(state["steps"]), [list(column) for column in state["sparsity"]]
+        """Take what :meth:`state_dict` gave, of the layers that are there today."""
+        self.steps, self.sparsity = list(state["steps"]), _of_layers(self.layers, state["layers"], state["sparsity"])
 
     def draw(self, end: int) -> Figure:
         """The heat map: layers from top to bottom, steps from left to right, up to ``end``; needs matplotlib.
 
-        On the right stands each layer's last sparsity.
+        On the right stands each layer's last sparsity. What is NaN stays blank.
         """
         from matplotlib.figure import Figure
 
@@ -86,3 +97,9 @@ class SparsityTimeline:
         width = max(20.0, 1.5 * len(rows))  # of the colour bar: its height over this
         figure.colorbar(image, ax=axes, label="sparsity", ticks=[0.0, 0.25, 0.5, 0.75, 1.0], aspect=width)
         return figure
+
+
+def _of_layers(layers: Sequence[str], known: Sequence[str], columns: Sequence[Sequence[float]]) -> list[list[float]]:
+    """``columns``, which are of the layers ``known``, as columns of ``layers``."""
+    by_name = [dict(zip(known, column, strict=False)) for column in columns]
+    return [[column.get(name, math.nan) for name in layers] for column in by_name]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_sparse.masks import select_weights
-from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.gradual_pruning import GradualPruning
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.modules import DyReLUPhasing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from lightning_sparse.methods import SparseMethod
 
 __all__ = ["Case", "random_masks"]
 
@@ -85,7 +86,7 @@ class Case:
     @property
     def masks_what_thaws(self) -> bool:
         """Whether it has masks for weights that are frozen when training begins."""
-        return self.method.mask_of_thawed is not SparseMethod.mask_of_thawed
+        return self.make().masks_what_thaws
 
 
 def random_masks(module: nn.Module, sparsity: float = 0.8) -> dict[str, Tensor]:

@@ -199,6 +199,54 @@ def test_masks_of_the_network_inside_are_refused_with_the_names_of_the_module(sa
         apply_masks(ToyModel().network, root / "fggp.masks")
 
 
+def test_zeros_under_other_names_are_refused_with_both(tmp_path: Path) -> None:
+    torch.save({"other": torch.eye(2)}, tmp_path / "eye.pt")
+    with pytest.raises(CheckpointError, match=r"asked for, which are weight; it has other\."):
+        apply_masks(nn.Linear(2, 2), tmp_path / "eye.pt")
+
+
+def _evaluated(root: Path, ckpt_path: bool = True) -> tuple[FGGP, ToyModel, Masks]:
+    """A method and its module, with the weights that validate has loaded; and masks other than its own."""
+    model, method = ToyModel(), FGGP(0.95, update_every=1)
+    trainer = make_trainer(root, callbacks=[method])
+    trainer.fit(model)
+    trainer.save_checkpoint(root / "own.ckpt")
+    others = {name: torch.zeros_like(mask) for name, mask in masks_of(method).items()}
+    for name, mask in others.items():
+        mask.view(-1)[::3] = True
+        assert not torch.equal(mask, masks_of(method)[name])
+    if ckpt_path:
+        make_trainer(root, callbacks=[method]).validate(model, ckpt_path=root / "own.ckpt", verbose=False)
+    return method, model, others
+
+
+def test_masks_go_before_the_state_of_a_checkpoint_that_was_validated_earlier(tmp_path: Path) -> None:
+    method, model, others = _evaluated(tmp_path)
+    apply_masks(model, others)
+    train(method, model, tmp_path)
+    assert_same(dict(method.inherited), others)
+
+
+def test_masks_do_not_go_before_a_checkpoint_that_is_validated_later(tmp_path: Path) -> None:
+    method, model, others = _evaluated(tmp_path, ckpt_path=False)
+    own = masks_of(method)
+    apply_masks(model, {name: mask | own[name] for name, mask in others.items()})  # which the checkpoint's weights fit
+    make_trainer(tmp_path, callbacks=[method]).validate(model, ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    look = train(method, model, tmp_path)
+    assert not method.inherited
+    assert_same(look.steps[0], own)
+
+
+def test_the_checkpoint_of_a_fit_goes_before_masks_that_were_given(tmp_path: Path) -> None:
+    method, model, others = _evaluated(tmp_path)
+    own = masks_of(method)
+    apply_masks(model, others)
+    look = Look(method)
+    make_trainer(tmp_path, callbacks=[method, look], max_epochs=4).fit(model, ckpt_path=tmp_path / "own.ckpt")
+    assert not method.inherited
+    assert_same(look.steps[0], own)
+
+
 def test_a_module_in_training_is_refused(tmp_path: Path) -> None:
     class Apply(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

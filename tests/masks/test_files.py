@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -114,8 +115,24 @@ def test_what_has_no_masks_is_an_error_that_says_what_has_some(tmp_path: Path) -
 
 
 def test_what_is_no_mask_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mask of weight is torch\.float32; give torch\.bool"):
+    with pytest.raises(ValueError, match=r"mask of weight is torch\.float32; give a tensor of torch\.bool"):
         save_masks(tmp_path / "masks", {"weight": torch.eye(2)})
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (1, r"no tensor but of type int; give a tensor of torch\.bool, True = active, of the weight's shape"),
+        (None, r"no tensor but of type NoneType; give a tensor of torch\.bool"),
+        ([True], r"no tensor but of type list; give a tensor of torch\.bool"),
+        (np.eye(2) != 0, r"no tensor but of type ndarray; .*, as in `torch\.as_tensor\(mask\) != 0`\."),
+        (np.eye(2), r"no tensor but of type ndarray; .*, as in `torch\.as_tensor\(mask\) != 0`\."),
+    ],
+)
+def test_what_is_no_tensor_is_not_written(mask: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"The mask of weight is {sentence}"):
+        save_masks(tmp_path / "masks", {"weight": mask})
+    assert not (tmp_path / "masks").exists()
 
 
 @pytest.mark.parametrize("read", [load_masks, read_masks])
@@ -178,6 +195,20 @@ def test_a_dense_checkpoint_is_an_error(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "dense.pt")
     with pytest.raises(CheckpointError, match="is dense: no method has saved masks"):
         read_masks(tmp_path / "dense.pt")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.network."])
+def test_weights_under_other_names_are_an_error_that_shows_both(prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / "eye.pt"
+    torch.save({f"{prefix}{index}.weight": torch.eye(2) for index in range(6)}, path)
+    shown = rf"asked for, which are 0\.weight, 1\.weight; it has {prefix}0\.weight, .*{prefix}3\.weight and 2 more\. Give"
+    with pytest.raises(CheckpointError, match=shown):
+        read_masks(path, names=(f"{index}.weight" for index in range(2)))
+
+
+def test_names_that_the_file_does_not_have_are_left_out(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.eye(2)}, tmp_path / "eye.pt")
+    assert_same(read_masks(tmp_path / "eye.pt", names=["fc.weight", "head.weight"]), {"fc.weight": torch.eye(2) != 0})
 
 
 def test_a_checkpoint_whose_mask_is_cut_short_is_an_error(trained: tuple[GMP, ToyModel], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_sparse.masks import select_weights
-from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.masks.selection import as_patterns, canonical_name
 
 
 def masked_names(module: nn.Module, **patterns: Sequence[str]) -> list[str]:
@@ -352,6 +352,15 @@ def test_the_name_of_a_module_is_answered_with_the_pattern_of_its_parameters(
 def test_what_is_no_list_of_strings_is_refused(argument: str, patterns: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=argument + sentence):
         select_weights(network(), **{argument: patterns})
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_the_patterns_of_a_set_are_in_one_order_in_every_process(kind: Any) -> None:
+    letters = [*"hgfedcba"]
+    assert as_patterns("include", kind(letters)) == tuple("abcdefgh")
+    assert as_patterns("include", letters) == tuple("hgfedcba")
+    with pytest.raises(ValueError, match=r"include\[\d\] is the class Conv2d"):
+        as_patterns("include", kind(["a", nn.Conv2d]))
 
 
 def test_the_type_of_every_module_is_no_pattern() -> None:

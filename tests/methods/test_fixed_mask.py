@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,6 +96,7 @@ def test_zeros_and_nothing_else_are_masked(rows: list[list[float]]) -> None:
     for layer, row in zip(module, rows, strict=True):
         layer.weight = nn.Parameter(torch.tensor([row]))
     method, group = _claimed(module)
+    method.load_method_state({})
     method.initialize_masks(group)
     assert group.mask.tolist() == [value != 0.0 for row in rows for value in row]
     assert [weight.budget for weight in group] == [len(row) - row.count(0.0) for row in rows]
@@ -274,3 +277,101 @@ def test_a_layer_without_active_weights_is_named(tmp_path: Path) -> None:
 
 def test_before_training_there_is_no_sparsity() -> None:
     assert FixedMask().target_sparsity() == 0.0
+
+
+class Thaw(L.Callback):
+    """Lets the first layer be trained from an epoch on."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch >= self.epoch:
+            pl_module.get_parameter(FIRST).requires_grad_(True)
+
+
+FIRST = "network.0.weight"
+
+
+def frozen_toy() -> ToyModel:
+    module = ToyModel()
+    module.get_parameter(FIRST).requires_grad_(False)
+    return module
+
+
+def pruned_are_zero(module: L.LightningModule, masks: dict[str, Tensor]) -> bool:
+    return all(not module.get_parameter(name).detach()[~mask].any() for name, mask in masks.items())
+
+
+def test_a_layer_that_is_trainable_at_the_second_fit_is_masked(tmp_path: Path) -> None:
+    module, masks = frozen_toy(), random_masks(ToyModel())
+    method = FixedMask(masks)
+    make_trainer(tmp_path, max_epochs=1, callbacks=[method]).fit(module)
+    module.get_parameter(FIRST).requires_grad_(True)
+    make_trainer(tmp_path, max_epochs=1, callbacks=[method]).fit(module)
+    assert pruned_are_zero(module, masks)
+    assert torch.equal(method.registry[FIRST].mask, masks[FIRST])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_layer_that_is_trainable_at_a_resume_is_masked(given: bool, tmp_path: Path) -> None:
+    module, masks = frozen_toy(), random_masks(ToyModel())
+    first = make_trainer(tmp_path, max_epochs=1, callbacks=[FixedMask(masks)])
+    first.fit(module)
+    first.save_checkpoint(tmp_path / "frozen.ckpt")
+    again, method = ToyModel(), FixedMask(masks if given else None)
+    make_trainer(tmp_path, max_epochs=2, callbacks=[method]).fit(again, ckpt_path=tmp_path / "frozen.ckpt")
+    assert pruned_are_zero(again, masks)
+    assert torch.equal(method.registry[FIRST].mask, masks[FIRST])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 1.0])
+def test_a_given_mask_of_a_frozen_layer_is_honoured_whatever_its_zeros(sparsity: float, tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    masks[FIRST] = torch.rand(masks[FIRST].shape) >= sparsity
+    module = frozen_toy()
+    with torch.no_grad():
+        module.get_parameter(FIRST)[:, ::2] = 0.0  # active, and zero by chance
+    method = FixedMask(masks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a layer without an active weight is named
+        make_trainer(tmp_path, max_epochs=2, callbacks=[Thaw(1), method]).fit(module)
+    assert torch.equal(method.registry[FIRST].mask, masks[FIRST])
+    assert pruned_are_zero(module, masks)
+
+
+@pytest.mark.filterwarnings("ignore:FixedMask at step.*so left dense")
+def test_zeros_that_a_dense_layer_comes_by_later_are_no_mask(tmp_path: Path) -> None:
+    class Zero(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            with torch.no_grad():
+                pl_module.get_parameter(FIRST)[0] = 0.0
+
+    masks = random_masks(ToyModel())
+    del masks[FIRST]
+    method = FixedMask(masks)
+    make_trainer(tmp_path, max_epochs=2, callbacks=[Thaw(0), Zero(), method]).fit(frozen_toy())
+    assert FIRST not in method.registry
+
+
+def test_a_network_whose_masked_weights_are_all_frozen_begins(tmp_path: Path) -> None:
+    masks = {FIRST: random_masks(ToyModel())[FIRST]}
+    others = GMP(0.5, exclude=[FIRST], update_every=1, stop=4)
+    module, method = frozen_toy(), FixedMask(masks, include=[FIRST])
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[others, method, Thaw(1)])
+    trainer.fit(module)
+    assert pruned_are_zero(module, masks)
+    assert torch.equal(method.registry[FIRST].mask, masks[FIRST])
+
+
+def test_the_best_checkpoint_of_fewer_layers_is_compared_by_what_both_have(tmp_path: Path) -> None:
+    masks = random_masks(ToyModel())
+    first = make_trainer(tmp_path, max_epochs=2, callbacks=[FixedMask(masks), Thaw(1)])
+    module = frozen_toy()
+    first.fit(module)
+    first.save_checkpoint(tmp_path / "thawed.ckpt")
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    again = make_trainer(tmp_path, max_epochs=3, callbacks=[FixedMask(masks), best], enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the best checkpoint")
+        again.fit(frozen_toy(), ckpt_path=tmp_path / "thawed.ckpt")

@@ -47,3 +47,32 @@ def test_a_history_of_other_masks_is_refused() -> None:
     state = MaskHistory({"other": torch.ones(3, dtype=torch.bool)}).state_dict()
     with pytest.raises(ValueError, match=r"masks other.*these are first, second"):
         MaskHistory(masks(0)).load_state_dict(state)
+
+
+def test_masks_that_join_begin_their_history_there() -> None:
+    first, second = masks(0), masks(1)
+    history = MaskHistory({"first": first["first"]})
+    history.add(first)
+    assert history.changed_since_start == 0
+    assert history.observe(second) == mask_change(list(first.values()), list(second.values()))
+    assert history.ever_active == exploration_rate([first[name] | second[name] for name in first])
+
+
+def test_a_history_of_fewer_or_more_masks_keeps_what_both_have() -> None:
+    first, second = masks(0), masks(1)
+    fewer, more = MaskHistory({"second": first["second"]}), MaskHistory(first)
+    fewer.observe({"second": second["second"]})
+    more.observe(second)
+    grown, shrunk = MaskHistory(second), MaskHistory({"second": second["second"]})
+    grown.load_state_dict(fewer.state_dict())
+    shrunk.load_state_dict(more.state_dict())
+    changed = mask_change([first["second"]], [second["second"]])
+    assert shrunk.changed_since_start == changed
+    assert grown.changed_since_start == pytest.approx(changed * 7 / 22)
+    assert shrunk.observe({"second": second["second"]}) == grown.observe(second) == 0
+
+
+def test_a_history_of_other_shapes_is_refused() -> None:
+    state = MaskHistory({"second": torch.ones(70, dtype=torch.bool)}).state_dict()
+    with pytest.raises(ValueError, match="in their sizes"):
+        MaskHistory(masks(0)).load_state_dict(state)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lightning_sparse.metrics.timeline import SparsityTimeline
@@ -47,3 +49,36 @@ def test_a_single_record_can_be_drawn() -> None:
     timeline = SparsityTimeline(["layer"])
     timeline.record(5, [0.5])
     assert timeline.draw(end=5).axes[0].get_xlim() == (5, 6)
+
+
+def test_layers_that_join_have_no_sparsity_before() -> None:
+    timeline = SparsityTimeline(["head"])
+    timeline.record(0, [0.5])
+    timeline.add(["head", "backbone"])
+    timeline.record(1, [0.5, 0.9])
+    assert timeline.layers == ["head", "backbone"]
+    assert timeline.sparsity[0][0] == 0.5
+    assert math.isnan(timeline.sparsity[0][1])
+    assert timeline.sparsity[1] == [0.5, 0.9]
+
+
+def test_it_goes_on_with_the_layers_of_today() -> None:
+    timeline = SparsityTimeline(["head", "neck"])
+    timeline.record(0, [0.5, 0.9])
+    fewer, more = SparsityTimeline(["neck"]), SparsityTimeline(["backbone", "neck", "head"])
+    fewer.load_state_dict(timeline.state_dict())
+    more.load_state_dict(timeline.state_dict())
+    assert fewer.sparsity == [[0.9]]
+    assert more.sparsity[0][1:] == [0.9, 0.5]
+    assert math.isnan(more.sparsity[0][0])
+
+
+def test_a_layer_that_joined_can_be_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    timeline = SparsityTimeline(["head"])
+    timeline.record(0, [0.5])
+    timeline.add(["backbone"])
+    timeline.record(1, [0.5, 0.9])
+    figure = timeline.draw(end=2)
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["head", "backbone"]
