@@ -22,6 +22,7 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {
     "SGD": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
     "AdamW": partial(torch.optim.AdamW, lr=1e-4),
+    "AdamW-fused": partial(torch.optim.AdamW, lr=1e-4, fused=True),
 }
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CLASSES = 10

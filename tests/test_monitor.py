@@ -537,6 +537,7 @@ class TestResume:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 class TestThaw:
     def test_the_heat_map_takes_in_what_thaws(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
@@ -559,9 +560,10 @@ class TestThaw:
         # the layers have their masks from the ninth step on, whose forward pass came before them
         assert logger.curves["flops/training"][16] == pytest.approx((9 * dense + 7 * half) / 16)
 
+    @pytest.mark.filterwarnings("ignore:FGGP at step 0.*head.4.weight hold zeros")
     @pytest.mark.parametrize("monitor_first", [True, False])
     def test_beside_a_method_that_updates(self, monitor_first: bool, tmp_path: Path) -> None:
-        callbacks = [
+        callbacks: list[L.Callback] = [
             FGGP(0.8, update_every=2, stop=20, include=HEAD),
             FixedMask(exclude=HEAD),
             BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False),
@@ -585,6 +587,7 @@ class TestThaw:
     def test_in_the_last_batch_of_an_epoch(self, tmp_path: Path) -> None:
         monitor = SparsityMonitor()
         fit(tmp_path, monitor, FixedMask(), Thaw(), model=WithBackbone(), limit_train_batches=1)
+        assert monitor.timeline.layers == HEAD + BACKBONE
         assert monitor.timeline.sparsity[-1] == [0.5] * 3
 
     @pytest.mark.parametrize("frozen", [True, False])
@@ -597,7 +600,7 @@ class TestThaw:
         logger, _ = fit(tmp_path, monitor, FixedMask(), model=model, ckpt_path=path, max_epochs=3)
         assert set(monitor.timeline.layers) == {*HEAD, *(() if frozen else BACKBONE)}
         assert monitor.timeline.steps == [0, 8, 16, 24]
-        head = monitor.timeline.layers.index(*HEAD)
+        head = monitor.timeline.layers.index(HEAD[0])
         assert [column[head] for column in monitor.timeline.sparsity] == [0.5] * 4
         assert monitor.timeline.sparsity[-1] == [0.5] * len(monitor.timeline.layers)
         dense, half = (320 + 24 / 2) / 344, 0.5

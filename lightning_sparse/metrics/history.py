@@ -42,9 +42,9 @@ class MaskHistory:
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._numel = sum(mask.numel() for mask in masks.values())
-        self._initial = {name: pack(mask) for name, mask in masks.items()}
-        self._latest = self._initial
-        self._ever_active = self._initial
+        self._initial: PackedMasks = {name: pack(mask) for name, mask in masks.items()}
+        self._latest: PackedMasks = self._initial
+        self._ever_active: PackedMasks = self._initial
 
     def add(self, masks: Mapping[str, Tensor]) -> None:
         """Take in the first masks of weights that had none until now; of the others nothing changes."""

@@ -201,7 +201,9 @@ def test_a_dense_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_weights_under_other_names_are_an_error_that_shows_both(prefix: str, tmp_path: Path) -> None:
     path = tmp_path / "eye.pt"
     torch.save({f"{prefix}{index}.weight": torch.eye(2) for index in range(6)}, path)
-    shown = rf"asked for, which are 0\.weight, 1\.weight; it has {prefix}0\.weight, .*{prefix}3\.weight and 2 more\. Give"
+    shown = (
+        rf"asked for, which are 0\.weight, 1\.weight; it has {prefix}0\.weight, .*{prefix}3\.weight and 2 more\. Give"
+    )
     with pytest.raises(CheckpointError, match=shown):
         read_masks(path, names=(f"{index}.weight" for index in range(2)))
 
