@@ -75,7 +75,7 @@ CASES = {
 SMALLEST = Case("LeNet-300-100", LeNet300100, (64, 1, 28, 28), rounds=1, steps=8, every=2, skip=1)
 
 
-class Classifier(L.LightningModule):
+class Timed(L.LightningModule):
     """Trains a network on noise that is in memory, and logs nothing.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 
-from benchmarks.cases import CASES, OPTIMIZERS, PRECISIONS, SMALLEST, Case, Classifier, Optimizer
+from benchmarks.cases import CASES, OPTIMIZERS, PRECISIONS, SMALLEST, Case, Timed, Optimizer
 from benchmarks.contenders import METHODS, RIVALS, Contender
 from benchmarks.harness import Ratio, alternate, argument_parser, quiet_trainer, report, write
 
@@ -48,7 +48,7 @@ def fit(
     """Train for the steps of ``case``."""
     network = case.network()
     contender.prepare(network)
-    module = Classifier(network, case.batch, case.steps, optimizer)
+    module = Timed(network, case.batch, case.steps, optimizer)
     callbacks = [turns, *contender.callbacks()]
     quiet_trainer(max_epochs=1, callbacks=callbacks, accelerator=device, precision=precision).fit(module)
 
