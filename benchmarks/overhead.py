@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 
-from benchmarks.cases import CASES, OPTIMIZERS, PRECISIONS, SMALLEST, Case, Timed, Optimizer
+from benchmarks.cases import CASES, OPTIMIZERS, PRECISIONS, SMALLEST, Case, Optimizer, Timed
 from benchmarks.contenders import METHODS, RIVALS, Contender
 from benchmarks.harness import Ratio, alternate, argument_parser, quiet_trainer, report, write
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,8 +14,6 @@ from tests.helpers import ToyModel, make_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import lightning as L
 
 
 class Graded(ToyModel):
@@ -28,9 +27,9 @@ class Graded(ToyModel):
         self.log("graded", self.losses[self.current_epoch])
 
 
-def fit(method: SparseMethod, losses: list[float], root: Path, **settings: Any) -> L.Trainer:
+def fit(method: SparseMethod, losses: list[float], root: Path, *others: L.Callback, **settings: Any) -> L.Trainer:
     best = ModelCheckpoint(root, monitor="graded", **settings)
-    trainer = make_trainer(root, max_epochs=4, callbacks=[method, best], enable_checkpointing=True)
+    trainer = make_trainer(root, max_epochs=4, callbacks=[method, *others, best], enable_checkpointing=True)
     trainer.fit(Graded(losses))
     return trainer
 
@@ -56,11 +55,11 @@ def test_a_best_checkpoint_as_sparse_as_the_end_is_not(
 
 
 def test_a_checkpoint_that_cannot_be_read_safely_is_passed_over(tmp_path: Path) -> None:
-    class WithCode(FGGP):
+    class WithCode(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             best = trainer.checkpoint_callback
             assert isinstance(best, ModelCheckpoint)
             if best.best_model_path:
                 torch.save({"callbacks": object}, best.best_model_path)
 
-    fit(WithCode(0.9, update_every=1, stop=0.7), [0.5, 0.1, 0.7, 0.9], tmp_path)
+    fit(FGGP(0.9, update_every=1, stop=0.7), [0.5, 0.1, 0.7, 0.9], tmp_path, WithCode())

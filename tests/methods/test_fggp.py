@@ -27,7 +27,7 @@ def select(n: int, *, among: list[int] | None = None, **settings: Any) -> list[i
     """The indices of the ``n`` weights above that are pruned at the end of training."""
     eligible = torch.zeros(8, dtype=torch.bool)
     eligible[list(range(8)) if among is None else among] = True
-    pruned = FGGP(0.9, **settings).prune(torch.tensor(WEIGHT), torch.tensor(GRAD), eligible, n)
+    pruned = FGGP(0.9, **settings).prune([torch.tensor(WEIGHT)], [torch.tensor(GRAD)], eligible, n)
     return pruned.nonzero().squeeze(1).tolist()
 
 
@@ -88,7 +88,7 @@ def test_an_annealed_pool_shrinks_with_progress(step: int, pruned: list[int]) ->
     fggp.resolve_times(200)
     fggp.step = step
     among = torch.ones(8, dtype=torch.bool)
-    mask = fggp.prune(torch.tensor(WEIGHT), torch.tensor(GRAD), among, 3)
+    mask = fggp.prune([torch.tensor(WEIGHT)], [torch.tensor(GRAD)], among, 3)
     assert mask.nonzero().squeeze(1).tolist() == pruned
 
 
@@ -97,7 +97,7 @@ def test_the_pool_is_the_rate_that_is_written_and_not_its_neighbour_in_floating_
     # 0.29 · 100 is 28.999999999999996. The weight with the smallest |w| is the last that fits the pool.
     weight, grad = torch.ones(100), torch.arange(100.0)
     weight[size - 1] = 0.0
-    pruned = FGGP(0.9, pool=pool).prune(weight, grad, torch.ones(100, dtype=torch.bool), 1)
+    pruned = FGGP(0.9, pool=pool).prune([weight], [grad], torch.ones(100, dtype=torch.bool), 1)
     assert pruned.nonzero().squeeze(1).tolist() == [size - 1]
 
 
@@ -157,7 +157,7 @@ def test_selection_is_what_sorting_twice_would_choose(
     among = torch.zeros(len(weight), dtype=torch.bool)
     among[active] = True
     fggp = FGGP(0.9, pool=pool, pool_of=pool_of, first=first)
-    pruned = fggp.prune(torch.tensor(weight), torch.tensor(grad), among, n)
+    pruned = fggp.prune([torch.tensor(weight)], [torch.tensor(grad)], among, n)
     assert pruned.nonzero().squeeze(1).tolist() == reference(weight, grad, active, n, pool, pool_of, first)
 
 

@@ -178,7 +178,7 @@ def test_on_a_gpu_a_selection_that_finds_too_few_gives_those(monkeypatch: pytest
 def test_weights_of_nan_are_named_when_they_cannot_be_ranked_on_a_gpu() -> None:
     module = Layers(2)
     with torch.no_grad():
-        module.network[1].weight[:, :15] = torch.nan
+        module.get_parameter("network.1.weight")[:, :15] = torch.nan
     with pytest.raises(ValueError, match=r"network\.1\.weight has \d+ active weights after an update, but its budget"):
         L.Trainer(
             accelerator="auto", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
