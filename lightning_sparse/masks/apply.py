@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.masks.files import read_masks
+from lightning_sparse.masks.given import check_bool, wrong_shapes
 from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
-from lightning_sparse.masks.selection import Plan, judge_parameters
+from lightning_sparse.masks.selection import Plan, judge_parameters, names_near
 
 __all__ = ["apply_masks"]
 
@@ -56,7 +56,8 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
     plan = judge_parameters(module)
     given, source = _read(masks, plan)
     _check_names(given, source, plan)
-    _check_shapes(given, source, plan)
+    if wrong := wrong_shapes(given, plan, source):
+        raise ValueError(wrong)
     by_name = _by_first_name(given, source, plan)
     left = MaskRegistry.left_in(module)  # of weights that were pruned before, and have no mask here
     for candidate in plan:
@@ -81,10 +82,7 @@ def _read(masks: Any, plan: Plan) -> tuple[dict[str, Tensor], str]:
             " its training."
         )
     tensors = {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
-    for name, mask in tensors.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"masks[{name!r}] is {kind}; give a tensor of torch.bool, as in `weight != 0`.")
+    check_bool(tensors)
     return tensors, "The mapping masks="
 
 
@@ -92,23 +90,10 @@ def _check_names(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
     known = [candidate.name for candidate in plan]
     unknown = [name for name in masks if name not in known]
     if unknown:
-        near = [name for each in unknown for name in difflib.get_close_matches(each, known, n=3, cutoff=0.4)]
         raise ValueError(
             f"{source} has masks of {', '.join(unknown)}, which the module does not have. Its parameters near them:"
-            f" {', '.join(dict.fromkeys(near or known[:8]))}. Give the module that the masks are of, which is the one"
+            f" {names_near(unknown, known)}. Give the module that the masks are of, which is the one"
             " that fit was given, or its masks."
-        )
-
-
-def _check_shapes(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
-    wrong = [
-        f"{candidate.name} is {tuple(candidate.parameter.shape)} and its mask {tuple(masks[candidate.name].shape)}"
-        for candidate in plan
-        if candidate.name in masks and masks[candidate.name].shape != candidate.parameter.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{source} has masks of other shapes than the module: {'; '.join(wrong)}. Give the masks of this module."
         )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_sparse.modules.dyrelu import HyperLinear
 from lightning_sparse.modules.weight_sharing import SharedConvolution, uses_of
 
-__all__ = ["Candidate", "Plan", "as_patterns", "canonical_name", "judge_parameters", "select_weights"]
+__all__ = ["Candidate", "Plan", "as_patterns", "canonical_name", "judge_parameters", "names_near", "select_weights"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -190,8 +190,23 @@ def _shown(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
 
 
+def names_near(unknown: Iterable[str], known: Sequence[str]) -> str:
+    """Of the names that are known those like the unknown ones, or the first of all, for the message of an error.
+
+    Example:
+        >>> names_near(["fc.wieght"], ["conv.weight", "fc.bias", "fc.weight"])
+        'fc.weight, conv.weight, fc.bias'
+    """
+    near = [name for each in unknown for name in difflib.get_close_matches(each, known, n=3, cutoff=0.4)]
+    return ", ".join(dict.fromkeys(near or known[:8]))
+
+
 def select_weights(
-    module: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    module: nn.Module,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    frozen: bool = False,
 ) -> Plan:
     """Decide for every parameter of ``module`` whether it is masked.
 
@@ -202,6 +217,7 @@ def select_weights(
             wildcard that names a parameter or a type in full also admits an embedding or a weight of an unknown module;
             ``["*", "MixtralExperts"]`` masks those beside all others.
         exclude: Patterns of what stays dense; it wins over ``include``.
+        frozen: Whether a plan will do whose weights are all frozen yet.
 
     Returns:
         The plan, one entry for each name of each parameter.
@@ -216,7 +232,7 @@ def select_weights(
         [('0.weight', ''), ('0.bias', 'bias'), ('1.weight', 'norm'), ('1.bias', 'norm')]
     """
     plan = judge_parameters(module, include=include, exclude=exclude)
-    if not plan.masked:
+    if not (plan.weights if frozen else plan.masked):
         raise MisconfigurationException(
             f"{type(module).__name__} has no weight to mask. Its parameters and the reasons:\n{plan}\n"
             "Masked are weights of linear, convolution, recurrent and attention layers; to mask another floating-point"
@@ -289,9 +305,8 @@ def _check_matches_something(argument: str, pattern: str, owned: Sequence[_Owned
             f" parameters write '{meant[0]}.*'."
         )
     known = sorted({item.name for item in owned} | {type(item.module).__name__ for item in owned})
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:8]
     raise MisconfigurationException(
-        f"{argument}={pattern!r} matches no parameter name and no module type. Near it: {', '.join(near)}."
+        f"{argument}={pattern!r} matches no parameter name and no module type. Near it: {names_near([pattern], known)}."
         " Patterns are globs over parameter names ('encoder.*.weight') and module types ('Conv2d')."
     )
 

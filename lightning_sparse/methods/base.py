@@ -39,7 +39,7 @@ from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
-from lightning_sparse.masks.selection import Candidate, as_patterns, judge_parameters, select_weights
+from lightning_sparse.masks.selection import Candidate, as_patterns, select_weights
 from lightning_sparse.masks.succession import forget_pruned, waking_zeros
 from lightning_sparse.methods.best_checkpoint import denser_checkpoints
 from lightning_sparse.methods.paper import Paper
@@ -219,9 +219,8 @@ class SparseMethod(pl.Callback, ABC):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = dict(self.__dict__)
         state = self._past.state(self, trainer, pl_module)
-        plan = judge_parameters(pl_module, include=self.include, exclude=self.exclude)
-        if not (self.masks_what_thaws and plan.weights):
-            plan = select_weights(pl_module, include=self.include, exclude=self.exclude)
+        patterns = {"include": self.include, "exclude": self.exclude}
+        plan = select_weights(pl_module, **patterns, frozen=self.masks_what_thaws)
         were_frozen: Sequence[str] = ()
         if state is not None:
             plan = plan.without(state.get("dense", ()))

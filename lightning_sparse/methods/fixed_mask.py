@@ -10,20 +10,19 @@ Differs from the paper:
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.masks import count_true, pack, unpack, zero_pruned_
 from lightning_sparse.masks.files import read_masks
-from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
-from lightning_sparse.masks.selection import Candidate
+from lightning_sparse.masks.given import check_bool, wrong_shapes
+from lightning_sparse.masks.registry import MaskGroup
+from lightning_sparse.masks.selection import names_near
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes
@@ -64,6 +63,7 @@ class FixedMask(HardMaskMethod):
 
     Example:
         >>> import lightning as L
+        >>> import torch
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_sparse import FixedMask
         >>> fixed = FixedMask(masks={"layer.weight": torch.eye(2, 32, dtype=torch.bool)})
@@ -97,10 +97,8 @@ class FixedMask(HardMaskMethod):
                 f"masks is {masks!r}; give a path, a mapping of names to masks, or nothing. A sparsity cannot be asked"
                 " for: fixed masks keep that of the weights. To prune, use GMP or FGGP."
             )
-        for name, mask in masks.items() if isinstance(masks, Mapping) else ():
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(f"masks[{name!r}] is {kind}; give a tensor of torch.bool, as in `weight != 0`.")
+        if isinstance(masks, Mapping):
+            check_bool(masks)
         # The one update is over before training begins.
         super().__init__(times=UpdateTimes(every=1, start=0, stop=0), include=include, exclude=exclude, seed=0)
         self.masks = masks
@@ -157,10 +155,10 @@ class FixedMask(HardMaskMethod):
         known = [weight.name for weight in self.weights] + [candidate.name for candidate in self.dense]
         unknown = [name for name in masks if name not in known]
         if unknown:
-            near = _near(unknown, [weight.name for weight in self.weights])
+            near = names_near(unknown, [weight.name for weight in self.weights])
             raise MisconfigurationException(
                 f"{source} has masks of {', '.join(unknown)}, which the module does not have. Its weights near them:"
-                f" {', '.join(near)}. Give the masks of this module."
+                f" {near}. Give the masks of this module."
             )
         missing = [weight.name for weight in self.weights if weight.name not in masks]
         if missing:
@@ -170,7 +168,8 @@ class FixedMask(HardMaskMethod):
                 " training that shared weights (EAST, WeightSharing), add WeightSharing() before FixedMask instead,"
                 " with the arguments that it had there."
             )
-        _check_shapes([*self.weights, *self._frozen], masks, source)
+        if wrong := wrong_shapes(masks, [*self.weights, *self._frozen], source):
+            raise MisconfigurationException(wrong)
         return masks
 
     @override
@@ -186,20 +185,3 @@ class FixedMask(HardMaskMethod):
     @override
     def training_ended(self) -> None:
         """The sparsity was there from the start."""
-
-
-def _check_shapes(weights: Sequence[MaskedWeight | Candidate], masks: Mapping[str, Tensor], source: str) -> None:
-    wrong = [
-        f"{weight.name} is {tuple(weight.parameter.shape)} and its mask {tuple(masks[weight.name].shape)}"
-        for weight in weights
-        if weight.name in masks and masks[weight.name].shape != weight.parameter.shape
-    ]
-    if wrong:
-        raise MisconfigurationException(
-            f"{source} has masks of other shapes than the module: {'; '.join(wrong)}. Give the masks of this module."
-        )
-
-
-def _near(unknown: Iterable[str], known: Sequence[str]) -> list[str]:
-    near = [name for each in unknown for name in difflib.get_close_matches(each, known, n=3, cutoff=0.4)]
-    return list(dict.fromkeys(near or known[:8]))
