@@ -19,13 +19,13 @@ from typing_extensions import override
 from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.timeline import SparsityTimeline
-from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training
+from lightning_sparse.trainer import callbacks_of, steps_of_training
 
 __all__ = ["SparsityMonitor"]
 
@@ -46,9 +46,9 @@ class SparsityMonitor(pl.Callback):
 
     ============================== =====================================================================================
     ``sparsity``                   fraction of zeros among the weights that have a mask
-    ``sparsity/target``            what the methods' schedules ask for
-    ``sparsity/layer/<name>``      sparsity of one weight
-    ``sparsity/layer_target/<n>``  what its method asks for
+    ``sparsity_target``            what the methods' schedules ask for
+    ``sparsity_layer/<name>``      sparsity of one weight
+    ``sparsity_layer_target/<n>``  what its method asks for
     ``masks/changed_since_update`` share of mask entries that have changed since the update before
     ``masks/changed_since_start``  share of mask entries that differ from those with which training began
     ``masks/ever_active``          share of weights ever active, ITOP's :math:`R_s`
@@ -60,7 +60,7 @@ class SparsityMonitor(pl.Callback):
 
     To loggers that take them, such as ``TensorBoardLogger``, go histograms of each layer's active weights
     (``weights/<name>``) at the end of each epoch and a heat map of sparsity over layers and steps
-    (``sparsity/heatmap``) at the end of training, which needs matplotlib.
+    (``sparsity_heatmap``) at the end of training, which needs matplotlib.
 
     The operations are counted once, in the forward pass of the first batch, by
     :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: what an ideal sparse kernel would need. See
@@ -186,7 +186,7 @@ class SparsityMonitor(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.heatmap and self.timeline.steps and find_spec("matplotlib") is not None:
             for add_figure in _writers(trainer, "add_figure"):
-                add_figure("sparsity/heatmap", self.timeline.draw(end=self._step), global_step=self._step)
+                add_figure("sparsity_heatmap", self.timeline.draw(end=self._step), global_step=self._step)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -291,7 +291,7 @@ class SparsityMonitor(pl.Callback):
     # What is written.
 
     def _record(self, trainer: pl.Trainer) -> None:
-        values = {"sparsity": self._registry.sparsity, "sparsity/target": total_target_sparsity(trainer)}
+        values = {"sparsity": self._registry.sparsity, "sparsity_target": total_target_sparsity(trainer)}
         if self.per_layer:
             values |= _layers(trainer)
         if self._registry.num_updates != self._recorded:
@@ -393,8 +393,8 @@ def _layers(trainer: pl.Trainer) -> dict[str, float]:
     values: dict[str, float] = {}
     for method in _methods(trainer):
         for weight in method.weights:
-            values[f"sparsity/layer/{weight.name}"] = weight.sparsity
-            values[f"sparsity/layer_target/{weight.name}"] = method.target_sparsity(weight.name)
+            values[f"sparsity_layer/{weight.name}"] = weight.sparsity
+            values[f"sparsity_layer_target/{weight.name}"] = method.target_sparsity(weight.name)
     return values
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "Timetable",
     "UpdateTimes",
+    "as_number",
     "as_schedule",
     "check_fraction",
 ]
@@ -47,7 +48,7 @@ class _OfNumbers(Schedule):
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+            object.__setattr__(self, field.name, as_number(getattr(self, field.name)))
 
     def _check_numbers(self, but: str = "") -> None:
         """Refuse a field that is no number, other than that of the name ``but``."""
@@ -262,7 +263,7 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
     """
     allowed = "[0, 1)" if below_one else "[0, 1]"
     for percent in (0, 100, *range(1, 100)):  # the ends first: they are what was given
-        value = _plain(schedule(percent / 100))
+        value = as_number(schedule(percent / 100))
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r}; give a number, a fraction in {allowed}, or a Schedule of it.")
         if not (0.0 <= value < 1.0 or (value == 1.0 and not below_one)):
@@ -374,6 +375,16 @@ class Timetable:
         """Whether no update comes between the first time and the last, although there is time between them."""
         return self.before is None and _A_WHILE <= self.stop - self.start < self.every
 
+    def shifted(self, by: int) -> Timetable:
+        """The same times, ``by`` steps later.
+
+        Example:
+            >>> Timetable(every=10, start=0, stop=75).shifted(16)
+            Timetable(every=10, start=16, stop=91, before=None)
+        """
+        before = None if self.before is None else self.before.shifted(by)
+        return Timetable(every=self.every, start=self.start + by, stop=self.stop + by, before=before)
+
     def latest(self, step: int) -> int | None:
         """The latest time of an update up to ``step``, or ``None`` before the first."""
         if step < self.start:
@@ -405,7 +416,7 @@ def _steps(duration: Duration, total_steps: float) -> int:
     return duration if isinstance(duration, int) else round(duration * total_steps)
 
 
-def _plain(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """A number as Python's own, from numpy or a tensor without dimensions too; anything else as it is."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()

@@ -50,7 +50,7 @@ class Memory(Logger):
             self.curves.setdefault(name, {})[cast(int, step)] = value
 
 
-OURS = ("sparsity/layer", "masks/", "flops/")
+OURS = ("sparsity_layer", "masks/", "flops/")
 
 
 def ours(logger: Memory) -> dict[str, dict[int, float]]:
@@ -230,24 +230,24 @@ class TestCurves:
         logger, _ = fit(tmp_path, gmp(allocation="global"), SparsityMonitor())
         # 0.75 (1 - (1 - t/12)³), of which the update at step 4 has reached what 344 weights allow
         assert logger.curves["sparsity"][5] == 1 - int(344 * (1 - 0.75 * 19 / 27)) / 344
-        assert logger.curves["sparsity/target"][5] == pytest.approx(0.75 * (1 - (7 / 12) ** 3))
-        assert logger.curves["sparsity"][16] == logger.curves["sparsity/target"][16] == 0.75
+        assert logger.curves["sparsity_target"][5] == pytest.approx(0.75 * (1 - (7 / 12) ** 3))
+        assert logger.curves["sparsity"][16] == logger.curves["sparsity_target"][16] == 0.75
 
     def test_show_sparsity_and_target_of_each_layer(self, tmp_path: Path) -> None:
         method = gmp()
         logger, _ = fit(tmp_path, method, SparsityMonitor())
         assert len(method.registry) == 3
         for name, weight in method.registry.items():
-            assert logger.curves[f"sparsity/layer/{name}"][16] == weight.sparsity
-            assert logger.curves[f"sparsity/layer_target/{name}"][16] == 1 - weight.budget / weight.numel
+            assert logger.curves[f"sparsity_layer/{name}"][16] == weight.sparsity
+            assert logger.curves[f"sparsity_layer_target/{name}"][16] == 1 - weight.budget / weight.numel
 
     def test_layers_can_be_left_out(self, tmp_path: Path) -> None:
         logger, _ = fit(tmp_path, gmp(), SparsityMonitor(per_layer=False))
-        assert not [name for name in logger.curves if name.startswith("sparsity/layer")]
+        assert not [name for name in logger.curves if name.startswith("sparsity_layer")]
 
     def test_agree_with_what_the_method_logs_itself(self, tmp_path: Path) -> None:
         logger, _ = fit(tmp_path, gmp(), SparsityMonitor())
-        for name in ("sparsity", "sparsity/target"):
+        for name in ("sparsity", "sparsity_target"):
             assert logger.curves[name][7] == pytest.approx(logger.curves[name][8])  # Lightning's step and ours
 
     def test_describe_masks_as_the_functions_do(self, tmp_path: Path) -> None:
@@ -274,11 +274,11 @@ class TestCurves:
     def test_of_two_methods_cover_both(self, tmp_path: Path) -> None:
         first, second = gmp(include=["network.0.*"]), FGGP(0.5, update_every=4, stop=12, exclude=["network.0.*"])
         logger, _ = fit(tmp_path, first, SparsityMonitor(), second)
-        assert {name for name in logger.curves if name.startswith("sparsity/layer/")} == {
-            f"sparsity/layer/network.{index}.weight" for index in (0, 2, 4)
+        assert {name for name in logger.curves if name.startswith("sparsity_layer/")} == {
+            f"sparsity_layer/network.{index}.weight" for index in (0, 2, 4)
         }
         assert logger.curves["sparsity"][16] == 1 - (192 // 4 + (128 + 24) // 2) / 344
-        assert logger.curves["sparsity/target"][16] == pytest.approx(logger.curves["sparsity"][16])
+        assert logger.curves["sparsity_target"][16] == pytest.approx(logger.curves["sparsity"][16])
 
     def test_take_updates_together_that_come_fast_and_lose_none_of_their_changes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -361,7 +361,7 @@ class TestFLOPs:
 
     def test_of_a_convolution_weigh_by_the_size_of_its_output(self, tmp_path: Path) -> None:
         logger, _ = fit(tmp_path, GMP(0.5, update_every=1, stop=2), SparsityMonitor(), model=ConvToy())
-        sparsity = {name: logger.curves[f"sparsity/layer/network.{name}.weight"][16] for name in (0, 3, 6)}
+        sparsity = {name: logger.curves[f"sparsity_layer/network.{name}.weight"][16] for name in (0, 3, 6)}
         dense = {0: 8 * 2 * 9 * 36, 3: 8 * 4 * 9 * 9, 6: 72 * 3}
         expected = sum(dense[name] * (1 - sparsity[name]) for name in dense) / sum(dense.values())
         assert logger.curves["flops/inference"][16] == pytest.approx(expected)
@@ -544,7 +544,7 @@ class TestThaw:
         logger = TensorBoardLogger(tmp_path)
         monitor = SparsityMonitor()
         make_trainer(tmp_path, callbacks=[monitor, FixedMask(), Thaw()], logger=logger).fit(WithBackbone())
-        (image,) = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload().Images("sparsity/heatmap")
+        (image,) = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload().Images("sparsity_heatmap")
         assert image.step == 16
         assert monitor.timeline.layers == HEAD + BACKBONE
         assert monitor.timeline.steps == [0, 8, 16]
@@ -630,7 +630,7 @@ class TestTensorBoard:
 
     def test_has_the_curves(self, events: EventAccumulator) -> None:
         assert [event.step for event in events.Scalars("masks/ever_active")] == [0, 5, 8, 9, 13, 16]
-        assert events.Scalars("sparsity/layer/network.4.weight")[-1].value == 0.75
+        assert events.Scalars("sparsity_layer/network.4.weight")[-1].value == 0.75
 
     def test_has_a_histogram_of_the_active_weights_of_each_layer_and_epoch(self, events: EventAccumulator) -> None:
         assert events.Tags()["histograms"] == [f"weights/network.{index}.weight" for index in (0, 2, 4)]
@@ -640,7 +640,7 @@ class TestTensorBoard:
 
     def test_has_the_heat_map(self, events: EventAccumulator) -> None:
         pytest.importorskip("matplotlib")
-        (image,) = events.Images("sparsity/heatmap")
+        (image,) = events.Images("sparsity_heatmap")
         assert (image.step, image.encoded_image_string[:4]) == (16, b"\x89PNG")
 
     def test_is_left_without_a_heat_map_where_matplotlib_is_missing(

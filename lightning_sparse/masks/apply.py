@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
-from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
-from lightning_sparse.masks.selection import Plan, judge_parameters, names_near
+from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.masks.plan import Plan, judge_parameters, names_near
 
 __all__ = ["apply_masks"]
 
@@ -64,7 +65,7 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
         if candidate.name in by_name:
             mask = by_name[candidate.name].to(candidate.parameter.device)
             candidate.parameter.masked_fill_(~mask, 0.0)
-    MaskRegistry.leave(module, left | by_name)
+    MaskRegistry.leave(module, left | by_name, given=True)
 
 
 def _read(masks: Any, plan: Plan) -> tuple[dict[str, Tensor], str]:

@@ -1,16 +1,24 @@
-"""Masks on several processes: one broadcast, one check."""
+"""Masks on several processes: what must be equal is compared, and one broadcast makes it so."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sparse.masks.registry import MaskGroup
-from lightning_sparse.modules.auxiliary import world_size
+from lightning_sparse.functional.hashing import content_hash
+from lightning_sparse.masks.weight import MaskGroup
 
-__all__ = ["broadcast_", "check_ranks_agree", "true_on_every_rank"]
+__all__ = ["agree_to_begin", "broadcast_", "check_weights_agree", "masks_agree", "vote", "world_size"]
+
+
+def world_size() -> int:
+    """The processes among which torch communicates now: 1 where it does not."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def broadcast_(mask: Tensor) -> None:
@@ -19,28 +27,64 @@ def broadcast_(mask: Tensor) -> None:
         dist.broadcast(mask.view(torch.uint8), src=0)
 
 
-def true_on_every_rank(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` holds in every process; all of them must ask."""
+def agree_to_begin(settings: Mapping[str, str], error: Exception | None) -> None:
+    """Compare what must be equal in every process as training begins, and let all refuse what one refuses.
+
+    A collective: every process calls it, one that cannot begin too.
+
+    Args:
+        settings: What must be equal, by what it is of, such as the arguments of a method.
+        error: Why this process cannot begin; None where it can.
+
+    Raises:
+        Exception: ``error``, where there is one.
+        MisconfigurationException: Another process cannot begin, or settings differ; the message says where.
+    """
     if world_size() == 1:
-        return flag
-    lowest = torch.tensor(flag, dtype=torch.uint8, device=device)
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    return bool(lowest)
+        if error is not None:
+            raise error
+        return
+    mine = {"settings": dict(settings), "error": None if error is None else str(error)}
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, mine)
+    if error is not None:
+        raise error
+    for rank, theirs in enumerate(cast("list[dict[str, Any]]", every)):
+        if theirs["error"] is not None:
+            raise MisconfigurationException(f"Process {rank} cannot begin: {theirs['error']}")
+    for rank, theirs in enumerate(every):
+        for what in sorted(settings.keys() | theirs["settings"].keys()):
+            here, there = settings.get(what, "missing"), theirs["settings"].get(what, "missing")
+            if here != there:
+                raise MisconfigurationException(
+                    f"The processes differ in {what}: {_difference(here, there)} in process {dist.get_rank()} and"
+                    f" {_difference(there, here)} in process {rank}. Give every process the same module, callbacks"
+                    " and data."
+                )
 
 
-def check_ranks_agree(group: MaskGroup) -> None:
-    """Compare a hash of each mask across the processes.
+def vote(usable: bool, group: MaskGroup) -> bool:
+    """Whether every process can update the masks of ``group``, which must be the same in all; all of them must ask.
 
     Raises:
         MisconfigurationException: The masks of a weight differ; the message names it.
     """
     if world_size() == 1:
-        return
-    hashes = torch.stack([_hash(weight.mask) for weight in group])
-    lowest, highest = hashes.clone(), hashes.clone()
-    dist.all_reduce(lowest, dist.ReduceOp.MIN)
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    differ = [weight.name for weight, same in zip(group, (lowest == highest).tolist(), strict=True) if not same]
+        return usable
+    ballot = torch.stack([torch.tensor(int(usable), device=group.mask.device), content_hash(group.mask)])
+    lowest, highest = _extremes(ballot)
+    if int(lowest[1]) != int(highest[1]):  # all processes see it, so all of them go on to look where
+        masks_agree(group)
+    return bool(lowest[0])
+
+
+def masks_agree(group: MaskGroup) -> None:
+    """Compare a hash of each mask across the processes. A collective.
+
+    Raises:
+        MisconfigurationException: The masks of a weight differ; the message names it.
+    """
+    differ = _differing(group, [weight.mask for weight in group])
     if differ:
         raise MisconfigurationException(
             f"The masks of {', '.join(differ)} differ between the processes. Masks change in this callback alone: look"
@@ -48,7 +92,29 @@ def check_ranks_agree(group: MaskGroup) -> None:
         )
 
 
-def _hash(mask: Tensor) -> Tensor:
-    """A polynomial hash modulo 2^64: position-dependent, so that two swapped entries are seen."""
-    active = mask.contiguous().flatten().nonzero().squeeze(1)
-    return (active * 0x5851F42D4C957F2D + 0x14057B7EF767814F).bitwise_xor(active << 17).sum()
+def check_weights_agree(group: MaskGroup) -> list[str]:
+    """Names of the weights whose values differ between the processes. A collective."""
+    return _differing(group, [weight.value for weight in group])
+
+
+def _differing(group: MaskGroup, tensors: Sequence[Tensor]) -> list[str]:
+    if world_size() == 1:
+        return []
+    lowest, highest = _extremes(torch.stack([content_hash(tensor) for tensor in tensors]))
+    return [weight.name for weight, same in zip(group, (lowest == highest).tolist(), strict=True) if not same]
+
+
+def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest of each value over the processes, by one transfer."""
+    both = torch.cat([values, ~values])  # ~ turns the order around, and has no overflow
+    dist.all_reduce(both, dist.ReduceOp.MIN)
+    lowest, highest = both.split(len(values))
+    return lowest, ~highest
+
+
+def _difference(text: str, other: str, around: int = 60) -> str:
+    """The part of ``text`` around the first character in which it differs from ``other``."""
+    first = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    start = max(0, first - around)
+    cut = text[start : first + around]
+    return repr(f"{'…' if start else ''}{cut}{'…' if first + around < len(text) else ''}")

@@ -1,29 +1,25 @@
-"""Randomness that every rank, device and resumed run draws alike."""
+"""Randomness that every process, device and resumed run draws alike."""
 
 from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor
 
-from lightning_sparse.masks.registry import MaskedWeight
+from lightning_sparse.functional.randomness import uniform_by_place
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["random_scores"]
 
 
 def random_scores(weight: MaskedWeight, seed: int, step: int) -> Tensor:
-    """A random score in [0, 1) for each weight, from a generator of its own.
+    """A random score in [0, 1) for each entry of a weight that this process holds.
 
-    It is seeded by ``(seed, step, name)`` and runs on the CPU, so that the scores depend on nothing else: not on the
-    global generator, not on the rank, not on the order of layers.
+    It is a function of the seed, the step, the weight's name, and the entry's place in the whole weight: not of the
+    global generator, the rank, the order of layers, or how the weight is divided.
 
     Returns:
-        float32, the weight's shape, on its device.
+        float32, the shape of ``weight.value``, on its device.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{weight.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    scores = torch.rand(weight.shape, generator=generator)
-    device = weight.parameter.device
-    # From pinned memory, so that the CPU goes on to the next layer.
-    return scores.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scores.to(device)
+    return uniform_by_place(int.from_bytes(digest, "little"), weight.layout.places(weight.mask.device))

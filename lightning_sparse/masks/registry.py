@@ -3,214 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, TypedDict
-from weakref import WeakKeyDictionary, WeakSet
+from dataclasses import dataclass
+from typing import ClassVar, final
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, pack, unpack, zero_pruned_
-from lightning_sparse.masks.selection import Candidate, canonical_name
+from lightning_sparse.functional.hashing import content_hash
+from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.masks.plan import Candidate, canonical_name
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
 
-__all__ = ["MaskGroup", "MaskRegistry", "MaskedWeight"]
-
-
-# Weights of a layer for which a second mask, as wide as the weights, is kept: 1 MiB. A step of a network of such layers
-# is so short that reading a mask of bytes shows.
-_SMALL = 2**18
+__all__ = ["Left", "MaskRegistry"]
 
 
-class PackedMask(TypedDict):
-    """A mask in a checkpoint: primitives and one tensor."""
-
-    shape: list[int]
-    bits: Tensor
-    budget: int
-    updated_at: int
-
-
-class MaskedWeight:
-    """A weight and its mask.
+@final
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What a training, a loaded checkpoint or :func:`~lightning_sparse.apply_masks` has left in a module.
 
     Attributes:
-        name: Name in the plain module.
-        parameter: The parameter; the module's own, not a copy.
-        mask: ``bool``, shape and strides of the parameter; ``True`` = active. A view into its group's flat mask.
-        num_active: Active weights, as counted at the last update.
-        budget: Active weights that the method allows.
-        module_type: Name of the class of the module that owns it.
+        bits: The masks, packed, by name.
+        fingerprint: A hash of the weights at that time.
+        given: Whether :func:`~lightning_sparse.apply_masks` has left them.
     """
 
-    def __init__(self, candidate: Candidate, flat_mask: Tensor) -> None:
-        self.name = candidate.name
-        self.parameter = candidate.parameter
-        self.module_type = candidate.module_type
-        self.mask = _view_as(flat_mask, candidate.parameter)
-        self.num_active = self.budget = self.numel
-        self._candidate = candidate
-        self._multiplier = self.mask
+    bits: Mapping[str, Tensor]
+    fingerprint: int
+    given: bool
 
-    @property
-    def numel(self) -> int:
-        """Number of weights, pruned ones included."""
-        return self.parameter.numel()
+    def masks_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The masks; empty where a pruned weight is no longer zero: the module then is another one."""
+        parameters = _parameters(module)
+        masks: dict[str, Tensor] = {}
+        for name, bits in self.bits.items():
+            parameter = parameters.get(name)
+            if parameter is None or bits.numel() != -(-parameter.numel() // 8):
+                return {}
+            mask = unpack(bits, parameter.shape).to(parameter.device)
+            if parameter.detach()[~mask].any():
+                return {}
+            masks[name] = mask
+        return masks
 
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the weight."""
-        return self.parameter.shape
+    def is_still_in(self, module: nn.Module) -> bool:
+        """Whether the weights are those of that time, to the bit."""
+        return self.fingerprint == _fingerprint(module, self.bits)
 
-    @property
-    def unshared_numel(self) -> int:
-        """Number of weights that the module would have here if each use had its own."""
-        return self.numel * self._candidate.uses
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros, in [0, 1]."""
-        return 1.0 - self.num_active / self.numel
-
-    @property
-    def target_sparsity(self) -> float:
-        """Sparsity of the budget: what the method allows since its last update."""
-        return 1.0 - self.budget / self.numel
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient of the parameter; zeros where the weight took no part in the loss."""
-        return torch.zeros_like(self.parameter) if self.parameter.grad is None else self.parameter.grad
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """``tensor``, of the weight's shape, as ``(outputs, fan-in)``: one row for each output neuron or filter.
-
-        Right for linear, (grouped, transposed) convolution and recurrent layers, where a row is one gate of one unit.
-        """
-        return self._candidate.rows(tensor)
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`rows`: shape ``(outputs, fan-in)`` to the weight's."""
-        return self._candidate.from_rows(rows)
-
-    def flatten(self, tensor: Tensor) -> Tensor:
-        """``tensor``, of the weight's shape, in the order of the group's flat mask."""
-        return tensor.permute(memory_order(self.mask)).reshape(-1)
-
-    def unflatten(self, flat: Tensor) -> Tensor:
-        """The inverse of :meth:`flatten`, as a view."""
-        return _view_as(flat, self.parameter)
-
-    @torch.no_grad()
-    def apply_(self) -> None:
-        """Zero the pruned weights."""
-        self.zero_pruned_(self.parameter)
-
-    def zero_pruned_(self, tensor: Tensor) -> None:
-        """Zero the entries of ``tensor``, of the weight's shape, where weights were pruned at the last count."""
-        as_wide = self._multiplier.element_size() == tensor.element_size()
-        zero_pruned_(tensor, self._multiplier if as_wide else self.mask)
-
-    def recount(self, num_active: int) -> None:
-        """Take the number of active weights, and make what follows from a new mask."""
-        self.num_active = num_active
-        if self.numel <= _SMALL:
-            self._multiplier = multiplier(self.mask, self.parameter.dtype)
-
-    def __repr__(self) -> str:
-        return f"MaskedWeight({self.name}, {tuple(self.shape)}, sparsity={self.sparsity:.4f})"
+    def same_as(self, other: Left) -> bool:
+        """Whether both say the same."""
+        return (
+            (self.fingerprint, self.given, self.bits.keys()) == (other.fingerprint, other.given, other.bits.keys())
+        ) and all(torch.equal(bits, other.bits[name]) for name, bits in self.bits.items())
 
 
-class MaskGroup(Sequence[MaskedWeight]):
-    """The masked weights of one method in one optimizer: they are ranked, updated and broadcast together.
+@dataclass
+class _Record:
+    """What is known of a module: its masks in a training, and what the last one left."""
 
-    Attributes:
-        mask: The masks of all its weights in one flat ``bool`` tensor; each weight's mask is a view of a part.
-        optimizer: The optimizer that steps its weights.
-        updated_at: The step of the last update; -1 before the first.
-        not_finite_for: Steps in a row whose gradients held inf or NaN where they were looked at.
-    """
-
-    def __init__(self, candidates: Sequence[Candidate], optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.updated_at = -1
-        self.not_finite_for = 0
-        devices = {candidate.parameter.device for candidate in candidates}
-        if len(devices) > 1:
-            raise MisconfigurationException(
-                f"The weights of one optimizer lie on {', '.join(sorted(map(str, devices)))}, and masks are ranked on"
-                " one device. Use one optimizer, and one method with include=, for each device."
-            )
-        sizes = [candidate.parameter.numel() for candidate in candidates]
-        self.mask = torch.ones(sum(sizes), dtype=torch.bool, device=candidates[0].parameter.device)
-        parts = self.mask.split(sizes)
-        self._weights = [MaskedWeight(candidate, part) for candidate, part in zip(candidates, parts, strict=True)]
-
-    def __getitem__(self, index: int) -> MaskedWeight:  # type: ignore[override]
-        return self._weights[index]
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    @property
-    def numel(self) -> int:
-        """Number of weights, pruned ones included."""
-        return self.mask.numel()
-
-    @property
-    def unshared_numel(self) -> int:
-        """Number of weights that there would be if each use of a shared one had its own; budgets count these."""
-        return sum(weight.unshared_numel for weight in self)
-
-    @property
-    def num_active(self) -> int:
-        """Active weights, as counted at the last update."""
-        return sum(weight.num_active for weight in self)
-
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor for each weight, shaped like it, in one flat tensor in the order of :attr:`mask`."""
-        return torch.cat([weight.flatten(tensor) for weight, tensor in zip(self, tensors, strict=True)])
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A flat tensor in the order of :attr:`mask` as one view for each weight, shaped like it."""
-        parts = flat.split([weight.numel for weight in self])
-        return [_view_as(part, weight.parameter) for weight, part in zip(self, parts, strict=True)]
-
-    def recount(self) -> None:
-        """Count the active weights anew; one transfer from a device that is not the CPU."""
-        for weight, num_active in zip(self, counts_true([weight.mask for weight in self]), strict=True):
-            weight.recount(num_active)
-
-    def apply_(self) -> None:
-        """Zero the pruned weights."""
-        for weight in self:
-            weight.apply_()
-
-    def packed(self) -> dict[str, PackedMask]:
-        """The masks at one bit a weight, by name, for a checkpoint."""
-        return {
-            weight.name: {
-                "shape": list(weight.shape),
-                "bits": pack(weight.mask),
-                "budget": weight.budget,
-                "updated_at": self.updated_at,
-            }
-            for weight in self
-        }
-
-    def load_(self, packed: Mapping[str, PackedMask]) -> None:
-        """Take the masks of a checkpoint: all of them or, where one does not fit, none.
-
-        Raises:
-            MisconfigurationException: A mask is missing, has another shape or is cut short.
-        """
-        masks = [_unpack(weight, packed) for weight in self]
-        for weight, mask in zip(self, masks, strict=True):
-            weight.mask.copy_(mask)
-            weight.budget = packed[weight.name]["budget"]
-            self.updated_at = packed[weight.name]["updated_at"]
-        self.recount()
+    registry: MaskRegistry | None = None
+    left: Left | None = None
 
 
+@final
 class MaskRegistry(Mapping[str, MaskedWeight]):
     """The masks of a module, by parameter name, shared by all callbacks of its trainer.
 
@@ -238,9 +95,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         0.75
     """
 
-    _of_module: ClassVar[WeakKeyDictionary[nn.Module, MaskRegistry]] = WeakKeyDictionary()
-    _left_in: ClassVar[WeakKeyDictionary[nn.Module, dict[str, Tensor]]] = WeakKeyDictionary()
-    _given: ClassVar[WeakSet[nn.Module]] = WeakSet()
+    _records: ClassVar[WeakKeyDictionary[nn.Module, _Record]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._weights: dict[str, MaskedWeight] = {}
@@ -248,52 +103,76 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         self.num_updates = 0
         self.idle_optimizers: set[torch.optim.Optimizer] = set()
 
+    # Of which module it is.
+
     @classmethod
     def of(cls, module: nn.Module) -> MaskRegistry:
         """The registry of ``module``, made at the first call."""
-        return cls._of_module.setdefault(module, cls())
+        record = cls._records.setdefault(module, _Record())
+        if record.registry is None:
+            record.registry = cls()
+        return record.registry
 
     @classmethod
     def find(cls, module: nn.Module) -> MaskRegistry | None:
         """The registry of ``module`` if there is one, in a training."""
-        return cls._of_module.get(module)
+        record = cls._records.get(module)
+        return None if record is None else record.registry
+
+    def begin(self, module: nn.Module) -> None:
+        """Become the registry of ``module``, for a training."""
+        self._records.setdefault(module, _Record()).registry = self
 
     @classmethod
-    def forget(cls, module: nn.Module) -> None:
-        """Let the next :meth:`of` make a new registry; those who hold this one keep it."""
-        registry = cls._of_module.pop(module, None)
-        if registry:
-            cls._left_in[module] = {name: pack(weight.mask) for name, weight in registry.items()}
-            cls._given.discard(module)
+    def forget(cls, module: nn.Module) -> Left | None:
+        """Let the next :meth:`of` make a new registry; those who hold this one keep it.
+
+        Returns:
+            What the training has left, for those who want to know later whether it is still there.
+        """
+        record = cls._records.get(module)
+        if record is None:
+            return None
+        if record.registry:
+            masks = {name: weight.layout.whole(weight.mask) for name, weight in record.registry.items()}
+            record.left = _left(module, masks, given=False)
+        record.registry = None
+        return record.left
 
     @classmethod
-    def leave(cls, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        """Let the next training of ``module`` find ``masks``, by name, as if one had just ended with them."""
-        cls._left_in[module] = {name: pack(mask) for name, mask in masks.items()}
-        cls._given.add(module)
+    def leave(cls, module: nn.Module, masks: Mapping[str, Tensor], *, given: bool) -> Left:
+        """Let the next training of ``module`` find ``masks``, by name, as if one had just ended with them.
+
+        Args:
+            module: It has the weights that belong to the masks.
+            masks: ``bool``, of the weights' shapes.
+            given: Whether a user gives them; else they come with a checkpoint.
+
+        Returns:
+            What is left; the same object where the same was left there before.
+        """
+        record = cls._records.setdefault(module, _Record())
+        left = _left(module, masks, given=given)
+        if record.left is None or not record.left.same_as(left):
+            record.left = left
+        return record.left
 
     @classmethod
-    def was_given(cls, module: nn.Module) -> bool:
-        """Whether ``module`` has not been trained since :meth:`leave`."""
-        return module in cls._given
+    def last_left(cls, module: nn.Module) -> Left | None:
+        """What the last training, loaded checkpoint or :func:`~lightning_sparse.apply_masks` has left in ``module``."""
+        record = cls._records.get(module)
+        return None if record is None else record.left
 
     @classmethod
     def left_in(cls, module: nn.Module) -> dict[str, Tensor]:
         """The masks with which the last training of ``module`` ended, by name.
 
-        Empty where there was none, and where weights have moved since: it then no longer is that sparse module.
+        Empty where there was none, and where pruned weights have moved since: it then no longer is that sparse module.
         """
-        parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
-        masks: dict[str, Tensor] = {}
-        for name, bits in cls._left_in.get(module, {}).items():
-            parameter = parameters.get(name)
-            if parameter is None or bits.numel() != -(-parameter.numel() // 8):
-                return {}
-            mask = unpack(bits, parameter.shape).to(parameter.device)
-            if parameter.detach()[~mask].any():
-                return {}
-            masks[name] = mask
-        return masks
+        left = cls.last_left(module)
+        return {} if left is None else left.masks_of(module)
+
+    # Who owns which weight.
 
     def claim(
         self, owner: str, candidates: Sequence[Candidate], optimizers: Sequence[torch.optim.Optimizer]
@@ -321,7 +200,11 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
     def release(self, owner: str) -> None:
         """Give up every claim of ``owner``."""
         for name in [name for name, its_owner in self._owners.items() if its_owner == owner]:
-            del self._weights[name], self._owners[name]
+            self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """Give up the claim of one weight."""
+        del self._weights[name], self._owners[name]
 
     def _check_free(self, owner: str, candidate: Candidate) -> None:
         for name, weight in self._weights.items():
@@ -331,6 +214,8 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
                     f"{owner} claims {same} which {self._owners[name]} already masks. A weight has one method: divide"
                     " the network between them with include= and exclude=."
                 )
+
+    # What it says.
 
     @property
     def numel(self) -> int:
@@ -368,11 +253,20 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         return f"MaskRegistry({len(self)} weights, sparsity={self.sparsity:.4f})"
 
 
-def _view_as(flat: Tensor, parameter: Tensor) -> Tensor:
-    """A flat tensor as a view with the shape and the order in memory of ``parameter``."""
-    order = memory_order(parameter)
-    inverse = [order.index(dim) for dim in range(len(order))]
-    return flat.view([parameter.shape[dim] for dim in order]).permute(inverse)
+def _left(module: nn.Module, masks: Mapping[str, Tensor], *, given: bool) -> Left:
+    return Left({name: pack(mask) for name, mask in masks.items()}, _fingerprint(module, masks), given)
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {canonical_name(name): value for name, value in module.named_parameters(remove_duplicate=False)}
+
+
+def _fingerprint(module: nn.Module, names: Mapping[str, Tensor]) -> int:
+    """A hash of the weights of those names; of one that is not there, of its absence."""
+    parameters = _parameters(module)
+    found = [parameters[name] for name in names if name in parameters]
+    hashes = [int(content_hash(parameter).item()) for parameter in found]
+    return hash((len(names), *hashes))
 
 
 def _by_optimizer(
@@ -400,29 +294,3 @@ def _by_optimizer(
         (index,) = indices[id(candidate.parameter)]
         members[index].append(candidate)
     return list(zip(optimizers, members, strict=True))
-
-
-def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask]) -> Tensor:
-    if weight.name not in packed:
-        raise MisconfigurationException(
-            f"The checkpoint holds no mask of {weight.name}; it has masks of {', '.join(packed) or 'nothing'}. Resume"
-            " with the same module and the same include= and exclude= as the run that wrote it."
-        )
-    saved = packed[weight.name]
-    missing = PackedMask.__required_keys__ - saved.keys()
-    if not isinstance(saved.get("bits"), Tensor):
-        missing |= {"bits"}
-    if missing:
-        raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} is cut short: it lacks {', '.join(sorted(missing))}. Resume from"
-            " an earlier checkpoint."
-        )
-    if list(saved["shape"]) != list(weight.shape):
-        raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} has shape {tuple(saved['shape'])}, but the weight has"
-            f" {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
-        )
-    try:
-        return unpack(saved["bits"], weight.shape)
-    except ValueError as error:
-        raise MisconfigurationException(f"The checkpoint's mask of {weight.name} cannot be read: {error}") from error

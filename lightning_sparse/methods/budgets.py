@@ -15,7 +15,7 @@ from lightning_sparse.functional.allocation import (
     uniform,
 )
 from lightning_sparse.functional.masks import counts_true
-from lightning_sparse.masks.registry import MaskGroup
+from lightning_sparse.masks.weight import MaskGroup
 
 __all__ = ["LayerAllocation", "budget_of", "check_budget", "check_choice", "check_count", "layer_budgets"]
 

@@ -16,25 +16,26 @@ Differs from the authors' code, or is chosen where paper and code say nothing ce
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import field
 from typing import ClassVar, final
 
 import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.masks.registry import MaskedWeight
-from lightning_sparse.methods.budgets import LayerAllocation
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.prune_and_grow import PruneAndGrow
+from lightning_sparse.methods.scored import GrowingMethod
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing
-from lightning_sparse.schedules import Constant, Cosine, CycleShape, Cyclic, Duration, Schedule, UpdateTimes
+from lightning_sparse.schedules import Cosine, CycleShape, Cyclic, Duration, Schedule, UpdateTimes, as_number
 
 __all__ = ["EAST"]
 
 
 @final
-class EAST(PruneAndGrow):
+@method
+class EAST(GrowingMethod):
     r"""Extreme adaptive sparse training: RigL that explores for long, with three helps for 99.9 % and more.
 
     - **DyReLU phasing**: activations begin as Dynamic ReLUs and end as ReLUs; see
@@ -53,28 +54,6 @@ class EAST(PruneAndGrow):
 
     To find the channels of each ReLU, phasing takes a first training batch, which a data set that can be iterated over
     only once has lost when training begins; a module's ``example_input_array`` avoids this.
-
-    Args:
-        sparsity: Sparsity, in [0, 1), of the masked weights together, each use of a shared one counted; between cycles
-            and at the end it is exact.
-        cycles: Number of cycles; 0 for none.
-        cycle_length: Length of the first, as a fraction of the time to ``stop``.
-        cycle_growth: How many times longer each cycle is than the one before.
-        multiplier: How many times as many weights are active in the middle of a cycle, at least 1.
-        cycle_shape: ``"cosine"`` or ``"triangular"``.
-        cycle_update_every: Time between updates while cycles last; ``int`` = optimizer steps, ``float`` = fraction of
-            training, 10 steps at least.
-        phasing: Whether ReLUs are phased; or the callback, to set its arguments.
-        sharing: Whether weights are shared; or the callback, to set its arguments.
-        allocation: How the budget is shared among layers.
-        drop_fraction: Fraction of a layer's active weights that an exchange drops, or a schedule of it.
-        update_every: Time between exchanges after the cycles: 4000 steps of some 88 000 in the code.
-        stop: Time after which the masks stay; ``int`` = optimizer steps, ``float`` = fraction of training.
-        regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
-        min_active: Weights that every layer holds at least.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense.
-        seed: Seed of the initial masks.
 
     Raises:
         ValueError: An argument is out of its range, or a part is neither a ``bool`` nor its callback.
@@ -103,70 +82,86 @@ class EAST(PruneAndGrow):
     )
     needs_dense_gradients: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        sparsity: float,
-        *,
-        cycles: int = 2,
-        cycle_length: float = 0.2,
-        cycle_growth: float = 1.0,
-        multiplier: float = 3.0,
-        cycle_shape: CycleShape = "cosine",
-        cycle_update_every: Duration = 0.001,
-        phasing: bool | DyReLUPhasing = True,
-        sharing: bool | WeightSharing = True,
-        allocation: LayerAllocation = "erk",
-        drop_fraction: float | Schedule = Cosine(0.5, 0.005),  # noqa: B008  # frozen
-        update_every: Duration = 0.045,
-        stop: Duration = 1.0,
-        regrow: bool = True,
-        min_active: int = 1,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> None:
-        _check_part("phasing", phasing, DyReLUPhasing)
-        _check_part("sharing", sharing, WeightSharing)
-        cyclic = before = None
-        UpdateTimes(every=update_every, stop=stop)  # refuses what are no durations
-        if cycles:
-            _check_number("sparsity", sparsity)
-            cyclic = Cyclic(sparsity, cycles, cycle_length, cycle_growth, multiplier, cycle_shape)
-            end = min(1.0, cyclic.end) * stop  # a sum of fractions may be a little above 1, or above a whole step
-            if isinstance(stop, int):
-                end = math.ceil(end - 1e-6)  # the first step at which the last cycle is over
-            before = UpdateTimes(every=cycle_update_every, stop=end, least=10)
-        super().__init__(
-            sparsity if cyclic is None else cyclic,
-            allocation=allocation,
-            drop_fraction=drop_fraction,
-            update_every=update_every,
-            stop=stop,
-            regrow=regrow,
-            update_replaces_step=False,
-            min_active=min_active,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-            before=before,
-        )
-        self.phasing = DyReLUPhasing(seed=seed) if phasing is True else phasing or None
-        self.sharing = WeightSharing(seed=seed) if sharing is True else sharing or None
+    sparsity: float | Schedule = field(
+        kw_only=False,
+        metadata=doc(
+            "Sparsity, in [0, 1), of the masked weights together, each use of a shared one counted; between cycles and"
+            " at the end it is exact. A schedule of your own needs ``cycles=0``."
+        ),
+    )
+    cycles: int = field(default=2, metadata=doc("Number of cycles; 0 for none."))
+    cycle_length: float = field(
+        default=0.2, metadata=doc("Length of the first, as a fraction of the time to ``stop``.")
+    )
+    cycle_growth: float = field(
+        default=1.0, metadata=doc("How many times longer each cycle is than the one before.")
+    )
+    multiplier: float = field(
+        default=3.0, metadata=doc("How many times as many weights are active in the middle of a cycle, at least 1.")
+    )
+    cycle_shape: CycleShape = field(default="cosine", metadata=doc('``"cosine"`` or ``"triangular"``.'))
+    cycle_update_every: Duration = field(
+        default=0.001,
+        metadata=doc(
+            "Time between updates while cycles last; ``int`` = optimizer steps, ``float`` = fraction of training, 10"
+            " steps at least."
+        ),
+    )
+    phasing: bool | DyReLUPhasing | None = field(
+        default=True, metadata=doc("Whether ReLUs are phased; or the callback, to set its arguments.")
+    )
+    sharing: bool | WeightSharing | None = field(
+        default=True, metadata=doc("Whether weights are shared; or the callback, to set its arguments.")
+    )
+    drop_fraction: float | Schedule = field(
+        default=Cosine(0.5, 0.005),
+        metadata=doc("Fraction of a layer's active weights that an exchange drops, or a schedule of it."),
+    )
+    update_every: Duration = field(
+        default=0.045, metadata=doc("Time between exchanges after the cycles: 4000 steps of some 88 000 in the code.")
+    )
+    stop: Duration = field(
+        default=1.0,
+        metadata=doc("Time after which the masks stay; ``int`` = optimizer steps, ``float`` = fraction of training."),
+    )
+
+    def __post_init__(self) -> None:
+        _check_part("phasing", self.phasing, DyReLUPhasing)
+        _check_part("sharing", self.sharing, WeightSharing)
+        if self.cycles:
+            cycle = (self.cycles, self.cycle_length, self.cycle_growth, self.multiplier, self.cycle_shape)
+            self.sparsity = Cyclic(_checked_number("sparsity", self.sparsity), *cycle)
+        super().__post_init__()
+        self.phasing = DyReLUPhasing(seed=self.seed) if self.phasing is True else self.phasing or None
+        self.sharing = WeightSharing(seed=self.seed) if self.sharing is True else self.sharing or None
+
+    @property
+    @override
+    def times(self) -> UpdateTimes:
+        exchanges = UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
+        if not isinstance(self.sparsity, Cyclic):
+            return exchanges
+        end = min(1.0, self.sparsity.end) * self.stop  # a sum of fractions may be a little above 1, or a whole step
+        if isinstance(self.stop, int):
+            end = math.ceil(end - 1e-6)  # the first step at which the last cycle is over
+        cycles = UpdateTimes(every=self.cycle_update_every, start=self.start, stop=end, least=10)
+        return UpdateTimes(every=self.update_every, start=cycles.stop, stop=self.stop, least=10, before=cycles)
 
     @override
     def companions(self) -> list[pl.Callback]:
-        return [part for part in (self.sharing, self.phasing) if part is not None]
+        return [part for part in (self.sharing, self.phasing) if isinstance(part, pl.Callback)]
 
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
-        return weight.grad.abs()
+        return weight.grad
 
 
-def _check_number(name: str, value: object) -> None:
-    plain: object = Constant(value).value  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+def _checked_number(name: str, value: object) -> float:
+    plain = as_number(value)
     if isinstance(plain, bool) or not isinstance(plain, int | float):
         hint = " The cycles are its schedule; a schedule of your own needs cycles=0." if callable(value) else ""
         raise ValueError(f"{name} is {value!r}; give a number, a fraction in [0, 1).{hint}")
+    return plain
 
 
 def _check_part(name: str, value: object, kind: type[pl.Callback]) -> None:

@@ -13,7 +13,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import field
 from typing import ClassVar, Literal, final
 
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
-from lightning_sparse.functional.masks import count_true, smallest
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
 from lightning_sparse.methods.budgets import check_choice
-from lightning_sparse.methods.gradual_pruning import Allocation, GradualPruning
+from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.schedules import Duration, Schedule, as_schedule, check_fraction
+from lightning_sparse.methods.scored import Allocation, ScoredMethod
+from lightning_sparse.schedules import Schedule, as_schedule, check_fraction
 
 __all__ = ["FGGP"]
 
@@ -34,7 +35,8 @@ First = Literal["gradient", "magnitude"]
 
 
 @final
-class FGGP(GradualPruning):
+@method
+class FGGP(ScoredMethod):
     r"""Fixed-rate gradient-first gradual pruning: of the weights with small gradients, the smallest go.
 
     At update time :math:`t`, with :math:`R` active of :math:`N` weights and :math:`n = R - \lfloor (1 - s_t) N \rfloor`
@@ -51,22 +53,6 @@ class FGGP(GradualPruning):
     The paper's ablations: ``first="magnitude"`` pools by magnitude and prunes by gradient; ``pool=Cosine(0.5, 0.005)``
     anneals the rate; ``pool_of="survivors"`` takes a pool of :math:`n + \gamma (R - n)`. GraNet's selection, as the
     authors compare with it, is all three.
-
-    Args:
-        sparsity: The final sparsity, in [0, 1), or a schedule of it: ``Polynomial(0.5, 0.95)`` begins with half of the
-            weights, drawn at random by ERK.
-        pool: Rate of the pool, in [0, 1], or a schedule of it.
-        pool_of: Whether the pool is a rate of all ``"active"`` weights, or the pruned ones and a rate of the
-            ``"survivors"``.
-        first: What chooses the pool; the other chooses in it.
-        allocation: Which weights are ranked together: all of them (``"global"``), or those of a layer.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training.
-        start: Time of the first update.
-        stop: Time of the last update, at which the final sparsity is reached.
-        min_active: Weights that every layer keeps: its largest, which take no part in the ranking.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense.
-        seed: Seed of the random masks of a schedule that does not begin dense.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -95,54 +81,47 @@ class FGGP(GradualPruning):
         venue="SCIA 2025",
         url="https://arxiv.org/abs/2411.05500",
     )
+    grows: ClassVar[bool] = False
+    begins_dense: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        sparsity: float | Schedule,
-        *,
-        pool: float | Schedule = 0.5,
-        pool_of: PoolOf = "active",
-        first: First = "gradient",
-        allocation: Allocation = "global",
-        update_every: Duration = 0.01,
-        start: Duration = 0.0,
-        stop: Duration = 0.8,
-        min_active: int = 0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> None:
-        rate = as_schedule(pool)
-        check_fraction("pool", rate, below_one=False)
-        check_choice("pool_of", pool_of, PoolOf)
-        check_choice("first", first, First)
-        super().__init__(
-            sparsity,
-            allocation=allocation,
-            update_every=update_every,
-            start=start,
-            stop=stop,
-            min_active=min_active,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-        self.pool = rate
-        self.pool_of: PoolOf = pool_of
-        self.first: First = first
+    sparsity: float | Schedule = field(
+        kw_only=False,
+        metadata=doc(
+            "The final sparsity, in [0, 1), or a schedule of it: ``Polynomial(0.5, 0.95)`` begins with half of the"
+            " weights, drawn at random by ERK."
+        ),
+    )
+    allocation: Allocation = field(
+        default="global", metadata=doc('Which weights are ranked together: all (``"global"``), or those of a layer.')
+    )
+    pool: float | Schedule = field(default=0.5, metadata=doc("Rate of the pool, in [0, 1], or a schedule of it."))
+    pool_of: PoolOf = field(
+        default="active",
+        metadata=doc(
+            'Whether the pool is a rate of all ``"active"`` weights, or the pruned ones and a rate of the'
+            ' ``"survivors"``.'
+        ),
+    )
+    first: First = field(default="gradient", metadata=doc("What chooses the pool; the other chooses in it."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pool = as_schedule(self.pool)
+        check_fraction("pool", self.pool, below_one=False)
+        check_choice("pool_of", self.pool_of, PoolOf)
+        check_choice("first", self.first, First)
 
     @override
-    def prune(self, weights: Sequence[Tensor], grads: Sequence[Tensor], among: Tensor, n: int) -> Tensor:
-        pool_scores, prune_scores = grads, weights
-        if self.first == "magnitude":
-            pool_scores, prune_scores = prune_scores, pool_scores
+    def dropped(self, pool: MaskedWeight | MaskGroup, among: Tensor, n: int) -> Tensor:
+        by = [lambda weight: weight.grad, lambda weight: weight.value]
+        first, second = by if self.first == "gradient" else by[::-1]
         # C = the max(n, ⌊γR⌋) active weights with the smallest |∂L/∂w|
-        pool = smallest(pool_scores, self._pool_size(count_true(among), n), among, key=torch.abs)
+        size = self._pool_size(pool.count(among), n)
+        candidates = pool.smallest(self.ranked(pool, first), size, among, key=torch.abs)
         # P = the n members of C with the smallest |w|
-        return smallest(prune_scores, n, among=pool, key=torch.abs)
+        return pool.smallest(self.ranked(pool, second), n, candidates, key=torch.abs)
 
     def _pool_size(self, remaining: int, n: int) -> int:
+        assert isinstance(self.pool, Schedule)
         rate = self.pool(self.progress)
-        if self.pool_of == "active":
-            return max(n, share(rate, remaining))
-        return n + share(rate, remaining - n)
+        return max(n, share(rate, remaining)) if self.pool_of == "active" else n + share(rate, remaining - n)

@@ -10,19 +10,22 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import count_true, pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
+from lightning_sparse.masks.distributed import broadcast_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
-from lightning_sparse.masks.registry import MaskGroup
-from lightning_sparse.masks.selection import names_near
+from lightning_sparse.masks.plan import names_near
+from lightning_sparse.masks.weight import MaskGroup
+from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes
@@ -31,6 +34,7 @@ __all__ = ["FixedMask"]
 
 
 @final
+@method
 class FixedMask(HardMaskMethod):
     r"""Fixed masks: fine-tune with a topology that does not move.
 
@@ -42,18 +46,15 @@ class FixedMask(HardMaskMethod):
     resumed with ``ckpt_path``, a training goes on with those that are in its checkpoint. What is frozen when training
     begins, such as a backbone that a callback thaws later, is masked when an optimizer first steps it.
 
-    Args:
-        masks: Where the masks come from:
+    ``masks`` says where the masks come from:
 
-            - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left
-              masks, as after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
-            - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a
-              checkpoint that nothing of ours has trained, whose zeros are taken.
-            - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
+    - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left masks, as
+      after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
+    - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a checkpoint that
+      nothing of ours has trained, whose zeros are taken.
+    - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
 
-            A path or a mapping has a mask for every weight that is masked here, and wins over a checkpoint's.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense.
+    A path or a mapping has a mask for every weight that is masked here, and wins over a checkpoint's.
 
     Raises:
         MisconfigurationException: As training begins: no weight has a zero, or names or shapes of the masks are not
@@ -85,32 +86,59 @@ class FixedMask(HardMaskMethod):
         url="https://arxiv.org/abs/1506.02626",
     )
 
-    def __init__(
-        self,
-        masks: str | Path | Mapping[str, Tensor] | None = None,
-        *,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-    ) -> None:
-        if masks is not None and not isinstance(masks, str | Path | Mapping):
+    masks_new_weights: ClassVar[bool] = False
+
+    masks: str | Path | Mapping[str, Tensor] | None = field(
+        default=None, kw_only=False, metadata=doc("Where the masks come from.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masks is not None and not isinstance(self.masks, str | Path | Mapping):
             raise ValueError(
-                f"masks is {masks!r}; give a path, a mapping of names to masks, or nothing. A sparsity cannot be asked"
-                " for: fixed masks keep that of the weights. To prune, use GMP or FGGP."
+                f"masks is {self.masks!r}; give a path, a mapping of names to masks, or nothing. A sparsity cannot be"
+                " asked for: fixed masks keep that of the weights. To prune, use GMP or FGGP."
             )
-        if isinstance(masks, Mapping):
-            check_bool(masks)
-        # The one update is over before training begins.
-        super().__init__(times=UpdateTimes(every=1, start=0, stop=0), include=include, exclude=exclude, seed=0)
-        self.masks = masks
-        self._chosen: dict[str, Tensor] = {}
-        self._asleep: dict[str, Tensor] = {}
+        if isinstance(self.masks, Mapping):
+            check_bool(self.masks)
+
+    @property
+    @override
+    def times(self) -> UpdateTimes:
+        return UpdateTimes(every=1, start=0, stop=0)  # the one update is over before training begins
+
+    @property
+    def _asleep(self) -> dict[str, Tensor]:
+        """The masks of what is frozen, by name."""
+        return cast("dict[str, Tensor]", self.run.own)
+
+    @override
+    def prepare(self) -> None:
+        self.run.own = {}
+        if self.run.beginning.state is None:
+            chosen = self._masks_in_module() if self.masks is None else self._masks_given(self.masks)
+            self.run.own |= chosen
 
     @override
     def initialize_masks(self, group: MaskGroup) -> None:
         for weight in group:
-            weight.mask.copy_(self._chosen.pop(weight.name))
-            weight.budget = count_true(weight.mask)
-        group.updated_at = 0
+            weight.mask.copy_(self._asleep.pop(weight.name))
+            weight.budget = weight.count(weight.mask)
+        self.clock_starts(group)
+
+    @override
+    def clock_starts(self, group: MaskGroup) -> None:
+        group.updated_at = self.step
+
+    @override
+    def masks_are_on(self) -> None:
+        frozen = {candidate.name: candidate for candidate in self.run.plan.frozen}
+        self.run.own = {name: mask for name, mask in self._asleep.items() if name in frozen}
+        for name, mask in self._asleep.items():
+            mask = mask.to(frozen[name].parameter.device)
+            broadcast_(mask)
+            self._asleep[name] = mask
+            zero_pruned_(frozen[name].parameter, mask)
 
     @override
     def mask_of_thawed(self, name: str) -> Tensor | None:
@@ -124,20 +152,13 @@ class FixedMask(HardMaskMethod):
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         super().load_method_state(state)
-        if state:
-            packed = state.get("asleep", {})
-            self._asleep = {name: unpack(its["bits"], its["shape"]) for name, its in packed.items()}
-            return
-        self._chosen = dict(self._masks_in_module() if self.masks is None else self._masks_given(self.masks))
-        self._asleep = {c.name: self._chosen.pop(c.name) for c in self._frozen if c.name in self._chosen}
-        for candidate in self._frozen:
-            if candidate.name in self._asleep:
-                zero_pruned_(candidate.parameter, self._asleep[candidate.name].to(candidate.parameter.device))
+        packed = state.get("asleep", {})
+        self.run.own = {name: unpack(its["bits"], its["shape"]) for name, its in packed.items()}
 
     def _masks_in_module(self) -> Mapping[str, Tensor]:
-        zeros = {weight.name: weight.parameter != 0 for weight in self.weights}
+        zeros = {weight.name: weight.value != 0 for weight in self.weights}
         masks = zeros | dict(self.inherited)  # a weight that was just grown is zero, and active
-        frozen = {candidate.name: candidate.parameter != 0 for candidate in self._frozen}
+        frozen = {candidate.name: candidate.parameter != 0 for candidate in self.run.plan.frozen}
         frozen = {name: mask for name, mask in frozen.items() if mask.any() and not mask.all()}
         if not frozen and all(mask.all() for mask in masks.values()):
             raise MisconfigurationException(
@@ -150,7 +171,7 @@ class FixedMask(HardMaskMethod):
         if isinstance(given, Mapping):
             masks, source = given, "The mapping masks="
         else:
-            names = [weight.name for weight in (*self.weights, *self._frozen)]
+            names = [weight.name for weight in (*self.weights, *self.run.plan.frozen)]
             masks, source = read_masks(given, names=names), f"{given}"
         known = [weight.name for weight in self.weights] + [candidate.name for candidate in self.dense]
         unknown = [name for name in masks if name not in known]
@@ -168,7 +189,7 @@ class FixedMask(HardMaskMethod):
                 " training that shared weights (EAST, WeightSharing), add WeightSharing() before FixedMask instead,"
                 " with the arguments that it had there."
             )
-        if wrong := wrong_shapes(masks, [*self.weights, *self._frozen], source):
+        if wrong := wrong_shapes(masks, [*self.weights, *self.run.plan.frozen], source):
             raise MisconfigurationException(wrong)
         return masks
 
@@ -181,7 +202,3 @@ class FixedMask(HardMaskMethod):
         weights = self.weights if name is None else [self.registry[name]]
         numel = sum(weight.numel if name else weight.unshared_numel for weight in weights)
         return 1.0 - sum(weight.num_active for weight in weights) / numel if numel else 0.0
-
-    @override
-    def training_ended(self) -> None:
-        """The sparsity was there from the start."""

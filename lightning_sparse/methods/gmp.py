@@ -11,23 +11,20 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import field
 from typing import ClassVar, final
 
-import torch
-from torch import Tensor
-from typing_extensions import override
-
-from lightning_sparse.functional.masks import smallest
-from lightning_sparse.methods.gradual_pruning import Allocation, GradualPruning
+from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.schedules import Duration, Schedule
+from lightning_sparse.methods.scored import Allocation, ScoredMethod
+from lightning_sparse.schedules import Schedule
 
 __all__ = ["GMP"]
 
 
 @final
-class GMP(GradualPruning):
+@method
+class GMP(ScoredMethod):
     r"""Gradual magnitude pruning: the smallest weights go, along a cubic schedule.
 
     At update time :math:`t`, the active weights with the smallest :math:`|w|` are pruned until the sparsity is
@@ -36,18 +33,6 @@ class GMP(GradualPruning):
 
     :math:`s_f` is ``sparsity``, :math:`s_i` is 0, :math:`t_0` is ``start``, :math:`t_0 + n \Delta t` is ``stop`` and
     :math:`\Delta t` is ``update_every``.
-
-    Args:
-        sparsity: The final sparsity, in [0, 1), or a schedule of it.
-        allocation: Which weights are ranked together. The paper prunes every layer alike: ``"uniform"``.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training. The paper
-            suggests 100 to 1000 steps.
-        start: Time of the first update.
-        stop: Time of the last update, at which the final sparsity is reached; training should go on for a while.
-        min_active: Weights that every layer keeps.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense.
-        seed: Seed of the random masks of a schedule that does not begin dense.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -74,32 +59,20 @@ class GMP(GradualPruning):
         venue="ICLR 2018 workshop",
         url="https://arxiv.org/abs/1710.01878",
     )
+    grows: ClassVar[bool] = False
+    begins_dense: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        sparsity: float | Schedule,
-        *,
-        allocation: Allocation = "uniform",
-        update_every: Duration = 0.01,
-        start: Duration = 0.0,
-        stop: Duration = 0.8,
-        min_active: int = 0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            sparsity,
-            allocation=allocation,
-            update_every=update_every,
-            start=start,
-            stop=stop,
-            min_active=min_active,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-
-    @override
-    def prune(self, weights: Sequence[Tensor], grads: Sequence[Tensor], among: Tensor, n: int) -> Tensor:
-        return smallest(weights, n, among, key=torch.abs)
+    sparsity: float | Schedule = field(
+        kw_only=False,
+        metadata=doc(
+            "The final sparsity, in [0, 1), reached from dense along the cubic; or a schedule of it. One that begins"
+            " above 0 begins with random masks, unless another method has left its own."
+        ),
+    )
+    allocation: Allocation = field(
+        default="uniform",
+        metadata=doc(
+            'Which weights are ranked together: all (``"global"``), or those of a layer, with its share of the budget.'
+            ' The paper prunes every layer alike: ``"uniform"``.'
+        ),
+    )

@@ -1,177 +1,331 @@
 r"""Methods whose pruned weights sleep: their values are kept, and can wake.
 
-Between steps a parameter holds :math:`W \odot M`, so that forward, validation, averages, checkpoints and export see a
-sparse module. At the step the dense :math:`W` is laid back, the gradient is rewritten in closed form, the optimizer
-steps, and :math:`W \odot M` is laid in again. Module, ``state_dict`` keys, optimizer and scheduler are untouched,
-nothing is added to the loss, and nothing more is communicated: what is computed from the all-reduced gradient is equal
-on every rank.
+Between steps a parameter holds the :meth:`~LatentMethod.effective` weight, :math:`W \odot M` as a rule, so that
+forward, validation, averages, checkpoints and export see a sparse module. At the step the dense :math:`W` is laid back,
+the gradient is rewritten in closed form, the optimizer steps, and the effective weight is laid in again. Module,
+``state_dict`` keys, optimizer and scheduler are untouched, nothing is added to the loss, and nothing more is
+communicated: what is computed from the all-reduced gradient is equal on every rank.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast, final
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import count_true
-from lightning_sparse.masks.optimizer_state import all_finite, gradient_scale
-from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
+from lightning_sparse.masks.moments import all_finite, gradient_scale
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
 from lightning_sparse.methods.base import SparseMethod
+from lightning_sparse.methods.card import method
 
 __all__ = ["LatentMethod"]
 
 
+@dataclass
+class _Learned:
+    """What the family keeps for one training.
+
+    Attributes:
+        latent: The dense weights, by name.
+        parameters: What is learned beside each weight, by name.
+        twins: The optimizers that step them, by group.
+        own: What the method itself keeps.
+        finite: Whether the gradients of the coming step are finite.
+    """
+
+    latent: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
+    twins: dict[MaskGroup, Optimizer] = field(default_factory=dict[MaskGroup, Optimizer])
+    own: Any = None
+    finite: bool = True
+
+
+@method
 class LatentMethod(SparseMethod):
     """Keeps the dense weights beside the sparse ones that the module holds.
 
-    Args:
-        include: Patterns of what is masked.
-        exclude: Patterns of what stays dense.
-        seed: Seed of everything that the method draws at random.
+    Attributes:
+        shrinks: Whether active weights too differ from the dense ones, so that checkpoints need all of these.
     """
 
-    def __init__(self, *, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int) -> None:
-        super().__init__(include=include, exclude=exclude, seed=seed)
-        self._latent: dict[str, Tensor] = {}
-        self._gradients_were_finite = True
+    clears_gradients: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
 
     # What a method implements.
-
-    @abstractmethod
-    def begin(self, group: MaskGroup) -> None:
-        """Make what the method learns beside the weights of ``group``; their values are ``self.latent(weight)``."""
-
-    @abstractmethod
-    def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
-        """Turn ``weight.parameter.grad``, with respect to W ⊙ M, into that of W, in place; note the method's own.
-
-        Args:
-            weight: The weight; its gradient is there.
-            latent: The dense W.
-            scale: By how much the gradient is scaled; the method's own gradients are not to be.
-        """
-
-    @abstractmethod
-    def learn(self, group: MaskGroup) -> None:
-        """Step what the method learns, after the optimizer of ``group`` has stepped W."""
 
     @abstractmethod
     def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
         """The mask of W as it is now: ``bool``, the weight's shape."""
 
     @abstractmethod
+    def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
+        """Turn ``weight.grad``, with respect to the effective weight, into that of W, in place.
+
+        Args:
+            weight: The weight; its gradient is there.
+            latent: The dense W.
+            scale: By how much the gradient is scaled. What the method adds is scaled alike; the gradients of what it
+                learns beside the weights, which it sets here, are not.
+        """
+
+    # What a method may add.
+
+    def effective(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
+        """What the module computes with: W ⊙ M, where a method does not say otherwise."""
+        return latent.masked_fill(~weight.mask, 0.0)
+
+    def learned(self, weight: MaskedWeight) -> Tensor | None:
+        """First values of what is learned beside ``weight``, stepped by an optimizer like the weight's own."""
+        return None
+
     def masks_renewed(self, group: MaskGroup) -> None:
         """The masks of ``group`` were renewed and counted; ``self.renew`` may be called on one again."""
 
-    @abstractmethod
-    def learned_state(self) -> dict[str, Any]:
-        """What the method has learned besides the weights: tensors and primitives alone."""
+    def own_state(self) -> dict[str, Any]:
+        """What the method must remember besides weights, masks and what it learns: primitives alone."""
+        return {}
 
-    @abstractmethod
-    def load_learned_state(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`learned_state` gave; :meth:`begin` was called before."""
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`own_state` gave."""
 
-    # What the family does.
+    # What can be read.
 
     def latent(self, weight: MaskedWeight) -> Tensor:
         """The dense values of ``weight``, awake and asleep."""
-        return self._latent[weight.name]
+        return self._kept.latent[weight.name]
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is learned beside the weights, by their names; empty before training."""
+        return {} if self.last_run is None else self._kept.parameters
+
+    # What the family does.
+
+    @property
+    def _kept(self) -> _Learned:
+        return cast("_Learned", self.run.own)
+
+    @override
+    def prepare(self) -> None:
+        self.run.own = _Learned()
 
     @final
     @override
     def initialize_masks(self, group: MaskGroup) -> None:
         for weight in group:
-            self._latent[weight.name] = weight.parameter.detach().clone()
-        self.begin(group)
+            self._begin(weight, weight.value.clone())
+        self.group_changed(group)
         self._renew_all(group)
+
+    def _begin(self, weight: MaskedWeight, latent: Tensor) -> None:
+        self._kept.latent[weight.name] = latent
+        first = self.learned(weight)
+        if first is not None:
+            self._kept.parameters[weight.name] = nn.Parameter(first)
+
+    @final
+    @override
+    def group_changed(self, group: MaskGroup) -> None:
+        learned = {w.name: self._kept.parameters[w.name] for w in group if w.name in self._kept.parameters}
+        known = {own for own in self._kept.twins if own in self.run.groups}
+        self._kept.twins = {own: twin for own, twin in self._kept.twins.items() if own in known}
+        if learned:
+            self._kept.twins[group] = _twin_optimizer(type(self).__name__, group, learned)
+
+    @final
+    @override
+    def weights_added(self, group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
+        for weight in weights:
+            self._begin(weight, weight.value.clone())
+        self.group_changed(group)
+        self._renew_all(group)
+        group.apply_()
 
     @final
     @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
-        gradients = [weight.parameter.grad for weight in group if weight.parameter.grad is not None]
-        self._gradients_were_finite = bool(gradients) and all_finite(gradients)
-        if self._gradients_were_finite:
+        gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
+        self._kept.finite = bool(gradients) and all_finite(gradients)
+        if self._kept.finite:
             group.not_finite_for = 0
         elif gradients:
             self.be_patient(group)
         scale = gradient_scale(trainer, group.optimizer)
         for weight in group:
-            latent = self._latent[weight.name]
+            latent = self.latent(weight)
             if weight.parameter.grad is not None:
                 self.rewrite_gradient(weight, latent, scale)
-            weight.parameter.copy_(latent)
+            weight.value.copy_(latent)
 
     @final
     @override
     def after_step(self, group: MaskGroup) -> None:
         for weight in group:
-            self._latent[weight.name].copy_(weight.parameter)
-        if self._gradients_were_finite:
-            self.learn(group)
+            self.latent(weight).copy_(weight.value)
+        if self._kept.finite:
+            self._learn(group)
             before = group.mask.clone()
             self._renew_all(group)
-            self._registry.num_updates += not torch.equal(before, group.mask)
+            changed = group.count(before ^ group.mask) > 0
+            self.registry.num_updates += changed
+            if changed:
+                self.run.averages.apply_(group)
+                self.run.guards[group].masks_changed()
         group.updated_at = self.step
-        group.apply_()
+        self._lay_in(group)
 
     @final
     @override
     def step_skipped(self, group: MaskGroup) -> None:
-        group.apply_()
+        self._lay_in(group)
+
+    @final
+    @override
+    def weights_written(self, weights: Sequence[MaskedWeight]) -> None:
+        for weight in weights:
+            latent = self.latent(weight)
+            latent.copy_(torch.where(weight.value != self.effective(weight, latent), weight.value, latent))
+            weight.value.copy_(self.effective(weight, latent))
+
+    @final
+    @override
+    def masks_are_on(self) -> None:
+        for group in self.groups:
+            self._lay_in(group)
+            self.run.guards[group].note_weights()
+
+    def _lay_in(self, group: MaskGroup) -> None:
+        for weight in group:
+            if self.shrinks:
+                weight.value.copy_(self.effective(weight, self.latent(weight)))
+            else:
+                weight.apply_()
+
+    def _learn(self, group: MaskGroup) -> None:
+        """Step what is learned, after the optimizer of ``group`` has stepped W."""
+        twin = self._kept.twins.get(group)
+        if twin is None:
+            return
+        for own, user in zip(twin.param_groups, _masked_param_groups(group), strict=True):
+            own.update({key: value for key, value in user.items() if key != "params"})  # lr follows the schedule
+        with torch.enable_grad():  # differentiable optimizers ask for it
+            twin.step()
+        twin.zero_grad()
 
     @final
     def renew(self, weight: MaskedWeight) -> None:
         """Make the mask of ``weight`` anew, and count it."""
-        weight.mask.copy_(self.new_mask(weight, self._latent[weight.name]))
-        weight.recount(count_true(weight.mask))
+        weight.mask.copy_(self.new_mask(weight, self.latent(weight)))
+        weight.recount(weight.count(weight.mask))
         weight.budget = weight.num_active
 
     def _renew_all(self, group: MaskGroup) -> None:
         for weight in group:
-            weight.mask.copy_(self.new_mask(weight, self._latent[weight.name]))
+            weight.mask.copy_(self.new_mask(weight, self.latent(weight)))
         group.recount()
         for weight in group:
             weight.budget = weight.num_active
         self.masks_renewed(group)
 
+    @override
+    def target_sparsity(self, name: str | None = None) -> float:
+        return self.actual_sparsity() if name is None else self.registry[name].sparsity
+
+    @final
+    def actual_sparsity(self) -> float:
+        """That of the weights of this method, together."""
+        numel = sum(group.unshared_numel for group in self.groups)
+        return 1.0 - sum(group.num_active for group in self.groups) / numel if numel else 0.0
+
+    # Checkpoints.
+
     @final
     @override
     def method_state(self) -> dict[str, Any]:
-        asleep = {weight.name: self._latent[weight.name][~weight.mask].cpu() for weight in self.weights}
-        return {"asleep": asleep, "learned": self.learned_state()}
+        kept = self._kept
+        asleep = {
+            weight.name: (self.latent(weight) if self.shrinks else self.latent(weight)[~weight.mask]).cpu().clone()
+            for weight in self.weights
+        }
+        return {
+            "asleep": asleep,
+            "learned": {name: value.detach().cpu().clone() for name, value in kept.parameters.items()},
+            "twins": [kept.twins[group].state_dict() for group in self.groups if group in kept.twins],
+            "own": self.own_state(),
+        }
 
     @final
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        self._latent = {}
-        if not state:
-            return
-        missing = {"asleep", "learned"} - state.keys()
+        missing = {"asleep", "learned", "twins", "own"} - state.keys()
         if missing:
             raise MisconfigurationException(
                 f"The checkpoint is cut short: it lacks {', '.join(sorted(missing))}. Resume from an earlier one."
             )
         for weight in self.weights:
-            self._latent[weight.name] = _awake_and_asleep(weight, state["asleep"])
+            self._begin(weight, self._dense_values(weight, state["asleep"]))
         for group in self.groups:
-            self.begin(group)
-        self.load_learned_state(state["learned"])
+            self.group_changed(group)
+        self._load_learned(state["learned"], state["twins"])
+        self.load_own_state(state["own"])
+
+    def _dense_values(self, weight: MaskedWeight, asleep: Mapping[str, Tensor]) -> Tensor:
+        """The dense values: where they are not asleep, those of the parameter."""
+        latent, values = weight.value.clone(), asleep.get(weight.name)
+        pruned = torch.ones_like(weight.mask) if self.shrinks else ~weight.mask
+        expected = weight.numel if self.shrinks else weight.numel - weight.num_active
+        if values is None or values.numel() != expected:
+            raise MisconfigurationException(
+                f"The checkpoint holds {0 if values is None else values.numel()} sleeping values of {weight.name}, but"
+                f" its mask prunes {expected}. The file is cut short; resume from an earlier one."
+            )
+        latent[pruned] = values.to(latent).flatten()
+        return latent
+
+    @torch.no_grad()
+    def _load_learned(self, learned: Mapping[str, Tensor], twins: Sequence[Mapping[str, Any]]) -> None:
+        mine = self._kept.parameters
+        damaged = [
+            name for name, value in mine.items() if name not in learned or learned[name].shape != value.shape
+        ]
+        own = [self._kept.twins[group] for group in self.groups if group in self._kept.twins]
+        if damaged or len(twins) != len(own):
+            raise MisconfigurationException(
+                f"The checkpoint is cut short: it lacks what was learned of {', '.join(damaged) or 'no weight'} or the"
+                " state of its optimizers. Resume with the module that wrote it, or from an earlier checkpoint."
+            )
+        for name, value in mine.items():
+            value.copy_(learned[name])
+        for twin, saved in zip(own, twins, strict=True):
+            twin.load_state_dict(dict(saved))
 
 
-def _awake_and_asleep(weight: MaskedWeight, asleep: Mapping[str, Tensor]) -> Tensor:
-    """The dense values: those of the parameter where it is active, those of the checkpoint where it is not."""
-    latent = weight.parameter.detach().clone()
-    values = asleep.get(weight.name)
-    if values is None or values.numel() != weight.numel - weight.num_active:
+def _twin_optimizer(name: str, group: MaskGroup, learned: Mapping[str, nn.Parameter]) -> Optimizer:
+    """An optimizer of the class and the settings of the group's own, over what is learned beside its weights."""
+    learned_of = {id(weight.parameter): learned[weight.name] for weight in group if weight.name in learned}
+    param_groups = [
+        {**user, "params": [learned_of[id(weight)] for weight in user["params"] if id(weight) in learned_of]}
+        for user in _masked_param_groups(group)
+    ]
+    kind = type(group.optimizer)
+    try:
+        return kind(param_groups, lr=param_groups[0]["lr"])  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
         raise MisconfigurationException(
-            f"The checkpoint holds {0 if values is None else values.numel()} sleeping values of {weight.name}, but its"
-            f" mask prunes {weight.numel - weight.num_active}. The file is cut short; resume from an earlier one."
-        )
-    latent[~weight.mask] = values.to(latent)
-    return latent
+            f"{name} steps its thresholds, which are vectors, with an optimizer like that of the weights, but"
+            f" {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
+        ) from error
+
+
+def _masked_param_groups(group: MaskGroup) -> list[dict[str, Any]]:
+    """The parameter groups of the optimizer that hold masked weights; those that a finetuning callback adds do not."""
+    masked = {id(weight.parameter) for weight in group}
+    return [user for user in group.optimizer.param_groups if any(id(weight) in masked for weight in user["params"])]

@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["refuse_optimizers", "refuse_strategy"]
+from lightning_sparse.methods.interface import Method
+
+__all__ = ["refuse_optimizers", "refuse_other_trainer", "refuse_strategy"]
 
 # By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
 _UNSUPPORTED_STRATEGIES = {
@@ -44,3 +46,17 @@ def refuse_optimizers(method: str, trainer: pl.Trainer) -> None:
                 f"{method} cannot work with LBFGS: its line search evaluates the loss several times a step, at weights"
                 " that no mask can hold. Use SGD, Adam or another torch optimizer."
             )
+
+
+def refuse_other_trainer(method: Method, trainer: pl.Trainer) -> None:
+    """Refuse a callback that trains in another Trainer already, as in a fit within a fit.
+
+    Raises:
+        MisconfigurationException: It does.
+    """
+    run = method.last_run
+    if run is not None and run.active and run.trainer() is not trainer:
+        raise MisconfigurationException(
+            f"This {type(method).__name__} is in the middle of a training by another Trainer, whose masks it would lose."
+            " Give each Trainer a callback of its own."
+        )

@@ -9,23 +9,23 @@ Differs from the paper and the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import field
 from typing import ClassVar, final
 
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.masks.registry import MaskedWeight
-from lightning_sparse.methods.budgets import LayerAllocation
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Duration, Schedule
+from lightning_sparse.methods.scored import GrowingMethod
 
 __all__ = ["RigL"]
 
 
 @final
-class RigL(PruneAndGrow):
+@method
+class RigL(GrowingMethod):
     r"""The rigged lottery: prune by magnitude, grow where the dense gradient is largest, at constant sparsity.
 
     At an update at step :math:`t < T_{end}`, in each layer of :math:`n` active weights the
@@ -39,23 +39,6 @@ class RigL(PruneAndGrow):
 
     ITOP's settings (Liu et al. 2021), which explore more: ``RigL(0.9, drop_fraction=Cosine(0.5, 0.005),
     update_every=4000, stop=1.0, update_replaces_step=False)``.
-
-    Args:
-        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on; or a schedule of it,
-            such as :class:`~lightning_sparse.schedules.Cyclic`, over the time to ``stop``.
-        allocation: How the budget is shared among layers.
-        drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
-            cosine; or a schedule of it.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at
-            least.
-        stop: Time after which the masks stay.
-        regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
-        update_replaces_step: Whether the optimizer takes no step at an update. It then finds no gradient (``None``),
-            and neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait too.
-        min_active: Weights that every layer holds at least.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense. With ``allocation="uniform"`` the paper leaves the first layer dense.
-        seed: Seed of the initial masks.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -83,35 +66,14 @@ class RigL(PruneAndGrow):
     )
     needs_dense_gradients: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        sparsity: float | Schedule,
-        *,
-        allocation: LayerAllocation = "erk",
-        drop_fraction: float | Schedule = 0.3,
-        update_every: Duration = 0.01,
-        stop: Duration = 0.75,
-        regrow: bool = True,
-        update_replaces_step: bool = True,
-        min_active: int = 1,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            sparsity,
-            allocation=allocation,
-            drop_fraction=drop_fraction,
-            update_every=update_every,
-            stop=stop,
-            regrow=regrow,
-            update_replaces_step=update_replaces_step,
-            min_active=min_active,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
+    update_replaces_step: bool = field(
+        default=True,
+        metadata=doc(
+            "Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and neither"
+            " does the module's own ``on_before_optimizer_step``; weights that are not masked wait too."
+        ),
+    )
 
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
-        return weight.grad.abs()
+        return weight.grad

@@ -13,44 +13,23 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, final
 
-from torch import Tensor
-from typing_extensions import override
-
-from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.registry import MaskedWeight
-from lightning_sparse.methods.budgets import LayerAllocation
+from lightning_sparse.methods.card import method
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.prune_and_grow import PruneAndGrow
-from lightning_sparse.schedules import Duration, Schedule
+from lightning_sparse.methods.scored import GrowingMethod
 
 __all__ = ["SET"]
 
 
 @final
-class SET(PruneAndGrow):
+@method
+class SET(GrowingMethod):
     r"""Sparse evolutionary training: prune by magnitude, grow at random, at constant sparsity.
 
     At an update, in each layer of :math:`n` active weights the :math:`k = \lfloor \zeta_t\, n \rfloor` smallest
     :math:`|w|` are pruned and as many inactive weights, drawn at random, are grown at zero. :math:`\zeta_t` is
     ``drop_fraction``, :math:`\zeta` in the paper.
-
-    Args:
-        sparsity: Sparsity, in [0, 1), of the masked weights together, from the first step on; or a schedule of it,
-            such as :class:`~lightning_sparse.schedules.Cyclic`, over the time to ``stop``.
-        allocation: How the budget is shared among layers.
-        drop_fraction: Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a
-            cosine; or a schedule of it.
-        update_every: Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at
-            least.
-        stop: Time after which the masks stay.
-        regrow: Whether a weight that the update has just pruned may be grown by it; its value is then kept.
-        min_active: Weights that every layer holds at least.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense.
-        seed: Seed of the initial masks and of growth.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -78,35 +57,3 @@ class SET(PruneAndGrow):
         venue="Nature Communications 2018",
         url="https://arxiv.org/abs/1707.04780",
     )
-
-    def __init__(
-        self,
-        sparsity: float | Schedule,
-        *,
-        allocation: LayerAllocation = "erk",
-        drop_fraction: float | Schedule = 0.3,
-        update_every: Duration = 0.01,
-        stop: Duration = 0.75,
-        regrow: bool = True,
-        min_active: int = 1,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            sparsity,
-            allocation=allocation,
-            drop_fraction=drop_fraction,
-            update_every=update_every,
-            stop=stop,
-            regrow=regrow,
-            update_replaces_step=False,
-            min_active=min_active,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
-
-    @override
-    def grow_scores(self, weight: MaskedWeight) -> Tensor:
-        return random_scores(weight, self.seed, step=self.step)

@@ -55,6 +55,11 @@ class Steering:
         self._error = 0.0
         self._integral = 0.0
         self._scale = _FIRST_SCALE
+        self._initial = 0.0
+
+    def begin_at(self, sparsity: float) -> None:
+        """Let the course begin at this sparsity, where a network is sparse already."""
+        self._initial = min(sparsity, self.sparsity)
 
     @property
     def alpha(self) -> float:
@@ -68,7 +73,7 @@ class Steering:
 
     def target(self, progress: float) -> float:
         """The sparsity that is due at ``progress`` in [0, 1] of training."""
-        return Polynomial(0.0, self.sparsity)(min(1.0, progress / _ARRIVAL))
+        return Polynomial(self._initial, self.sparsity)(min(1.0, progress / _ARRIVAL))
 
     def observe(self, sparsity: float, progress: float, elapsed: float) -> None:
         """Take note of the sparsity at ``progress``, ``elapsed`` after the last look (fractions of training)."""
@@ -87,11 +92,12 @@ class Steering:
 
     def state(self) -> dict[str, float]:
         """What must be remembered."""
-        return {"error": self._error, "integral": self._integral, "scale": self._scale}
+        return {"error": self._error, "integral": self._integral, "scale": self._scale, "initial": self._initial}
 
     def load(self, state: Mapping[str, float]) -> None:
         """Take what :meth:`state` gave."""
         self._error, self._integral, self._scale = state["error"], state["integral"], state["scale"]
+        self._initial = state["initial"]
 
 
 def _clip(value: float) -> float:

@@ -30,6 +30,8 @@ class HyperLinear(nn.Linear):
         HyperLinear(in_features=4, out_features=2, bias=True)
     """
 
+    is_auxiliary = True  # read by the plan of masks
+
 
 @final
 class DyReLU(nn.Module):

@@ -27,13 +27,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed, nn
 from typing_extensions import override
 
-from lightning_sparse.modules.auxiliary import (
+from lightning_sparse.masks.distributed import world_size
+from lightning_sparse.trainer import (
     check_in_optimizer,
     copy_again,
     refuse_twins,
     steps_of_training,
     steps_taken,
-    world_size,
 )
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step

@@ -8,8 +8,7 @@ Code:   https://github.com/TensorStrike/ES2
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, final
 
@@ -20,16 +19,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again, refuse_twins
+from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",
     "WeightSharing",
-    "refuse_unshared",
     "share_weights",
     "shared_convolutions",
     "unshare_weights",
-    "uses_of",
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,6 +60,8 @@ class SharedConvolution(nn.Module):
         True
     """
 
+    is_auxiliary = True  # read by the plan of masks
+
     def __init__(self, convolution: Convolution, source: Convolution) -> None:
         super().__init__()
         if convolution.weight.shape != source.weight.shape or convolution.groups != source.groups:
@@ -83,6 +82,11 @@ class SharedConvolution(nn.Module):
     def source(self) -> Convolution:
         """The convolution whose weights it uses."""
         return self._source[0]
+
+    @property
+    def borrowed_weight(self) -> nn.Parameter:
+        """The parameter that it uses; the plan of masks counts its uses."""
+        return self._source[0].weight
 
     @property
     def weight(self) -> Tensor:
@@ -199,43 +203,6 @@ def shared_convolutions(module: nn.Module) -> dict[str, SharedConvolution]:
         ['0']
     """
     return {name: child for name, child in module.named_modules() if isinstance(child, SharedConvolution)}
-
-
-def refuse_unshared(module: nn.Module, checkpoint: Mapping[str, Any], path: object) -> None:
-    """Refuse to resume a training that shared weights with a module that does not.
-
-    Args:
-        module: The module that is to be trained, set up.
-        checkpoint: What Lightning gives to a callback.
-        path: Where it was, for the message.
-
-    Raises:
-        MisconfigurationException: That of the checkpoint shared weights, and ``module`` shares none.
-
-    Example:
-        >>> refuse_unshared(nn.Linear(2, 2), {"callbacks": {}}, "plain.ckpt")
-    """
-    scales = checkpoint.get("callbacks", {}).get(WeightSharing.__qualname__, {}).get("scales", {})
-    if scales and not shared_convolutions(module):
-        raise MisconfigurationException(
-            f"In the training of the checkpoint {path}, {', '.join(scales)} used the weights of other convolutions, as"
-            f" under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
-            " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
-        )
-
-
-def uses_of(module: nn.Module) -> dict[int, int]:
-    """How often each weight that is shared is used, by its ``id``; those that are used once are not there.
-
-    Example:
-        >>> from torchvision.models import resnet34
-        >>> network = resnet34()
-        >>> _ = share_weights(network)
-        >>> uses_of(network)[id(network.layer3[1].conv1.weight)]
-        5
-    """
-    copies = Counter(id(convolution.source.weight) for convolution in shared_convolutions(module).values())
-    return {weight: 1 + count for weight, count in copies.items()}
 
 
 @final

@@ -179,9 +179,9 @@ def draw_accuracy(axes: Axes, dense: Run, sparse: Run) -> None:
 
 def draw_sparsity(axes: Axes, sparse: Run, layers: list[str]) -> None:
     """Sparsity of each layer and of all, as it was and as the schedule asked for it."""
-    actual, target = sparse.curves["sparsity"], sparse.curves["sparsity/target"]
+    actual, target = sparse.curves["sparsity"], sparse.curves["sparsity_target"]
     for name in layers:
-        curve = sparse.curves[f"sparsity/layer/{name}"]
+        curve = sparse.curves[f"sparsity_layer/{name}"]
         axes.step(curve.steps, percent(curve.values), where="post", color=LAYER_COLOUR, linewidth=1.2)
         axes.annotate(
             short(name),

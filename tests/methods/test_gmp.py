@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.functional import erdos_renyi, erdos_renyi_kernel, num_active, uniform
 from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
-from lightning_sparse.methods.gradual_pruning import GradualPruning
+from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.schedules import Constant, Linear, Polynomial, Schedule
 from tests.helpers import ConvToy, ToyModel, make_trainer
 
@@ -37,7 +37,7 @@ def layers_of(rows: Sequence[Sequence[float]], grads: Sequence[Sequence[float]] 
 
 
 @torch.no_grad()
-def prune(method: GradualPruning, group: MaskGroup) -> list[int]:
+def prune(method: ScoredMethod, group: MaskGroup) -> list[int]:
     """The flat indices that one update at the end of the schedule prunes."""
     method.update_masks(group)
     return (~group.mask).nonzero().squeeze(1).tolist()
@@ -146,7 +146,7 @@ def test_layers_are_pruned_to_the_shares_of_their_allocation(share: Any) -> None
 class Record(L.Callback):
     """The masks in force after each batch."""
 
-    def __init__(self, method: GradualPruning) -> None:
+    def __init__(self, method: ScoredMethod) -> None:
         self.method = method
         self.masks: list[dict[str, Tensor]] = []
 
@@ -158,7 +158,7 @@ class Record(L.Callback):
         return [sum(int(mask.sum()) for mask in masks.values()) for masks in self.masks]
 
 
-def fit(method: GradualPruning, root: Path, model: L.LightningModule | None = None, **settings: Any) -> Record:
+def fit(method: ScoredMethod, root: Path, model: L.LightningModule | None = None, **settings: Any) -> Record:
     record = Record(method)
     make_trainer(root, callbacks=[method, record], **settings).fit(model or ToyModel())
     return record

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_sparse import SparseMethod
-    from lightning_sparse.methods.prune_and_grow import PruneAndGrow
+    from lightning_sparse.methods.scored import GrowingMethod
 
 
 class EightWeights(L.LightningModule):
@@ -53,7 +53,7 @@ class EightWeights(L.LightningModule):
 class Begin(L.Callback):
     """Puts a state by hand in the place of a random beginning."""
 
-    def __init__(self, method: PruneAndGrow, weight: list[float], mask: list[int]) -> None:
+    def __init__(self, method: GrowingMethod, weight: list[float], mask: list[int]) -> None:
         self.method, self.weight, self.mask = method, weight, mask
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,7 +64,7 @@ class Begin(L.Callback):
         self.method.groups[0].recount()
 
 
-def one_update(method: PruneAndGrow, weight: list[float], mask: list[int], grad: list[float], root: Path) -> Any:
+def one_update(method: GrowingMethod, weight: list[float], mask: list[int], grad: list[float], root: Path) -> Any:
     """Take two steps, with an update at the second; return the module."""
     model = EightWeights(grad)
     make_trainer(root, callbacks=[method, Begin(method, weight, mask)], max_epochs=1).fit(model)
@@ -77,7 +77,7 @@ GRAD = [0.0, 9.0, 0.0, 0.1, -3.0, 1.0, 2.0, -0.5]
 HALF: dict[str, Any] = {"sparsity": 0.5, "drop_fraction": Constant(0.5), "update_every": 1, "stop": 1}
 
 
-def mask_of(method: PruneAndGrow) -> list[int]:
+def mask_of(method: GrowingMethod) -> list[int]:
     return method.weights[0].mask.int().flatten().tolist()
 
 
@@ -148,7 +148,7 @@ def test_a_new_budget_is_met_by_growing_or_pruning_alone(sparsity: float, expect
 class Counts(L.Callback):
     """Notes the active weights of each layer, and the target, after each step."""
 
-    def __init__(self, method: PruneAndGrow) -> None:
+    def __init__(self, method: GrowingMethod) -> None:
         self.method = method
         self.layers: list[list[int]] = []
         self.targets: list[float] = []
@@ -196,7 +196,7 @@ def test_east_exchanges_when_its_cycles_are_over(tmp_path: Path) -> None:
 
 
 def test_east_without_cycles_is_rigl_in_itops_settings(tmp_path: Path) -> None:
-    def final(method: PruneAndGrow) -> dict[str, Tensor]:
+    def final(method: GrowingMethod) -> dict[str, Tensor]:
         model = ToyModel()
         make_trainer(tmp_path, callbacks=[method]).fit(model)
         return model.state_dict()

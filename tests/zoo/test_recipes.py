@@ -13,8 +13,8 @@ from lightning_sparse.cli import SparseCLI
 from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
 from lightning_sparse.methods.catalog import all_methods
-from lightning_sparse.methods.gradual_pruning import GradualPruning
-from lightning_sparse.methods.prune_and_grow import PruneAndGrow
+from lightning_sparse.methods.scored import ScoredMethod
+from lightning_sparse.methods.scored import GrowingMethod
 from lightning_sparse.schedules import Cyclic, as_schedule
 from lightning_sparse.zoo import CIFAR10DataModule, Classifier, MNISTDataModule, list_recipes, recipe_path
 from lightning_sparse.zoo.data import InMemoryDataModule
@@ -138,7 +138,7 @@ class TestRecipe:
 @pytest.mark.parametrize("name", ["fggp-digits", "gmp-lenet300", "set-resnet20", "rigl-resnet20"])
 def test_sparsity_can_be_set_on_the_command_line(name: str) -> None:
     (method,) = methods_of(parsed(name, "--trainer.callbacks.sparsity=0.5"))
-    assert isinstance(method, (GradualPruning, PruneAndGrow))
+    assert isinstance(method, (ScoredMethod, GrowingMethod))
     assert as_schedule(method.sparsity)(1.0) == 0.5
 
 
@@ -211,7 +211,7 @@ def test_recipes_of_east_have_the_settings_of_its_code(name: str) -> None:
 @pytest.mark.parametrize(("name", "every"), [("rigl-resnet34", 4000), ("set-resnet34", 1500)])
 def test_what_east_compares_with_is_set_as_itop_has_it(name: str, every: int) -> None:
     (method,) = methods_of(parsed(name, *narrow(name)))
-    assert isinstance(method, PruneAndGrow)
+    assert isinstance(method, GrowingMethod)
     assert as_schedule(method.sparsity)(1.0) == 0.999
     assert [method.drop_fraction(0.0), method.drop_fraction(1.0)] == [0.5, 0.005]
     assert [method.times.every, method.times.stop, method.replaces_step] == [every, 1.0, False]

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import distributed, nn
+from torch import nn
 
 __all__ = [
     "callbacks_of",
     "check_in_optimizer",
+    "clips_gradients",
     "copy_again",
+    "is_a",
     "refuse_twins",
     "steps_of_training",
     "steps_taken",
-    "world_size",
 ]
 
 
@@ -48,6 +48,27 @@ def check_in_optimizer(
         )
 
 
+def clips_gradients(trainer: pl.Trainer) -> bool:
+    """Whether gradients are clipped between ``on_before_optimizer_step`` and the step."""
+    module = trainer.lightning_module
+    own = type(module).configure_gradient_clipping
+    plain = own.__module__.startswith(("lightning.", "pytorch_lightning."))
+    return bool(trainer.gradient_clip_val) and plain
+
+
+def is_a(value: object, *names: str) -> bool:
+    """Whether a class of one of these names is among those of ``value``.
+
+    By name, because classes of ``lightning.pytorch`` and ``pytorch_lightning`` are different ones.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> is_a(ModelCheckpoint(), "Checkpoint"), is_a(ModelCheckpoint(), "EarlyStopping")
+        (True, False)
+    """
+    return any(kind.__name__ in names for kind in type(value).__mro__)
+
+
 def copy_again(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: pl.Callback) -> None:
     """Let callbacks that average weights copy the module again: those that come before ``callback``, who changed it.
 
@@ -58,7 +79,7 @@ def copy_again(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: pl.
     """
     callbacks = callbacks_of(trainer)
     for earlier in callbacks[: callbacks.index(callback)]:
-        if isinstance(earlier, StochasticWeightAveraging | WeightAveraging):
+        if is_a(earlier, "StochasticWeightAveraging", "WeightAveraging"):
             earlier.setup(trainer, pl_module, "fit")
 
 
@@ -100,8 +121,3 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
 def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
     return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))
-
-
-def world_size() -> int:
-    """The processes among which torch communicates now: 1 where it does not."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
-from lightning_sparse.masks.succession import forget_pruned, inherit_, waking_zeros
+from lightning_sparse.masks.inheritance import forget_pruned, inherit_, waking_zeros
 
 
 def group_of(row: Sequence[float]) -> MaskGroup:

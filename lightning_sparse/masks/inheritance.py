@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.masks import count_true, largest
-from lightning_sparse.masks.optimizer_state import clear_moments
+from lightning_sparse.functional.masks import count_true
+from lightning_sparse.masks.moments import clear_moments
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.registry import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
 
 __all__ = ["forget_pruned", "inherit_", "looks_pruned", "waking_zeros"]
 
@@ -41,8 +41,8 @@ def inherit_(group: MaskGroup, inherited: Mapping[str, Tensor], seed: int) -> No
 def _nearest(weight: MaskedWeight, its_own: Tensor, before: Tensor, seed: int) -> Tensor:
     budget, available = count_true(its_own), count_true(before)
     if budget <= available:
-        return largest(weight.parameter, budget, among=before, key=torch.abs)
-    new = largest(random_scores(weight, seed, step=0), budget - available, among=its_own & ~before)
+        return weight.largest(weight.value, budget, among=before, key=torch.abs)
+    new = weight.largest(random_scores(weight, seed, step=0), budget - available, among=its_own & ~before)
     return before | new
 
 

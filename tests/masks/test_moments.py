@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.functional import zero_pruned_
-from lightning_sparse.masks.optimizer_state import clear_moments, keeps_zeros, skipped_step
+from lightning_sparse.masks.moments import clear_moments, keeps_zeros, skipped_step
 
 SHAPE = (6, 5)
 MASK = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from lightning_sparse.modules.dyrelu import HyperLinear
-from lightning_sparse.modules.weight_sharing import SharedConvolution, uses_of
 
 __all__ = ["Candidate", "Plan", "as_patterns", "canonical_name", "judge_parameters", "names_near", "select_weights"]
 
@@ -55,7 +52,8 @@ class Candidate:
     Attributes:
         name: Name in the plain module, without the prefixes of wrappers.
         parameter: The parameter itself.
-        module_type: Name of the class of the module that owns it.
+        owner: The module that holds it.
+        local_name: Its name there.
         reason: Why it is left dense; empty where it is masked.
         groups: Groups of a convolution.
         input_first: Whether dimension 0 counts inputs rather than outputs, as in a transposed convolution.
@@ -64,11 +62,17 @@ class Candidate:
 
     name: str
     parameter: nn.Parameter
-    module_type: str
+    owner: nn.Module
+    local_name: str
     reason: str = ""
     groups: int = 1
     input_first: bool = False
     uses: int = 1
+
+    @property
+    def module_type(self) -> str:
+        """Name of the class of the module that holds it."""
+        return type(self.owner).__name__
 
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor``, shaped like the weight, as one row of inputs for each output neuron or filter.
@@ -114,12 +118,12 @@ class Plan(Sequence[Candidate]):
         """The parameters that are masked, and those that would be if they were not frozen."""
         return [candidate for candidate in self if candidate.reason in ("", "frozen")]
 
-    def without(self, names: Iterable[str]) -> Plan:
-        """This plan with ``names`` left dense, as they were in the run that is being resumed."""
-        dense = set(names)
-        reason = "dense in the run that is resumed"
+    def without(self, reasons: Mapping[str, str]) -> Plan:
+        """This plan with those left dense that are named, each for its reason."""
         return Plan(
-            replace(candidate, reason=reason) if candidate.name in dense and not candidate.reason else candidate
+            replace(candidate, reason=reasons[candidate.name])
+            if candidate.name in reasons and not candidate.reason
+            else candidate
             for candidate in self
         )
 
@@ -256,8 +260,9 @@ def judge_parameters(
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             _check_matches_something(argument, pattern, owned)
-    uses = uses_of(module)
-    return Plan(_without_ties([_judge(item, include, exclude, uses.get(id(item.parameter), 1)) for item in owned]))
+    borrowed = (getattr(part, "borrowed_weight", None) for part in module.modules())
+    uses = Counter(id(weight) for weight in borrowed if weight is not None)
+    return Plan(_without_ties([_judge(item, include, exclude, 1 + uses[id(item.parameter)]) for item in owned]))
 
 
 @dataclass(frozen=True)
@@ -323,7 +328,8 @@ def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] |
     return Candidate(
         name=item.name,
         parameter=item.parameter,
-        module_type=type(item.module).__name__,
+        owner=item.module,
+        local_name=item.local_name,
         reason=_reason(item, include, exclude),
         groups=groups,
         input_first=transposed or type(item.module).__name__ == _LINEAR_IN_OUT,
@@ -349,7 +355,7 @@ def _reason(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] 
 
 
 def _reason_of_rules(item: _Owned) -> str:
-    if isinstance(item.module, HyperLinear | SharedConvolution):
+    if getattr(item.module, "is_auxiliary", False):
         return "auxiliary: added by a callback"
     if isinstance(item.module, _NORMS) or type(item.module).__name__.lower().endswith("norm"):
         return "norm"

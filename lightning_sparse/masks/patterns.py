@@ -1,0 +1,208 @@
+"""Which masks are allowed within a layer: any, N of M, the same fan-in for all neurons, whole filters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional.selection import Key, largest
+from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.weight import MaskedWeight
+
+__all__ = ["AnyPattern", "ConstantFanIn", "Filters", "NofM", "Pattern", "as_pattern"]
+
+
+class Pattern(ABC):
+    """Chooses active weights of one layer, under a rule that its masks obey."""
+
+    @abstractmethod
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
+        """Why a weight cannot have such a mask and stays dense; empty where it can.
+
+        Args:
+            candidate: A weight.
+            is_last: Whether it is the last of the module that would be masked: the output layer, as a rule.
+        """
+
+    @abstractmethod
+    def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:
+        """The most weights, of at most ``budget`` and within ``among``, that such a mask can hold."""
+
+    @abstractmethod
+    def largest(self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
+        """The mask of this pattern with the largest scores.
+
+        Args:
+            weight: The layer.
+            scores: Floating point, of the weight's shape; what is infinite is chosen before all else.
+            k: How many to choose; a number that :meth:`feasible` gave for the same ``among``.
+            among: ``bool``, of the weight's shape: the entries that may be chosen.
+            key: What is compared instead of the scores.
+
+        Returns:
+            ``bool``, of the weight's shape.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class AnyPattern(Pattern):
+    """Any weights: unstructured sparsity."""
+
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
+        return ""
+
+    def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
+        return budget
+
+    def largest(  # noqa: D102
+        self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
+    ) -> Tensor:
+        return weight.largest(scores, k, among, key)
+
+
+@final
+@dataclass(frozen=True)
+class NofM(Pattern):
+    """At most ``n`` of every ``m`` neighbours along the inputs, as accelerators execute them (2 of 4).
+
+    While a budget is larger, a looser rule holds: ``⌊m · budget / numel⌋`` of ``m``. A layer whose inputs are no
+    multiple of ``m`` stays dense.
+
+    Args:
+        n: Active weights of each block, at least 1.
+        m: Weights of a block, more than ``n``. In a convolution a block runs along the input channels, at one place
+            of the kernel.
+
+    Raises:
+        ValueError: They are not such numbers.
+
+    Example:
+        >>> NofM(2, 4)
+        NofM(n=2, m=4)
+        >>> NofM(4, 2)
+        Traceback (most recent call last):
+            ...
+        ValueError: NofM(n=4, m=2): n weights of every m are active; give 1 ≤ n < m, such as NofM(2, 4).
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.n, self.m))
+        if not (whole and 1 <= self.n < self.m):
+            raise ValueError(f"{self}: n weights of every m are active; give 1 ≤ n < m, such as NofM(2, 4).")
+
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
+        inputs = _inputs(candidate)
+        return f"pattern: {inputs} inputs are no multiple of {self.m}" if inputs % self.m else ""
+
+    def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
+        if budget >= weight.numel:
+            return weight.numel
+        active = self._blocks(weight, among).sum(dim=2)  # (outputs, blocks, kernel)
+        return min(budget, int(active.clamp(max=self._at_most(weight, budget)).sum()))
+
+    def largest(  # noqa: D102
+        self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
+    ) -> Tensor:
+        if k >= weight.numel:
+            return among.clone()
+        keys = (scores if key is None else key(scores)).masked_fill(~among, -torch.inf)
+        blocks = self._blocks(weight, keys)
+        # A stable sort takes equal scores in the order of their places, on every device.
+        order = blocks.argsort(dim=2, descending=True, stable=True)[:, :, : self._at_most(weight, k)]
+        best = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, order, True)
+        return weight.largest(keys, k, weight.from_rows(best.reshape(best.shape[0], -1)) & among)
+
+    def _at_most(self, weight: MaskedWeight, budget: int) -> int:
+        """Active weights that a block may hold under this budget."""
+        return max(self.n, min(self.m, self.m * budget // weight.numel))
+
+    def _blocks(self, weight: MaskedWeight, tensor: Tensor) -> Tensor:
+        rows = weight.rows(tensor)
+        inputs = _inputs(weight.candidate)
+        return rows.reshape(len(rows), inputs // self.m, self.m, rows.shape[1] // inputs)
+
+
+@final
+@dataclass(frozen=True)
+class ConstantFanIn(Pattern):
+    """The same number of active inputs for each neuron; neurons that are wholly pruned do not count."""
+
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
+        return ""
+
+    def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
+        fan_ins = weight.rows(among).sum(dim=1)
+        alive = int((fan_ins > 0).sum())
+        if alive == 0:
+            return 0
+        return min(max(1, budget // alive), int(fan_ins[fan_ins > 0].min())) * alive
+
+    def largest(  # noqa: D102
+        self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
+    ) -> Tensor:
+        eligible = weight.rows(among)
+        alive = eligible.any(dim=1)
+        keys = weight.rows(scores if key is None else key(scores)).masked_fill(~eligible, -torch.inf)
+        fan_in = k // max(1, int(alive.sum()))
+        order = keys.argsort(dim=1, descending=True, stable=True)[:, :fan_in]
+        chosen = torch.zeros_like(eligible).scatter_(1, order, True) & alive.unsqueeze(1)
+        return weight.from_rows(chosen & eligible)
+
+
+@final
+@dataclass(frozen=True)
+class Filters(Pattern):
+    r"""Whole output neurons or filters, by the Euclidean norm of their scores; the output layer stays dense."""
+
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
+        return "pattern: the outputs of the last layer are all needed" if is_last else ""
+
+    def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
+        rows = weight.rows(among)
+        fan_in = rows.shape[1]
+        return min(max(1, budget // fan_in), int(rows.any(dim=1).sum())) * fan_in
+
+    def largest(  # noqa: D102
+        self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
+    ) -> Tensor:
+        rows = weight.rows(scores if key is None else key(scores))
+        norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(dim=1)
+        chosen = largest(norms, k // rows.shape[1], weight.rows(among).any(dim=1))
+        return weight.from_rows(chosen.unsqueeze(1).expand_as(rows).contiguous())
+
+
+def as_pattern(value: Pattern | str) -> Pattern:
+    """A pattern as it is, or one from its short form: ``"any"``, or ``"2:4"`` for ``NofM(2, 4)``.
+
+    Raises:
+        ValueError: It is none.
+
+    Example:
+        >>> as_pattern("2:4")
+        NofM(n=2, m=4)
+    """
+    if isinstance(value, Pattern):
+        return value
+    if value == "any":
+        return AnyPattern()
+    n, _, m = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not (n.strip().isdecimal() and m.strip().isdecimal()):
+        raise ValueError(
+            f"pattern is {value!r}; give 'any', N of M as '2:4', or one of NofM(2, 4), ConstantFanIn(), Filters()."
+        )
+    return NofM(int(n), int(m))
+
+
+def _inputs(candidate: Candidate) -> int:
+    """Inputs of each output: the input channels of a convolution, whose kernels are not counted."""
+    shape = candidate.parameter.shape
+    kernel = shape[2:].numel() if len(shape) > 2 else 1
+    return candidate.rows(candidate.parameter.detach()).shape[1] // kernel

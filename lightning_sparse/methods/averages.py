@@ -1,0 +1,146 @@
+"""Copies of the weights that someone averages (EMA, SWA): they too are sparse, whenever they are evaluated or saved.
+
+Known averages are masked at every change of the masks, and an average of zeros is zero in between. Other modules that
+hold parameters of the same names and shapes may be averages of somebody's own, or a teacher that nobody touches: they
+are masked once training is seen to write to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_sparse.functional.hashing import content_hash
+from lightning_sparse.functional.masks import zero_pruned_
+from lightning_sparse.masks.plan import canonical_name
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.trainer import callbacks_of
+
+__all__ = ["Averages"]
+
+
+@dataclass
+class _Copy:
+    """A module that holds copies of masked weights.
+
+    Attributes:
+        parameters: The copies, by the name of the masked weight.
+        before: A hash of each when it was first seen; None once it is known to be an average.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    before: Mapping[str, int] | None
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, nn.Parameter], known: bool) -> _Copy:
+        """A copy that is seen for the first time, and whether it is known to be an average."""
+        return cls(parameters, None if known else {name: _hash(value) for name, value in parameters.items()})
+
+    def is_average(self) -> bool:
+        """Whether training writes to it."""
+        if self.before is not None and any(_hash(self.parameters[name]) != its for name, its in self.before.items()):
+            self.before = None
+        return self.before is None
+
+
+@final
+class Averages:
+    """The averaged copies of a module in training."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, _Copy] = {}
+
+    @torch.no_grad()
+    def look(self, trainer: pl.Trainer, module: nn.Module, weights: Sequence[MaskedWeight]) -> None:
+        """Find copies that have come since the last look, and forget those that are gone."""
+        names = {weight.name: weight for weight in weights}
+        prefixes = _prefixes(names)
+        stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        copies: dict[int, _Copy] = {}
+        within: set[int] = set()  # what lies in a copy is no copy of its own
+        for copy, known in _modules_beside(trainer, module):
+            if id(copy) in within or any(id(parameter) in stepped for parameter in copy.parameters()):
+                continue
+            parameters = _matching(copy, prefixes, names)
+            if parameters:
+                within.update(map(id, copy.modules()))
+                earlier = self._copies.get(id(copy))
+                same = earlier is not None and earlier.parameters == parameters
+                copies[id(copy)] = earlier if earlier is not None and same else _Copy.of(parameters, known)
+        self._copies = copies
+
+    @torch.no_grad()
+    def apply_(self, weights: Sequence[MaskedWeight]) -> None:
+        """Zero the pruned weights in every copy that is an average."""
+        for copy in self._copies.values():
+            if copy.is_average():
+                for weight in weights:
+                    value = copy.parameters.get(weight.name)
+                    if value is not None:
+                        zero_pruned_(value, weight.mask.to(value.device))
+
+
+def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """Modules that may be copies, and whether they are known to be averages."""
+    for callback in callbacks_of(trainer):
+        # Lightning's averaging callbacks keep their copy under this name.
+        known = getattr(callback, "_average_model", None)
+        for copy in _modules_in(vars(callback)):
+            if copy is not module:
+                yield _inside(copy), copy is known or isinstance(copy, AveragedModel)
+    for name, child in module.named_modules():
+        if name:
+            yield _inside(child), isinstance(child, AveragedModel)
+
+
+def _modules_in(values: Any, depth: int = 2) -> Iterator[nn.Module]:
+    """The modules among attributes, in containers, and in plain objects that hold one, as timm's ModelEma does."""
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, nn.Module):
+            yield value
+        elif depth and isinstance(value, Mapping | list | tuple):
+            yield from _modules_in(value, depth - 1)
+        elif depth and isinstance(getattr(value, "module", None), nn.Module):
+            yield value.module
+
+
+def _inside(copy: nn.Module) -> nn.Module:
+    return copy.module if isinstance(copy, AveragedModel) else copy
+
+
+def _prefixes(names: Mapping[str, MaskedWeight]) -> dict[str, list[str]]:
+    """The masked weights in each part of the module, by the part's name with a dot; the widest part comes first."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        path = name.split(".")
+        for depth in range(len(path)):
+            parts.setdefault("".join(f"{part}." for part in path[:depth]), []).append(name)
+    # One weight alone says too little: many layers have a weight of its shape.
+    telling = {prefix: inside for prefix, inside in parts.items() if len(inside) > 1 or len(names) == 1}
+    return dict(sorted(telling.items(), key=lambda item: -len(item[1])))
+
+
+def _matching(
+    copy: nn.Module, prefixes: Mapping[str, Sequence[str]], names: Mapping[str, MaskedWeight]
+) -> dict[str, nn.Parameter]:
+    """The parameters of ``copy`` by the masked weights that they copy; empty where it is no copy of a part."""
+    own = {canonical_name(name): value for name, value in copy.named_parameters()}
+    for prefix, inside in prefixes.items() if own else ():
+        pairs = {name: own.get(name.removeprefix(prefix)) for name in inside}
+        if all(_is_copy(value, names[name]) for name, value in pairs.items()):
+            return {name: value for name, value in pairs.items() if value is not None}
+    return {}
+
+
+def _is_copy(value: nn.Parameter | None, weight: MaskedWeight) -> bool:
+    return value is not None and value.shape == weight.shape and value is not weight.parameter
+
+
+def _hash(value: Tensor) -> int:
+    return int(content_hash(value))

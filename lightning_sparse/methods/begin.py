@@ -1,0 +1,202 @@
+"""The start of a training, of all methods together, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import ref
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sparse.masks.distributed import agree_to_begin, broadcast_
+from lightning_sparse.masks.inheritance import forget_pruned, waking_zeros
+from lightning_sparse.masks.plan import Plan, select_weights
+from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.weight import MaskGroup
+from lightning_sparse.methods import checkpoints, holding, steps
+from lightning_sparse.methods.interface import Method
+from lightning_sparse.methods.run import LivePlan, Run
+from lightning_sparse.methods.state import check_digest
+from lightning_sparse.trainer import steps_of_training, steps_taken
+
+__all__ = ["begin_together", "leave"]
+
+
+@torch.no_grad()
+def begin_together(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let all methods of a Trainer plan, load and resolve; only then touch the module. All of them begin, or none.
+
+    Raises:
+        Exception: One of them cannot, on this process or on another; everything is as it was before.
+    """
+    before = [(method, method.last_run, method.step) for method in methods]
+    registry = MaskRegistry()
+    plans: list[Plan] = []
+    error = None
+    try:
+        plans += [_plan(method, trainer, pl_module, registry) for method in methods]
+        _refuse_waking(methods, trainer, pl_module)
+    except Exception as refused:  # on one process perhaps, and the others have to know
+        error = refused
+    try:
+        settings: dict[str, str] = {}
+        for method in methods if error is None else ():
+            settings |= _settings(method)
+        agree_to_begin(settings, error)
+    except Exception:
+        for method, run, step in before:
+            method.last_run, method.step = run, step
+        raise
+    registry.begin(pl_module)
+    for method in methods:
+        for group in method.groups:
+            broadcast_(group.mask)
+    for method, plan in zip(methods, plans, strict=True):
+        _put_to_work(method, trainer, pl_module)
+        rank_zero_info(f"{type(method).__name__}: {plan.summary} Sparsity {registry.sparsity:.4f}.")
+
+
+def _plan(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, registry: MaskRegistry) -> Plan:
+    beginning = checkpoints.beginning_of(method, trainer, pl_module)
+    state = beginning.state
+    plan = select_weights(
+        pl_module, include=method.include, exclude=method.exclude, frozen=method.masks_what_thaws
+    )
+    were_frozen: Sequence[str] = ()
+    if state is not None:
+        plan = plan.without(dict.fromkeys(state["dense"], "dense in the run that is resumed"))
+        were_frozen = state["frozen"]
+    plan = _without_refused(method, plan)
+    dense = [candidate for candidate in plan if candidate.reason]
+    frozen = [candidate for candidate in dense if candidate.reason == "frozen" or candidate.name in were_frozen]
+    groups = registry.claim(method.state_key, plan.masked, trainer.optimizers)
+    # load state → resolve times → initialise masks
+    method.step = 0 if state is None else state["step"]
+    clock = state if state is not None and beginning.goes_on else None
+    began_at = steps_taken(trainer, pl_module) if clock is None else clock["began_at"]
+    run = Run(
+        trainer=ref(trainer),
+        module=ref(pl_module),
+        registry=registry,
+        groups=groups,
+        plan=LivePlan(dense, frozen),
+        beginning=beginning,
+        origin=method.step if clock is None else clock["origin"],
+        began_at=began_at,
+        total_steps=steps_of_training(trainer, pl_module) - began_at,
+    )
+    method.last_run = run
+    times = method.timetable(run.total_steps)
+    run.timetable = None if times is None else times.shifted(run.origin)
+    method.prepare()
+    if state is None:
+        _initialize(method, run)
+    else:
+        _resume(method, run)
+    return plan
+
+
+def _without_refused(method: Method, plan: Plan) -> Plan:
+    """The plan without the weights that the method cannot mask, of which it tells."""
+    masked = plan.masked
+    reasons = {c.name: reason for c in masked if (reason := method.refuses(c, is_last=c is masked[-1]))}
+    if not reasons:
+        return plan
+    left = plan.without(reasons)
+    if not left.masked:
+        raise MisconfigurationException(
+            f"{method!r} can mask no weight of this module: "
+            + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            + ". Give another pattern, or a module that it fits."
+        )
+    numel = sum(candidate.parameter.numel() for candidate in masked if candidate.name in reasons)
+    total = sum(candidate.parameter.numel() for candidate in masked)
+    first = next(iter(reasons))
+    rank_zero_info(
+        f"{type(method).__name__}: {len(reasons)} of {len(masked)} layers ({numel:,} of {total:,} weights) stay dense:"
+        f" {first} ({reasons[first]}){' and others' if len(reasons) > 1 else ''}."
+    )
+    return left
+
+
+def _initialize(method: Method, run: Run) -> None:
+    inherited = run.beginning.inherited
+    for weight in method.weights:
+        if weight.name in inherited and inherited[weight.name].shape != weight.shape:
+            raise MisconfigurationException(
+                f"The checkpoint's mask of {weight.name} has shape {tuple(inherited[weight.name].shape)}, but the weight"
+                f" has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
+            )
+    for group in run.groups:
+        method.initialize_masks(group)
+    names = waking_zeros(run.groups, inherited)
+    if names:
+        method.warn_once(
+            f"{', '.join(names)} hold zeros as after a sparse training, and no masks came with them: the zeros are"
+            " trained again. To go on from their masks, call lightning_sparse.apply_masks(model, masks) before fit,"
+            " with the model that fit is given, resume with ckpt_path, or train with FixedMask"
+        )
+
+
+def _resume(method: Method, run: Run) -> None:
+    state = run.beginning.state
+    assert state is not None
+    for group in run.groups:
+        group.load_(state["masks"])
+    for group, lasted in zip(run.groups, state["not_finite_for"], strict=False):
+        group.not_finite_for = lasted
+    method.load_method_state(state["method"])
+    check_digest(state, method.state_key)
+    if not run.beginning.goes_on:
+        for group in run.groups:
+            method.clock_starts(group)
+
+
+def _refuse_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Name masks that were left in the module, and that no method takes over."""
+    left = checkpoints.inherited_by_all(methods, pl_module)
+    taken = {name for method in methods for name in method.run.registry}
+    # What is frozen is not trained; it is named when it thaws.
+    frozen = {candidate.name for method in methods for candidate in method.run.plan.frozen}
+    unmasked = left.keys() - taken - frozen
+    if unmasked:
+        methods[-1].warn_once(
+            f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over, so"
+            " their zeros are trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
+        )
+
+
+def _settings(method: Method) -> dict[str, str]:
+    """What must be equal in every process."""
+    run = method.run
+    return {
+        f"the arguments of {method.state_key}": method.settings(),
+        f"the weights of {method.state_key}": ", ".join(f"{w.name} {tuple(w.shape)}" for w in method.weights),
+        f"the times of {method.state_key}": f"{run.timetable}, {run.total_steps} steps from {run.origin}",
+    }
+
+
+def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    run = method.run
+    run.active = True
+    run.averages.look(trainer, pl_module, method.weights)
+    for group in run.groups:
+        steps.put_to_work(method, trainer, group)
+        if run.beginning.state is None:
+            forget_pruned(group, run.beginning.inherited)
+    method.masks_are_on()
+
+
+def leave(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """End a training, however it ended: leave the module sparse, and nothing else behind."""
+    run = method.last_run
+    if run is None or not run.active:
+        return
+    holding.look_at_all(method, trainer, pl_module)
+    for group in run.groups:
+        run.steps.unhook(group)
+    run.active = False
+    method.loaded = None
+    run.left = MaskRegistry.forget(pl_module)

@@ -1,0 +1,202 @@
+"""What a method writes to checkpoints, and what a training can go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_sparse.functional.masks import count_true
+from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method
+from lightning_sparse.masks.plan import judge_parameters
+from lightning_sparse.masks.registry import Left, MaskRegistry
+from lightning_sparse.methods.interface import Method
+from lightning_sparse.methods.run import Beginning, Loaded, Run
+from lightning_sparse.methods.state import check_state, sealed
+from lightning_sparse.trainer import callbacks_of, is_a
+
+__all__ = [
+    "beginning_of",
+    "denser_checkpoints",
+    "forget_stale",
+    "inherited_by_all",
+    "state_of",
+    "take",
+    "take_state",
+]
+
+# Of the weights; less is rounding, or an epoch of a method that moves weights about.
+_TOLERANCE = 0.005
+
+
+def state_of(method: Method) -> dict[str, Any]:
+    """What ``method`` has to say in a checkpoint that is written now; empty where it has never trained."""
+    run, loaded = method.last_run, method.loaded
+    if loaded is not None and loaded.state is not None and not (run is not None and run.active):
+        return dict(loaded.state)  # the weights are those of the checkpoint that was loaded since
+    if run is None or (not run.groups and not run.plan.frozen):
+        return {}  # the learning-rate finder asks before training begins
+    return sealed(_state(method, run))
+
+
+def _state(method: Method, run: Run) -> dict[str, Any]:
+    masks: dict[str, Any] = {}
+    for group in run.groups:
+        masks |= group.packed()
+    return {
+        "step": method.step + run.steps.stepped,
+        "origin": run.origin,
+        "began_at": run.began_at,
+        "masks": masks,
+        "dense": [candidate.name for candidate in run.plan.dense],
+        "frozen": [candidate.name for candidate in run.plan.frozen],
+        "not_finite_for": [group.not_finite_for for group in run.groups],
+        "method": method.method_state(),
+    }
+
+
+@torch.no_grad()
+def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Take what ``checkpoint``, whose weights are in the module, holds of masks.
+
+    Raises:
+        CheckpointError: Its masks cannot be read.
+        MisconfigurationException: The module that is to be trained does not share weights as that one did.
+    """
+    resumes = trainer.state.fn == "fit"
+    states: Mapping[str, Any] = checkpoint.get("callbacks", {})
+    own = states.get(method.state_key)
+    if resumes and own is not None:
+        check_state(own, method.state_key)
+        _refuse_unshared(own, pl_module, trainer.ckpt_path)
+    masks = {name: mask for its in masks_by_method(checkpoint, "the checkpoint").values() for name, mask in its.items()}
+    if resumes and not masks and method.loaded is not None:
+        return  # the file of the learning-rate finder, which puts back the weights that were loaded before
+    left = MaskRegistry.leave(pl_module, masks, given=False) if masks else None
+    # One of the same class with other include= or exclude= is no other method: that resume is refused.
+    same_class = any(key.startswith(f"{type(method).__name__}{{") and key != method.state_key for key in states)
+    if resumes and own is None and same_class:
+        left = None
+    method.loaded = Loaded(left=left, resumes=resumes)
+    if not resumes and own is not None:
+        _follow(method, pl_module, own)
+
+
+def _refuse_unshared(state: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
+    """Refuse to go on where weights had other numbers of uses: neither masks nor optimizers would fit."""
+    uses = {candidate.name: candidate.uses for candidate in judge_parameters(module)}
+    differ = [
+        name for name, mask in state["masks"].items() if mask.get("uses", 1) > 1 and uses.get(name, 1) != mask["uses"]
+    ]
+    if differ:
+        raise MisconfigurationException(
+            f"In the training of the checkpoint {path}, other convolutions used the weights of {', '.join(differ)}, as"
+            f" under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
+            " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
+        )
+
+
+def take_state(method: Method, state: Mapping[str, Any]) -> None:
+    """Take what a checkpoint holds of the method itself."""
+    if state:
+        method.loaded = replace(method.loaded or Loaded(left=None, resumes=True), state=state)
+
+
+def _follow(method: Method, module: pl.LightningModule, state: Mapping[str, Any]) -> None:
+    """Let the masks that can be read of a method be those of the weights that were just loaded."""
+    run = method.last_run
+    if run is None or run.active or run.module() is not module:
+        return
+    try:
+        check_state(state, method.state_key)
+        for group in run.groups:
+            group.load_(state["masks"])
+    except (MisconfigurationException, CheckpointError):
+        method.last_run = None  # it is not of these weights
+        return
+    method.step = state["step"]
+
+
+def forget_stale(method: Method, module: pl.LightningModule) -> None:
+    """As ``fit`` sets up, forget what a checkpoint has brought whose weights are no longer in ``module``."""
+    loaded = method.loaded
+    if loaded is not None and not _is_still_there(loaded.left, module):
+        method.loaded = None
+
+
+def _is_still_there(left: Left | None, module: pl.LightningModule) -> bool:
+    return left is not None and MaskRegistry.last_left(module) is left and left.is_still_in(module)
+
+
+def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule) -> Beginning:
+    """What a training that is about to start begins with.
+
+    Raises:
+        MisconfigurationException: A checkpoint is resumed that holds no masks, or damaged ones.
+    """
+    loaded, run = method.loaded, method.last_run
+    if loaded is not None and loaded.resumes:
+        if loaded.state is not None:
+            return Beginning(check_state(loaded.state, method.state_key), goes_on=True)
+        if loaded.left is None and trainer.ckpt_path is not None and trainer.global_step > 0:
+            raise MisconfigurationException(
+                f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so resuming would go on"
+                " dense. Either it was written with save_weights_only=True or without this callback (or with other"
+                " include= and exclude=). To begin with its weights, load them with load_from_checkpoint and call fit"
+                " without ckpt_path."
+            )
+    if run is not None and run.active and run.trainer() is trainer:
+        return run.beginning  # the trial of a learning-rate finder, whose steps are taken back
+    # A Trainer that has taken steps goes on; with a new one a new training begins.
+    goes_on = trainer.global_step > 0
+    if loaded is not None and loaded.state is not None and _is_still_there(loaded.left, module):
+        return Beginning(check_state(loaded.state, method.state_key), goes_on=goes_on)
+    if loaded is None and run is not None and run.module() is module and _is_still_there(run.left, module):
+        return Beginning(check_state(state_of(method), method.state_key), goes_on=goes_on)
+    return Beginning(inherited=MaskRegistry.left_in(module))
+
+
+def inherited_by_all(methods: Sequence[Method], module: pl.LightningModule) -> Mapping[str, Tensor]:
+    """The masks that were left in ``module``, where a method begins with them."""
+    begins = any(method.run.beginning.state is None for method in methods)
+    return MaskRegistry.left_in(module) if begins else {}
+
+
+def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:
+    """A sentence on each checkpoint that a ``ModelCheckpoint`` holds for the best, and that is denser than the end.
+
+    The best by a metric is often from before the last weights were pruned.
+    """
+    sentences: list[str] = []
+    for callback in callbacks_of(trainer):
+        path = Path(getattr(callback, "best_model_path", "") or "")
+        if not (is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None) and path.is_file()):
+            continue
+        masks = _masks_in(path, method.state_key)
+        weights = [weight for weight in method.weights if weight.name in masks]
+        numel = sum(weight.unshared_numel for weight in weights)
+        at_the_end = sum(weight.num_active for weight in weights)
+        active = sum(count_true(masks[weight.name]) for weight in weights)
+        if active - at_the_end > _TOLERANCE * numel:
+            its, last = 1 - active / numel, 1 - at_the_end / numel
+            sentences.append(
+                f"the best checkpoint by {callback.monitor}, {path.name}, has sparsity"  # type: ignore[attr-defined]
+                f" {its:.4f}, and training ended with {last:.4f}: it is from before the last weights were pruned."
+                " Add a ModelCheckpoint() without monitor=, which keeps the last epoch, or let this one wait until"
+                " the sparsity is reached, as the page on getting started shows"
+            )
+    return sentences
+
+
+def _masks_in(path: Path, state_key: str) -> Mapping[str, Tensor]:
+    """The masks that the checkpoint at ``path`` holds of a method; none where it does not tell."""
+    try:
+        return masks_by_method(load_checkpoint(path), path).get(state_key, {})
+    except CheckpointError:  # of a user's own making, with objects that are not to be loaded; this is a hint alone
+        return {}

@@ -1,0 +1,114 @@
+"""The guard: whether pruned weights are still zero, whoever wrote between our hooks.
+
+Evidence is cheap and looked at in every step: the parameter that the module holds, its address, and autograd's counter
+of writes. In-place operations, ``load_state_dict`` and ``nn.init`` raise the counter; ``p.data = x`` and conversions
+move the address. What leaves neither (``p.data.add_()``, views of numpy) is found by :func:`count_awake`, which reads
+every weight and is therefore called now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional.masks import counts_true
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+
+__all__ = ["Guard", "count_awake"]
+
+_SAMPLE = 256  # pruned entries of a gradient that are looked at where clipping hides who wrote
+
+_Mark = tuple[int, int]
+
+
+@final
+class Guard:
+    """Remembers how the weights and gradients of a group looked when we last wrote to them.
+
+    Args:
+        group: The weights.
+    """
+
+    def __init__(self, group: MaskGroup) -> None:
+        self._group = group
+        self._weights: list[_Mark] = []
+        self._grads: list[_Mark] = []
+        self._samples: list[Tensor] = []
+        self.note_weights()
+
+    def note_weights(self) -> None:
+        """To be called when we are the last to have written to the weights."""
+        self._weights = [_mark(weight.parameter) for weight in self._group]
+
+    def written_weights(self) -> list[MaskedWeight]:
+        """The weights that someone else has written to or moved since."""
+        marks = zip(self._group, self._weights, strict=True)
+        return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
+
+    def replaced_weights(self) -> list[MaskedWeight]:
+        """The weights in whose place the module now holds another parameter."""
+        return [weight for weight in self._group if not weight.is_in_place]
+
+    def note_gradients(self) -> None:
+        """To be called when the gradients of pruned weights have just been zeroed."""
+        self._grads = [_mark_of_gradient(weight) for weight in self._group]
+
+    def masks_changed(self) -> None:
+        """To be called when the masks are others: other entries are looked at."""
+        self._samples = []
+
+    def written_gradients(self, *, clipped: bool) -> list[MaskedWeight]:
+        """The weights whose gradients are no longer zero where they were pruned, since :meth:`note_gradients`.
+
+        Args:
+            clipped: Whether gradients are clipped, which raises the counter of each and leaves zeros zero. A fixed
+                sample of pruned entries is looked at then, otherwise all of them.
+        """
+        if not self._grads:
+            return []
+        written = [
+            (index, weight)
+            for index, (weight, noted) in enumerate(zip(self._group, self._grads, strict=True))
+            if _mark_of_gradient(weight) != noted and weight.parameter.grad is not None
+        ]
+        if not written:
+            return []
+        if clipped:
+            samples = self._sampled()
+            awake = [int((weight.grad.reshape(-1)[samples[index]] != 0).any()) for index, weight in written]
+        else:
+            awake = counts_true([(weight.grad != 0).logical_and_(~weight.mask) for _, weight in written])
+        return [weight for (_, weight), count in zip(written, awake, strict=True) if count]
+
+    def _sampled(self) -> list[Tensor]:
+        if not self._samples:
+            self._samples = [_some_pruned(weight) for weight in self._group]
+        return self._samples
+
+
+def count_awake(weights: Sequence[MaskedWeight]) -> list[int]:
+    """How many pruned weights of each are not zero; reads them all, with one transfer from a device."""
+    return counts_true([(weight.value != 0).logical_and_(~weight.mask) for weight in weights]) if weights else []
+
+
+def _mark(tensor: Tensor) -> _Mark:
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:  # an inference tensor counts no writes
+        return tensor.data_ptr(), -1
+
+
+def _mark_of_gradient(weight: MaskedWeight) -> _Mark:
+    grad = weight.parameter.grad
+    return (0, 0) if grad is None else _mark(grad)
+
+
+def _some_pruned(weight: MaskedWeight) -> Tensor:
+    """Places of some pruned entries, spread over the weight."""
+    pruned = (~weight.mask).reshape(-1).nonzero().squeeze(1)
+    return pruned[:: max(1, len(pruned) // _SAMPLE)][:_SAMPLE]
+
+

@@ -1,0 +1,155 @@
+"""That pruned weights are zero: what is looked at, when, and how it is mended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_sparse.masks.distributed import check_weights_agree, masks_agree
+from lightning_sparse.masks.moments import clear_moments
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.methods.guard import count_awake
+from lightning_sparse.methods.interface import Method
+
+__all__ = [
+    "compare_processes",
+    "forget_moments",
+    "look_at_all",
+    "look_now_and_then",
+    "masks_are_others",
+    "masks_changed",
+    "mend_gradients",
+    "repair_written",
+    "warn_of_thawed",
+]
+
+_EVERY = 100  # steps between two looks at every weight
+
+
+def masks_changed(method: Method, group: MaskGroup) -> None:
+    """Make masks that were just written true everywhere: in counts, weights and averages."""
+    group.recount()
+    group.apply_()
+    method.registry.num_updates += 1
+    masks_are_others(method, group)
+
+
+def masks_are_others(method: Method, group: MaskGroup) -> None:
+    """Let averages and the guard know that the masks of ``group`` have changed, and name layers that are empty."""
+    run = method.run
+    run.averages.apply_(group)
+    run.guards[group].masks_changed()
+    run.guards[group].note_weights()
+    for weight in group:
+        if weight.num_active == 0:
+            method.warn_once(
+                f"{weight.name} has no active weight left; nothing flows through it. Leave it out with exclude= to"
+                " train it, or set min_active where a method chooses the masks"
+            )
+
+
+def forget_moments(group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
+    """Clear the optimizer's moments of all pruned weights."""
+    for weight in weights:
+        clear_moments(group.optimizer, weight.parameter, ~weight.mask)
+
+
+@torch.no_grad()
+def repair_written(method: Method) -> None:
+    """Where somebody has written to weights since our last action, make the pruned ones zero again."""
+    run = method.last_run
+    if run is None or not run.active:
+        return
+    for group, guard in run.guards.items():
+        written = guard.written_weights()
+        if written:
+            _mend(method, group, written, "were written between two steps")
+
+
+@torch.no_grad()
+def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Look at every weight, where counters may have missed who wrote, and at every averaged copy."""
+    run = method.last_run
+    if run is None or not run.active:
+        return
+    run.averages.look(trainer, pl_module, method.weights)
+    for group, guard in run.guards.items():
+        written = guard.written_weights()
+        if written:
+            _mend(method, group, written, "were written between two steps")
+        awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
+        if awake:
+            _mend(method, group, awake, "were written past autograd's counters (.data, numpy)")
+        run.averages.apply_(group)
+
+
+def look_now_and_then(method: Method) -> None:
+    """Every hundred steps: look at every weight."""
+    run = method.run
+    if (method.step - run.origin) % _EVERY == 0:
+        for group in run.guards:
+            awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
+            if awake:
+                _mend(method, group, awake, "were written past autograd's counters (.data, numpy)")
+
+
+def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWeight]) -> None:
+    """Undo a step on gradients that somebody has changed after us, where weights are pruned."""
+    for weight in written:
+        weight.apply_()
+    forget_moments(group, written)
+    _say(
+        method,
+        written,
+        "got gradients after this callback had cleared them (in a later callback, the module's"
+        " on_before_optimizer_step or configure_gradient_clipping)",
+    )
+
+
+def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cause: str) -> None:
+    if any(not weight.lies_as_its_mask for weight in group):
+        group.lay_masks()
+        method.run.guards[group].masks_changed()
+    awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
+    method.weights_written(written)
+    if awake:
+        forget_moments(group, awake)
+        _say(method, awake, cause)
+    method.run.guards[group].note_weights()
+
+
+def _say(method: Method, weights: Sequence[MaskedWeight], cause: str) -> None:
+    if cause in method.run.warned:
+        return
+    method.run.warned.add(cause)
+    names = [weight.name for weight in weights]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    method.warn_once(f"pruned weights of {', '.join(names[:3])}{more} {cause}; they are zero again")
+
+
+def compare_processes(method: Method) -> None:
+    """Compare masks and weights between the processes of a training. A collective.
+
+    Raises:
+        MisconfigurationException: Masks differ.
+    """
+    for group in method.groups:
+        masks_agree(group)
+        differ = check_weights_agree(group)
+        if differ:
+            method.warn_once(
+                f"the weights of {', '.join(differ)} differ between the processes. Look for code that writes weights"
+                " on some processes only"
+            )
+
+
+def warn_of_thawed(method: Method) -> None:
+    """Name what was frozen when masks were made, and is trained now without one."""
+    left_dense = [name for name in method.run.plan.thawed if name not in method.registry]
+    if left_dense:
+        method.warn_once(
+            f"trained now, but frozen when masks were made, so left dense: {', '.join(left_dense)}. To mask them,"
+            " let them be trainable when fit begins"
+        )

@@ -1,0 +1,260 @@
+"""What a method answers, and what can be read of it; no hook of Lightning's is here."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any, ClassVar, final
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.functional.hashing import content_hash
+from lightning_sparse.masks.moments import all_finite
+from lightning_sparse.masks.plan import Candidate, as_patterns
+from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.paper import Paper
+from lightning_sparse.methods.run import Loaded, Run
+from lightning_sparse.schedules import Timetable
+
+__all__ = ["Method"]
+
+# Steps in a row without a finite gradient, after which training has diverged.
+_PATIENCE = 100
+
+
+@method
+class Method(pl.Callback, ABC):
+    """A method of sparse training: the questions that it answers, and what can be read of it.
+
+    :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, at which it is asked.
+
+    Attributes:
+        paper: Where the method is defined.
+        needs_dense_gradients: Whether an update reads the gradients of pruned weights, which cost a dense backward.
+        clears_gradients: Whether the gradients of pruned weights are zero when the optimizer steps.
+        masks_new_weights: Whether the method can mask a layer that takes the place of another while it trains.
+        step: Optimizer steps taken so far.
+        last_run: The training that is running, or the last one.
+        loaded: What a checkpoint has brought since.
+    """
+
+    include: Sequence[str] | None = field(
+        default=None, metadata=doc("Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.")
+    )
+    exclude: Sequence[str] | None = field(default=None, metadata=doc("Patterns of what stays dense."))
+
+    paper: ClassVar[Paper]
+    needs_dense_gradients: ClassVar[bool] = False
+    clears_gradients: ClassVar[bool] = True
+    masks_new_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.include, self.exclude = as_patterns("include", self.include), as_patterns("exclude", self.exclude)
+        # Lightning asks for it at every hook.
+        self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)
+        self.step = 0
+        self.last_run: Run | None = None
+        self.loaded: Loaded | None = None
+
+    # What a method implements.
+
+    @abstractmethod
+    def initialize_masks(self, group: MaskGroup) -> None:
+        """Write the masks with which training begins into ``group.mask``, which is all active.
+
+        Where ``self.inherited`` has masks, training goes on from them as far as the method can. No weight is to be
+        touched here.
+        """
+
+    @abstractmethod
+    def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        """Act on the final gradients of ``group``, before its optimizer steps. No gradient is recorded."""
+
+    @abstractmethod
+    def after_step(self, group: MaskGroup) -> None:
+        """Act on the weights of ``group`` that its optimizer has just moved."""
+
+    @abstractmethod
+    def step_skipped(self, group: MaskGroup) -> None:
+        """The step that :meth:`before_step` prepared was not taken."""
+
+    @abstractmethod
+    def weights_written(self, weights: Sequence[MaskedWeight]) -> None:
+        """Somebody else has written to weights between two steps: make the pruned ones zero again."""
+
+    @abstractmethod
+    def target_sparsity(self, name: str | None = None) -> float:
+        """The sparsity that the method aims at now, over its weights together or in the weight ``name``."""
+
+    @abstractmethod
+    def method_state(self) -> dict[str, Any]:
+        """What the method must remember besides its masks: tensors and primitives alone."""
+
+    @abstractmethod
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`method_state` gave; :meth:`prepare` was called before, and masks are loaded."""
+
+    # What a method may add.
+
+    def timetable(self, total_steps: float) -> Timetable | None:
+        """When masks are updated in a training of ``total_steps`` (``inf`` where unknown); None: at every step.
+
+        Raises:
+            ValueError: No times can be found for such a training.
+        """
+        return None
+
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
+        """Why the method cannot mask a weight that would be masked; empty where it can.
+
+        Args:
+            candidate: The weight.
+            is_last: Whether it is the last that would be masked.
+        """
+        return ""
+
+    def prepare(self) -> None:
+        """Make what the method keeps for one training, before masks are loaded or made."""
+
+    def clock_starts(self, group: MaskGroup) -> None:
+        """A new training begins with masks of an earlier one; say when ``group`` was last updated."""
+        group.updated_at = self.step - 1
+
+    def on_loss(self, group: MaskGroup, loss: Tensor) -> None:
+        """Look at the loss of a batch before its backward; gradients are recorded."""
+
+    def masks_are_on(self) -> None:
+        """The masks with which training begins have been applied."""
+
+    def group_changed(self, group: MaskGroup) -> None:
+        """The weights of ``group``, of which some may be new, have come together under its optimizer."""
+
+    def weights_added(self, group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
+        """Weights that are new in the module have come into ``group``, all active."""
+
+    def mask_of_thawed(self, name: str) -> Tensor | None:
+        """The mask of a weight that was frozen when masks were made and is trained now; None leaves it dense."""
+        return None
+
+    @property
+    def masks_what_thaws(self) -> bool:
+        """Whether the method has masks for frozen weights, so that it may begin with nothing that is trained."""
+        return type(self).mask_of_thawed is not Method.mask_of_thawed
+
+    def companions(self) -> Sequence[pl.Callback]:
+        """Callbacks that the method brings with it; they work in the Trainer, right behind it."""
+        return ()
+
+    def extra_metrics(self) -> dict[str, float]:
+        """What is logged at the end of an epoch besides sparsity, equal on every rank."""
+        return {}
+
+    def training_ended(self) -> None:
+        """Training has run to its end; say what the user should know of it."""
+
+    # What a user reads.
+
+    @property
+    def run(self) -> Run:
+        """The training that is running, or the last one.
+
+        Raises:
+            RuntimeError: There was none.
+        """
+        if self.last_run is None:
+            raise RuntimeError(f"{type(self).__name__} has not trained a module yet; fit begins a training.")
+        return self.last_run
+
+    @property
+    def registry(self) -> MaskRegistry:
+        """The masks of the module in training, by parameter name, other methods' included; empty before training."""
+        return MaskRegistry() if self.last_run is None else self.last_run.registry
+
+    @property
+    def groups(self) -> Sequence[MaskGroup]:
+        """The weights of this method, one group for each optimizer that steps some of them."""
+        return () if self.last_run is None else self.last_run.groups
+
+    @property
+    def weights(self) -> list[MaskedWeight]:
+        """The weights of this method."""
+        return [weight for group in self.groups for weight in group]
+
+    @property
+    def dense(self) -> Sequence[Candidate]:
+        """The parameters of the module that this method leaves dense, each with its reason."""
+        return () if self.last_run is None else self.last_run.plan.dense
+
+    @property
+    def inherited(self) -> Mapping[str, Tensor]:
+        """The masks that this training began with because another method had left them, by parameter name."""
+        return {} if self.last_run is None else self.last_run.beginning.inherited
+
+    @property
+    def progress(self) -> float:
+        """How far the clock is: from the first update to the last or, where there are no times, through training."""
+        if self.last_run is None:
+            return 0.0
+        times = self.last_run.timetable
+        return self.last_run.progress(self.step) if times is None else times.progress(self.step)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._state_key
+
+    def settings(self) -> str:
+        """What the method was made with, in full: equal where two would do the same."""
+        return ", ".join(f"{item.name}={_in_full(getattr(self, item.name))}" for item in dataclasses.fields(self))
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name, None) != item.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    # Shared by the families.
+
+    @final
+    def be_patient(self, group: MaskGroup) -> None:
+        """To be called where gradients of ``group`` are not finite; raises once that has lasted for 100 steps in a row.
+
+        Raises:
+            RuntimeError: It has.
+        """
+        group.not_finite_for += 1
+        if group.not_finite_for >= _PATIENCE:
+            names = [weight.name for weight in group if not all_finite([weight.grad])]
+            raise RuntimeError(
+                f"The gradients of {', '.join(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
+                " change on such gradients. Training has diverged: lower the learning rate, clip gradients"
+                " (gradient_clip_val), or look for the loss that is not finite with Trainer(detect_anomaly=True)."
+            )
+
+    @final
+    def warn_once(self, message: str) -> None:
+        """Warn, once a training; ``message`` is a sentence without its end."""
+        if message not in self.run.warned:
+            self.run.warned.add(message)
+            rank_zero_warn(f"{type(self).__name__} at step {self.step}: {message}.")
+
+
+def _in_full(value: object) -> str:
+    """What a setting is, without what differs between two processes that were given the same."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {int(content_hash(value)):x}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_in_full(item)}" for name, item in value.items())
+    if isinstance(value, pl.Callback):
+        public = {name: item for name, item in vars(value).items() if isinstance(item, str | int | float | tuple | None)}
+        return f"{type(value).__name__}({_in_full({k: v for k, v in public.items() if not k.startswith('_')})})"
+    return repr(value)

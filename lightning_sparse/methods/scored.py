@@ -1,0 +1,371 @@
+"""Methods that rank weights by scores: prune to what is kept, grow to the budget, both by scores."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from itertools import pairwise
+from typing import ClassVar, Literal, final
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.functional.allocation import share
+from lightning_sparse.functional.selection import Scores
+from lightning_sparse.masks.inheritance import inherit_
+from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
+from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.randomness import random_scores
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.methods.budgets import (
+    budget_of,
+    check_budget,
+    check_choice,
+    check_count,
+    check_met,
+    layer_budgets,
+)
+from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.hard_mask import HardMaskMethod
+from lightning_sparse.schedules import (
+    Cosine,
+    Duration,
+    Polynomial,
+    Schedule,
+    UpdateTimes,
+    as_number,
+    as_schedule,
+    check_fraction,
+)
+
+__all__ = ["Allocation", "GrowingMethod", "ScoredMethod"]
+
+Allocation = Literal["global", "uniform", "er", "erk"]
+"""How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
+
+
+@method
+class ScoredMethod(HardMaskMethod, ABC):
+    r"""Prunes, and perhaps grows, by scores, to exact budgets along a schedule of sparsity.
+
+    At an update each layer of budget :math:`b` is pruned to what :meth:`kept` says, the weights with the smallest
+    :meth:`drop_scores` first, and grown to :math:`b`, those with the largest :meth:`grow_scores` first. With
+    ``allocation="global"``, what the schedule takes away is ranked over all layers together before.
+
+    Scores are compared by magnitude: :math:`w` and :math:`|w|` rank alike, and need no copy.
+
+    Attributes:
+        grows: Whether an update may make pruned weights active; else what is pruned stays pruned.
+        begins_dense: Whether a number as ``sparsity`` means the end of a cubic from 0; else it holds throughout.
+    """
+
+    sparsity: float | Schedule = field(
+        kw_only=False,
+        metadata=doc("Sparsity, in [0, 1), of the masked weights together; or a schedule of it, over the time to"
+                     " ``stop``."),
+    )
+    allocation: Allocation = field(
+        default="erk",
+        metadata=doc('How the budget is shared: ``"global"`` ranks all weights together; ``"uniform"``, ``"er"``'
+                     ' (Erdős–Rényi) and ``"erk"`` (with kernels) give each layer its share.'),
+    )
+    pattern: Pattern | str = field(
+        default="any",
+        metadata=doc('Which masks a layer may have: ``"any"``; ``"2:4"`` and other N of M along the inputs;'
+                     " :class:`~lightning_sparse.masks.patterns.ConstantFanIn` or"
+                     " :class:`~lightning_sparse.masks.patterns.Filters`. A layer that cannot stays dense."),
+    )
+    update_every: Duration = field(
+        default=0.01,
+        metadata=doc("Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at"
+                     " least."),
+    )
+    start: Duration = field(default=0.0, metadata=doc("Time of the first update."))
+    stop: Duration = field(
+        default=0.8, metadata=doc("Time of the last update, at which the final sparsity is reached.")
+    )
+    min_active: int = field(default=0, metadata=doc("Weights that every layer keeps at least."))
+    seed: int = field(default=0, metadata=doc("Seed of all that is drawn at random."))
+
+    grows: ClassVar[bool] = True
+    begins_dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("sparsity", as_schedule(self.sparsity), below_one=True)
+        if not isinstance(self.sparsity, Schedule):
+            number = as_number(self.sparsity)
+            self.sparsity = Polynomial(0.0, number) if self.begins_dense else as_schedule(number)
+        if not self.grows:
+            _check_never_falls(self.sparsity)
+        check_choice("allocation", self.allocation, Allocation)
+        check_count("min_active", self.min_active)
+        self.seed, self.min_active = int(self.seed), int(self.min_active)
+        self.pattern = as_pattern(self.pattern)
+        if self.allocation == "global" and self._shaped:
+            raise ValueError(
+                f"pattern is {self.pattern} and allocation 'global', but a pattern is chosen layer by layer. Give"
+                " allocation='uniform' or 'erk'."
+            )
+        _ = self.times  # refuses what are no durations
+
+    # What a method says.
+
+    def drop_scores(self, weight: MaskedWeight) -> Tensor:
+        """The weights with the smallest magnitude of this are pruned; shaped like ``weight.value``."""
+        return weight.value
+
+    def dropped(self, pool: MaskedWeight | MaskGroup, among: Tensor, n: int) -> Tensor:
+        """The mask of the ``n`` weights, of those that ``pool`` ranks together, that are pruned.
+
+        Args:
+            pool: One layer, or all of them.
+            among: ``bool``: the active ones that may go; shaped like a layer's value, or flat for all.
+            n: How many, at least 1.
+        """
+        return pool.smallest(self.ranked(pool, self.drop_scores), n, among, key=torch.abs)
+
+    def grow_scores(self, weight: MaskedWeight) -> Tensor:
+        """The weights with the largest magnitude of this are grown; shaped like ``weight.value``."""
+        return random_scores(weight, self.seed, self.step)
+
+    def budgets(self, group: MaskGroup) -> list[int]:
+        """The active weights that each layer has after this update."""
+        if self.allocation == "global":
+            return [weight.num_active for weight in group]
+        if self.grows and group.num_active == budget_of(group, self.sparsity_now) and not self._shaped:
+            return [weight.num_active for weight in group]
+        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
+        allowed = [torch.ones_like(weight.mask) if self.grows else weight.mask for weight in group]
+        return [
+            self.shape.feasible(weight, budget, mask)
+            for weight, budget, mask in zip(group, shares, allowed, strict=True)
+        ]
+
+    def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
+        """What pruning leaves of each layer, before growth fills it up to its budget."""
+        return [min(weight.num_active, budget) for weight, budget in zip(group, budgets, strict=True)]
+
+    # What the family does.
+
+    @property
+    def sparsity_now(self) -> float:
+        """What the schedule asks for now."""
+        assert isinstance(self.sparsity, Schedule)
+        return self.sparsity(self.progress)
+
+    @property
+    def shape(self) -> Pattern:
+        """The pattern as an object."""
+        assert isinstance(self.pattern, Pattern)
+        return self.pattern
+
+    @property
+    def _shaped(self) -> bool:
+        return self.pattern != AnyPattern()
+
+    @property
+    @override
+    def times(self) -> UpdateTimes:
+        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop)
+
+    @staticmethod
+    def ranked(pool: MaskedWeight | MaskGroup, scores: Callable[[MaskedWeight], Tensor]) -> Scores:
+        """The scores of one layer, or of all as flat tensors that are ranked together."""
+        return pool.flat(scores) if isinstance(pool, MaskGroup) else scores(pool)
+
+    @override
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
+        return self.shape.refuses(candidate, is_last=is_last)
+
+    @final
+    @override
+    def update_masks(self, group: MaskGroup) -> None:
+        self.before_update(group)
+        if self.allocation == "global":
+            self._prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
+        budgets = self.budgets(group)
+        for weight, keep, budget in zip(group, self.kept(group, budgets), budgets, strict=True):
+            self._update_layer(weight, keep, budget)
+            weight.budget = budget
+        check_met(group)
+
+    def before_update(self, group: MaskGroup) -> None:
+        """An update is about to choose the masks of ``group``."""
+
+    def _prune_together(self, group: MaskGroup, n: int) -> None:
+        if n > 0:
+            group.mask &= ~self.dropped(group, self._prunable(group), n)
+            left = group.num_active - n
+            group.recount()
+            if group.num_active != left:
+                raise ValueError(
+                    f"{type(self).__name__} was to leave {left} weights active and left {group.num_active}."
+                    " Scores of NaN cannot be ranked: if there are some, training has diverged; lower the learning"
+                    " rate, or clip gradients."
+                )
+
+    def _prunable(self, group: MaskGroup) -> Tensor:
+        """The active weights but for the ``min_active`` largest of each layer."""
+        if self.min_active == 0:
+            return group.mask
+        kept = [
+            weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs) for weight in group
+        ]
+        return group.mask & ~group.flatten(kept)
+
+    def _update_layer(self, weight: MaskedWeight, keep: int, budget: int) -> None:
+        kept = self._pruned_to(weight, keep)
+        if budget > keep:
+            free = torch.ones_like(kept) if self.regrows else kept | ~weight.mask
+            if self._shaped:
+                scores = self.grow_scores(weight).abs().masked_fill(kept, torch.inf)
+                kept = self.shape.largest(weight, scores, budget, free)
+            else:
+                kept = kept | weight.largest(self.grow_scores(weight), budget - keep, free & ~kept, key=torch.abs)
+        weight.mask.copy_(kept)
+
+    def _pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+        n = weight.num_active - keep
+        if n <= 0 and not self._shaped:
+            return weight.mask
+        if not self._shaped:
+            return weight.mask & ~self.dropped(weight, weight.mask, n)
+        feasible = self.shape.feasible(weight, keep, weight.mask)
+        return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
+
+    @property
+    def regrows(self) -> bool:
+        """Whether a weight that the update has just pruned may be grown by it."""
+        return True
+
+    @final
+    @override
+    def initialize_masks(self, group: MaskGroup) -> None:
+        assert isinstance(self.sparsity, Schedule)
+        for percent in range(101) if self.grows else (100,):  # refuse at the start what could not be done later
+            check_budget(group, self.sparsity(percent / 100), self.min_active)
+        first = self.sparsity(0.0)
+        # What never grows begins with what it inherits; its first update prunes the rest.
+        if first > 0.0 and (self.grows or not self.inherited):
+            self._draw(group, first)
+        inherit_(group, self.inherited, self.seed)
+        if self._shaped:
+            for weight in group:  # of masks without the pattern the largest weights that fit it stay
+                weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
+                weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+        self.clock_starts(group)
+
+    def _draw(self, group: MaskGroup, sparsity: float) -> None:
+        """Random masks of a sparsity."""
+        allocation = "erk" if self.allocation == "global" else self.allocation
+        for weight, budget in zip(group, layer_budgets(group, sparsity, allocation, self.min_active), strict=True):
+            every = torch.ones_like(weight.mask)
+            weight.budget = self.shape.feasible(weight, budget, every)
+            scores = random_scores(weight, self.seed, step=0)
+            weight.mask.copy_(self.shape.largest(weight, scores, weight.budget, every))
+
+    @final
+    @override
+    def target_sparsity(self, name: str | None = None) -> float:
+        if name is not None:
+            return self.registry[name].target_sparsity
+        if self._shaped and self.weights:
+            total = sum(weight.unshared_numel for weight in self.weights)
+            return 1.0 - sum(weight.budget for weight in self.weights) / total
+        return self.sparsity_now
+
+    @override
+    def training_ended(self) -> None:
+        assert isinstance(self.sparsity, Schedule)
+        last = self.sparsity(1.0)
+        exact = self.grows and not self._shaped
+        for group in self.groups:
+            budget = budget_of(group, last)
+            if group.num_active > budget or (exact and group.num_active != budget):
+                rank_zero_warn(
+                    f"{type(self).__name__}: training ended at step {self.step} with sparsity"
+                    f" {self.registry.sparsity:.4f} instead of {last:.4f}. Train to the last update, or give an earlier"
+                    " stop."
+                )
+                return
+
+
+@method
+class GrowingMethod(ScoredMethod, ABC):
+    """A scored method that, at an update of a layer whose budget stays, exchanges active weights for others."""
+
+    drop_fraction: float | Schedule = field(
+        default=0.3,
+        metadata=doc("Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a"
+                     " cosine; or a schedule of it."),
+    )
+    regrow: bool = field(
+        default=True,
+        metadata=doc("Whether a weight that the update has just pruned may be grown by it; its value is then kept."),
+    )
+    update_replaces_step: bool = field(
+        default=False,
+        metadata=doc("Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and"
+                     " neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait"
+                     " too."),
+    )
+    stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))
+    min_active: int = field(default=1, metadata=doc("Weights that every layer holds at least."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("drop_fraction", as_schedule(self.drop_fraction), below_one=False)
+        if not isinstance(self.drop_fraction, Schedule):
+            self.drop_fraction = Cosine(self.drop_fraction, 0.0)
+        if self.update_replaces_step and self.update_every == 1:
+            raise ValueError(
+                "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
+                " update_every of 10 steps or more, or update_replaces_step=False."
+            )
+
+    @property
+    @override
+    def times(self) -> UpdateTimes:
+        # What has just been grown needs steps to grow in.
+        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
+
+    @property
+    @override
+    def replaces_step(self) -> bool:
+        return self.update_replaces_step
+
+    @property
+    @override
+    def regrows(self) -> bool:
+        return self.regrow
+
+    @override
+    def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
+        return [
+            budget - self.exchanged(weight) if budget == weight.num_active else min(weight.num_active, budget)
+            for weight, budget in zip(group, budgets, strict=True)
+        ]
+
+    def exchanged(self, weight: MaskedWeight) -> int:
+        """How many weights of a layer an update exchanges."""
+        assert isinstance(self.drop_fraction, Schedule)
+        k = share(self.drop_fraction(self.progress), weight.num_active)
+        return k if self.regrow else min(k, weight.numel - weight.num_active)
+
+    @override
+    def clock_starts(self, group: MaskGroup) -> None:
+        group.updated_at = self.step  # the first exchange comes after a first stretch of training
+
+
+def _check_never_falls(schedule: Schedule) -> None:
+    values = [schedule(percent / 100) for percent in range(101)]
+    for before, after in pairwise(values):
+        if after < before:
+            raise ValueError(
+                f"sparsity falls from {before:g} to {after:g} along {schedule}, but what is pruned stays pruned. Give a"
+                " schedule that never falls, or a method that grows weights."
+            )

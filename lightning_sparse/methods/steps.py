@@ -1,0 +1,186 @@
+"""Around an optimizer's step: which one is announced, whether it came, and what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_sparse.masks.moments import skipped_step
+from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.methods import holding
+from lightning_sparse.methods.interface import Method
+from lightning_sparse.trainer import clips_gradients
+
+__all__ = [
+    "announced",
+    "batch_ended",
+    "dissolve",
+    "form",
+    "leave_out",
+    "put_to_work",
+    "regroup",
+    "warn_of_unseen",
+]
+
+
+def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    """Lightning announces a step of ``optimizer``: let the method act on the gradients of the weights in it."""
+    run = method.last_run
+    if run is None or not run.active:
+        return
+    for group in [group for group in run.groups if group.optimizer is optimizer]:
+        run.steps.awaiting.add(group)
+        run.steps.seen.add(group)
+        method.before_step(trainer, group)
+        if method.clears_gradients:
+            run.guards[group].note_gradients()
+        else:
+            run.guards[group].note_weights()  # their dense values are laid in
+
+
+def leave_out(idle: set[Optimizer], optimizer: Optimizer) -> None:
+    """Let ``optimizer`` find no gradient, where a method has updated its masks instead of a step."""
+    if optimizer in idle:
+        idle.discard(optimizer)
+        optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
+
+
+def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
+    """Let the masks of ``group`` hold from now on."""
+    run = method.run
+    group.recount()
+    group.apply_()
+    run.guard(group)
+    holding.masks_are_others(method, group)
+    _hook(method, trainer, group)
+
+
+def regroup(method: Method, group: MaskGroup, weights: Sequence[MaskedWeight]) -> MaskGroup | None:
+    """Put a group of ``weights``, which have masks already, in the place of ``group``; none where there are none."""
+    dissolve(method, group)
+    return form(method, weights, group.optimizer, like=group) if weights else None
+
+
+def dissolve(method: Method, group: MaskGroup) -> None:
+    """Let go of a group; its weights keep their masks."""
+    run = method.run
+    run.groups.remove(group)
+    run.guards.pop(group, None)
+    run.steps.unhook(group)
+    run.steps.awaiting.discard(group)
+
+
+def form(method: Method, weights: Sequence[MaskedWeight], optimizer: Optimizer, like: MaskGroup) -> MaskGroup:
+    """Make a group of weights that have masks already, and let them hold under ``optimizer``."""
+    run, trainer = method.run, method.run.trainer()
+    new = MaskGroup.of(weights, optimizer, like=like)
+    run.groups.append(new)
+    for groups in (run.steps.seen, run.steps.had_gradients):
+        if like in groups:
+            groups.add(new)
+    new.apply_()
+    run.guard(new)
+    if trainer is not None:
+        _hook(method, trainer, new)
+    method.group_changed(new)
+    return new
+
+
+def _hook(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
+    optimizer, steps = group.optimizer, method.run.steps
+    if hasattr(optimizer, "_optimizer_step_post_hooks"):  # not of wrappers that never call Optimizer.__init__
+        steps.handles[group] = [
+            optimizer.register_step_pre_hook(_before_step(method)),
+            optimizer.register_step_post_hook(_after_step(method, group, clipped=clips_gradients(trainer))),
+        ]
+
+
+def _before_step(method: Method) -> Callable[..., None]:
+    # In automatic optimization the closure, with forward and backward in it, runs between this hook and the next.
+    @torch.compiler.disable
+    def repair(optimizer: Optimizer, *_: Any) -> None:
+        if not method.run.steps.awaiting:
+            holding.repair_written(method)
+
+    return repair
+
+
+def _after_step(method: Method, group: MaskGroup, *, clipped: bool) -> Callable[..., None]:
+    @torch.compiler.disable
+    @torch.no_grad()
+    def finish(optimizer: Optimizer, *_: Any) -> None:
+        steps = method.run.steps
+        if group not in steps.seen:
+            raise MisconfigurationException(_unseen(method, optimizer))
+        if group in steps.awaiting:  # an optimizer whose step calls super().step() comes here twice
+            steps.awaiting.discard(group)
+            _stepped(method, group, clipped=clipped)
+
+    return finish
+
+
+def _unseen(method: Method, optimizer: Optimizer) -> str:
+    module = method.run.module()
+    if module is not None and module.automatic_optimization:
+        return (
+            f"{type(optimizer).__name__}.step() does not call the closure that Lightning gives it, so no training_step"
+            f" ran and {type(method).__name__} never saw gradients. Let step(closure) call closure(), or use manual"
+            " optimization."
+        )
+    return (
+        f"{type(optimizer).__name__} stepped without Lightning, so {type(method).__name__} never saw its gradients. In"
+        " manual optimization, take the optimizer from self.optimizers() and call its step()."
+    )
+
+
+def _stepped(method: Method, group: MaskGroup, *, clipped: bool) -> None:
+    run = method.run
+    guard = run.guards[group]
+    if skipped_step(group.optimizer):
+        method.step_skipped(group)
+    else:
+        run.steps.stepped = True
+        written = guard.written_gradients(clipped=clipped)
+        if written and method.clears_gradients:
+            holding.mend_gradients(method, group, written)
+        method.after_step(group)
+    guard.note_weights()
+
+
+@torch.no_grad()
+def batch_ended(method: Method) -> None:
+    """Count the step that was taken; find those that never were, and those whose optimizer has no hooks."""
+    run = method.last_run
+    if run is None or not run.active:
+        return
+    steps = run.steps
+    for group in list(steps.awaiting):
+        if group not in steps.handles and run.guards[group].written_weights():
+            _stepped(method, group, clipped=False)
+        else:
+            method.step_skipped(group)
+            run.guards[group].note_weights()
+    for group in set(run.groups) - steps.seen - steps.had_gradients:
+        if any(weight.parameter.grad is not None for weight in group):
+            steps.had_gradients.add(group)  # looked for now, because validation clears them
+    steps.awaiting.clear()
+    if steps.stepped:
+        steps.stepped = False
+        method.step += 1
+        holding.look_now_and_then(method)
+
+
+def warn_of_unseen(method: Method) -> None:
+    """Name optimizers whose weights have gradients, and whose steps were never announced."""
+    steps = method.run.steps
+    for group in method.groups:
+        if group in steps.had_gradients - steps.seen:
+            method.warn_once(
+                f"{type(group.optimizer).__name__} has not stepped through Lightning in a whole epoch, so masks do"
+                " not hold. In manual optimization, take it from self.optimizers() and call its step()"
+            )
