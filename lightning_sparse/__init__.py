@@ -6,6 +6,7 @@ from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
 from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
+from lightning_sparse.methods.one_shot import prune
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing, share_weights, unshare_weights
 from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.reporting import report
@@ -28,6 +29,7 @@ __all__ = [
     "apply_masks",
     "functional",
     "load_masks",
+    "prune",
     "report",
     "save_masks",
     "schedules",

@@ -15,6 +15,7 @@ __all__ = [
     "count_true",
     "counts_true",
     "multiplier",
+    "on_cpu",
     "pack",
     "tensor_bytes",
     "unpack",
@@ -44,7 +45,7 @@ def counts_true(masks: Sequence[Tensor]) -> list[int]:
         >>> counts_true([torch.tensor([True, False]), torch.tensor([False])])
         [1, 0]
     """
-    if all(mask.is_cpu for mask in masks):
+    if all(map(on_cpu, masks)):
         return [int(np.count_nonzero(mask.numpy())) for mask in masks]
     return torch.stack([mask.count_nonzero() for mask in masks]).tolist()
 
@@ -78,6 +79,16 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
     else:
         bits.mul_(keep)
     return tensor
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether the CPU can read a tensor without waiting: decides which of two ways of selection and counting is taken.
+
+    Example:
+        >>> on_cpu(torch.ones(2))
+        True
+    """
+    return tensor.is_cpu
 
 
 def multiplier(mask: Tensor, dtype: torch.dtype) -> Tensor:

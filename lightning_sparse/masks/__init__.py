@@ -3,9 +3,10 @@
 from lightning_sparse.masks.apply import apply_masks
 from lightning_sparse.masks.checkpoint import CheckpointError
 from lightning_sparse.masks.files import load_masks, read_masks, save_masks
-from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import Candidate, Plan, select_weights
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = [
     "Candidate",

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse.functional.hashing import content_hash
-from lightning_sparse.masks.weight import MaskGroup
+from lightning_sparse.masks.group import MaskGroup
 
 __all__ = ["agree_to_begin", "broadcast_", "check_weights_agree", "masks_agree", "vote", "world_size"]
 

@@ -29,9 +29,9 @@ from lightning_sparse.masks.checkpoint import (
     some_of,
     state_dict_of,
 )
+from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight
-from lightning_sparse.masks.plan import judge_parameters
 
 __all__ = ["load_masks", "read_masks", "save_masks"]
 

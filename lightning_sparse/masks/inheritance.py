@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional.masks import count_true
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import clear_moments
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["forget_pruned", "inherit_", "looks_pruned", "waking_zeros"]
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import Candidate, canonical_name
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["Left", "MaskRegistry"]
 

@@ -1,36 +1,25 @@
-"""A weight with its mask, and the weights of one optimizer, which are ranked together."""
+"""A weight with its mask, and weights that are ranked together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sparse.functional import selection
-from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, zero_pruned_
 from lightning_sparse.functional.selection import Key, Scores
 from lightning_sparse.masks.layout import Layout, Whole
 from lightning_sparse.masks.plan import Candidate
 
-__all__ = ["MaskGroup", "MaskedWeight", "PackedMask"]
+__all__ = ["MaskPool", "MaskedWeight"]
 
 
 # Weights of a layer for which a second mask, as wide as the weights, is kept: 1 MiB. A step of a network of such layers
 # is so short that reading a mask of bytes shows.
 _SMALL = 2**18
-
-
-class PackedMask(TypedDict):
-    """A mask in a checkpoint: primitives and one tensor."""
-
-    shape: list[int]
-    bits: Tensor
-    budget: int
-    updated_at: int
-    uses: int
 
 
 class MaskedWeight:
@@ -188,33 +177,21 @@ class MaskedWeight:
         return f"MaskedWeight({self.name}, {tuple(self.shape)}, sparsity={self.sparsity:.4f})"
 
 
-class MaskGroup(Sequence[MaskedWeight]):
-    """The masked weights of one method in one optimizer: they are ranked, updated and broadcast together.
+class MaskPool(Sequence[MaskedWeight]):
+    """Weights that are ranked together, with their masks, all active at first.
+
+    Args:
+        candidates: The weights, on one device.
 
     Attributes:
         mask: The masks of all its weights in one flat ``bool`` tensor; each weight's mask is a view of a part.
-        optimizer: The optimizer that steps its weights.
-        updated_at: The step of the last update; -1 before the first.
-        not_finite_for: Steps in a row whose gradients held inf or NaN where they were looked at.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.updated_at = -1
-        self.not_finite_for = 0
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
         sizes = [candidate.parameter.numel() for candidate in candidates]
         self.mask = torch.ones(sum(sizes), dtype=torch.bool, device=_device_of([c.parameter for c in candidates]))
         parts = self.mask.split(sizes)
         self._weights = [MaskedWeight(candidate, part) for candidate, part in zip(candidates, parts, strict=True)]
-
-    @classmethod
-    def of(cls, weights: Sequence[MaskedWeight], optimizer: torch.optim.Optimizer, like: MaskGroup) -> MaskGroup:
-        """A group of weights that have masks already, as they come under another optimizer."""
-        group = cls.__new__(cls)
-        group.optimizer, group._weights = optimizer, list(weights)
-        group.updated_at, group.not_finite_for = like.updated_at, like.not_finite_for
-        group.lay_masks()
-        return group
 
     def lay_masks(self) -> None:
         """Lay all masks anew, in the order in which the weights lie in memory now, and where they are."""
@@ -289,34 +266,6 @@ class MaskGroup(Sequence[MaskedWeight]):
         for weight in self:
             weight.apply_()
 
-    # Checkpoints.
-
-    def packed(self) -> dict[str, PackedMask]:
-        """The masks at one bit a weight, by name, for a checkpoint."""
-        return {
-            weight.name: {
-                "shape": list(weight.shape),
-                "bits": pack(weight.layout.whole(weight.mask)),
-                "budget": weight.budget,
-                "updated_at": self.updated_at,
-                "uses": weight.candidate.uses,
-            }
-            for weight in self
-        }
-
-    def load_(self, packed: Mapping[str, PackedMask]) -> None:
-        """Take the masks of a checkpoint: all of them or, where one does not fit, none.
-
-        Raises:
-            MisconfigurationException: A mask is missing, has another shape or is cut short.
-        """
-        masks = [_unpack(weight, packed) for weight in self]
-        for weight, mask in zip(self, masks, strict=True):
-            weight.mask.copy_(weight.layout.take(mask))
-            weight.budget = packed[weight.name]["budget"]
-            self.updated_at = packed[weight.name]["updated_at"]
-        self.recount()
-
 
 def _view_as(flat: Tensor, like: Tensor) -> Tensor:
     """A flat tensor as a view with the shape and the order in memory of ``like``."""
@@ -333,29 +282,3 @@ def _device_of(parameters: Sequence[nn.Parameter]) -> torch.device:
             " one device. Use one optimizer, and one method with include=, for each device."
         )
     return devices.pop()
-
-
-def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask]) -> Tensor:
-    if weight.name not in packed:
-        raise MisconfigurationException(
-            f"The checkpoint holds no mask of {weight.name}; it has masks of {', '.join(packed) or 'nothing'}. Resume"
-            " with the same module and the same include= and exclude= as the run that wrote it."
-        )
-    saved = packed[weight.name]
-    missing = PackedMask.__required_keys__ - saved.keys()
-    if not isinstance(saved.get("bits"), Tensor):
-        missing |= {"bits"}
-    if missing:
-        raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} is cut short: it lacks {', '.join(sorted(missing))}. Resume from"
-            " an earlier checkpoint."
-        )
-    if list(saved["shape"]) != list(weight.shape):
-        raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} has shape {tuple(saved['shape'])}, but the weight has"
-            f" {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
-        )
-    try:
-        return unpack(saved["bits"], weight.shape)
-    except ValueError as error:
-        raise MisconfigurationException(f"The checkpoint's mask of {weight.name} cannot be read: {error}") from error

@@ -61,7 +61,9 @@ class Averages:
         """Find copies that have come since the last look, and forget those that are gone."""
         names = {weight.name: weight for weight in weights}
         prefixes = _prefixes(names)
-        stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        stepped = {
+            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
         copies: dict[int, _Copy] = {}
         within: set[int] = set()  # what lies in a copy is no copy of its own
         for copy, known in _modules_beside(trainer, module):

@@ -14,7 +14,6 @@ from lightning_sparse.masks.distributed import agree_to_begin, broadcast_
 from lightning_sparse.masks.inheritance import forget_pruned, waking_zeros
 from lightning_sparse.masks.plan import Plan, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.weight import MaskGroup
 from lightning_sparse.methods import checkpoints, holding, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
@@ -61,9 +60,7 @@ def begin_together(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl
 def _plan(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, registry: MaskRegistry) -> Plan:
     beginning = checkpoints.beginning_of(method, trainer, pl_module)
     state = beginning.state
-    plan = select_weights(
-        pl_module, include=method.include, exclude=method.exclude, frozen=method.masks_what_thaws
-    )
+    plan = select_weights(pl_module, include=method.include, exclude=method.exclude, frozen=method.masks_what_thaws)
     were_frozen: Sequence[str] = ()
     if state is not None:
         plan = plan.without(dict.fromkeys(state["dense"], "dense in the run that is resumed"))

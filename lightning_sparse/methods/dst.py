@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.paper import Paper
@@ -122,9 +123,7 @@ class DST(LatentMethod):
             # A network that is asked to be sparser than 90 % may have layers of more than 99 %.
             self.reset_sparsity = max(0.99, 1 - (1 - (self.sparsity or 0.0)) / 10)
         elif not (_is_number(self.reset_sparsity) and self.reset_sparsity > 0.0):
-            raise ValueError(
-                f"reset_sparsity is {self.reset_sparsity!r}; give a number above 0, or above 1 for none."
-            )
+            raise ValueError(f"reset_sparsity is {self.reset_sparsity!r}; give a number above 0, or above 1 for none.")
 
     @property
     def thresholds(self) -> Mapping[str, nn.Parameter]:

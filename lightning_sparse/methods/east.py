@@ -93,9 +93,7 @@ class EAST(GrowingMethod):
     cycle_length: float = field(
         default=0.2, metadata=doc("Length of the first, as a fraction of the time to ``stop``.")
     )
-    cycle_growth: float = field(
-        default=1.0, metadata=doc("How many times longer each cycle is than the one before.")
-    )
+    cycle_growth: float = field(default=1.0, metadata=doc("How many times longer each cycle is than the one before."))
     multiplier: float = field(
         default=3.0, metadata=doc("How many times as many weights are active in the middle of a cycle, at least 1.")
     )

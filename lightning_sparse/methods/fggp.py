@@ -21,9 +21,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
-from lightning_sparse.methods.budgets import check_choice
+from lightning_sparse.masks.weight import MaskedWeight, MaskPool
 from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.checks import check_choice
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.scored import Allocation, ScoredMethod
 from lightning_sparse.schedules import Schedule, as_schedule, check_fraction
@@ -112,7 +112,7 @@ class FGGP(ScoredMethod):
         check_choice("first", self.first, First)
 
     @override
-    def dropped(self, pool: MaskedWeight | MaskGroup, among: Tensor, n: int) -> Tensor:
+    def dropped(self, pool: MaskedWeight | MaskPool, among: Tensor, n: int) -> Tensor:
         by = [lambda weight: weight.grad, lambda weight: weight.value]
         first, second = by if self.first == "gradient" else by[::-1]
         # C = the max(n, ⌊γR⌋) active weights with the smallest |∂L/∂w|

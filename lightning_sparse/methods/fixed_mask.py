@@ -23,8 +23,8 @@ from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
 from lightning_sparse.masks.distributed import broadcast_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import names_near
-from lightning_sparse.masks.weight import MaskGroup
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper

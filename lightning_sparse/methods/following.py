@@ -9,8 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_sparse.masks.distributed import broadcast_
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import Candidate, judge_parameters
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding, steps
 from lightning_sparse.methods.interface import Method
 
@@ -41,7 +42,9 @@ def follow_parameters(method: Method, trainer: pl.Trainer, pl_module: pl.Lightni
 def _moved(method: Method) -> bool:
     """Whether a masked parameter is no longer reached from the module under its name."""
     module = method.run.module()
-    return module is not None and any(_reached(module, weight.name) is not weight.parameter for weight in method.weights)
+    return module is not None and any(
+        _reached(module, weight.name) is not weight.parameter for weight in method.weights
+    )
 
 
 def _reached(module: torch.nn.Module, name: str) -> object:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
 from lightning_sparse.functional.masks import counts_true
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["Guard", "count_awake"]
 
@@ -110,5 +110,3 @@ def _some_pruned(weight: MaskedWeight) -> Tensor:
     """Places of some pruned entries, spread over the weight."""
     pruned = (~weight.mask).reshape(-1).nonzero().squeeze(1)
     return pruned[:: max(1, len(pruned) // _SAMPLE)][:_SAMPLE]
-
-

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_sparse.masks.distributed import broadcast_, vote
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, clear_moments, keeps_zeros
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method

@@ -8,8 +8,9 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_sparse.masks.distributed import check_weights_agree, masks_agree
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import clear_moments
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.guard import count_awake
 from lightning_sparse.methods.interface import Method
 

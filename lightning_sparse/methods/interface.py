@@ -14,10 +14,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.hashing import content_hash
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
 from lightning_sparse.masks.plan import Candidate, as_patterns
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.run import Loaded, Run
@@ -255,6 +256,8 @@ def _in_full(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_in_full(item)}" for name, item in value.items())
     if isinstance(value, pl.Callback):
-        public = {name: item for name, item in vars(value).items() if isinstance(item, str | int | float | tuple | None)}
+        public = {
+            name: item for name, item in vars(value).items() if isinstance(item, str | int | float | tuple | None)
+        }
         return f"{type(value).__name__}({_in_full({k: v for k, v in public.items() if not k.startswith('_')})})"
     return repr(value)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, gradient_scale
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 
@@ -293,9 +294,7 @@ class LatentMethod(SparseMethod):
     @torch.no_grad()
     def _load_learned(self, learned: Mapping[str, Tensor], twins: Sequence[Mapping[str, Any]]) -> None:
         mine = self._kept.parameters
-        damaged = [
-            name for name, value in mine.items() if name not in learned or learned[name].shape != value.shape
-        ]
+        damaged = [name for name, value in mine.items() if name not in learned or learned[name].shape != value.shape]
         own = [self._kept.twins[group] for group in self.groups if group in self._kept.twins]
         if damaged or len(twins) != len(own):
             raise MisconfigurationException(

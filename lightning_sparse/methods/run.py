@@ -9,9 +9,9 @@ from weakref import ref
 
 import lightning.pytorch as pl
 
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.registry import Left, MaskRegistry
-from lightning_sparse.masks.weight import MaskGroup
 from lightning_sparse.methods.averages import Averages
 from lightning_sparse.methods.guard import Guard
 from lightning_sparse.schedules import Timetable
@@ -152,5 +152,4 @@ class Run:
 
 def _nothing() -> None:
     """A reference to what is no more."""
-    return None
-
+    return

@@ -15,20 +15,15 @@ from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
 from lightning_sparse.functional.selection import Scores
+from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, layer_budgets
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import inherit_
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
-from lightning_sparse.methods.budgets import (
-    budget_of,
-    check_budget,
-    check_choice,
-    check_count,
-    check_met,
-    layer_budgets,
-)
+from lightning_sparse.masks.weight import MaskedWeight, MaskPool
 from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.schedules import (
     Cosine,
@@ -64,24 +59,30 @@ class ScoredMethod(HardMaskMethod, ABC):
 
     sparsity: float | Schedule = field(
         kw_only=False,
-        metadata=doc("Sparsity, in [0, 1), of the masked weights together; or a schedule of it, over the time to"
-                     " ``stop``."),
+        metadata=doc(
+            "Sparsity, in [0, 1), of the masked weights together; or a schedule of it, over the time to ``stop``."
+        ),
     )
     allocation: Allocation = field(
         default="erk",
-        metadata=doc('How the budget is shared: ``"global"`` ranks all weights together; ``"uniform"``, ``"er"``'
-                     ' (Erdős–Rényi) and ``"erk"`` (with kernels) give each layer its share.'),
+        metadata=doc(
+            'How the budget is shared: ``"global"`` ranks all weights together; ``"uniform"``, ``"er"``'
+            ' (Erdős–Rényi) and ``"erk"`` (with kernels) give each layer its share.'
+        ),
     )
     pattern: Pattern | str = field(
         default="any",
-        metadata=doc('Which masks a layer may have: ``"any"``; ``"2:4"`` and other N of M along the inputs;'
-                     " :class:`~lightning_sparse.masks.patterns.ConstantFanIn` or"
-                     " :class:`~lightning_sparse.masks.patterns.Filters`. A layer that cannot stays dense."),
+        metadata=doc(
+            'Which masks a layer may have: ``"any"``; ``"2:4"`` and other N of M along the inputs;'
+            " :class:`~lightning_sparse.masks.patterns.ConstantFanIn` or"
+            " :class:`~lightning_sparse.masks.patterns.Filters`. A layer that cannot stays dense."
+        ),
     )
     update_every: Duration = field(
         default=0.01,
-        metadata=doc("Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at"
-                     " least."),
+        metadata=doc(
+            "Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at least."
+        ),
     )
     start: Duration = field(default=0.0, metadata=doc("Time of the first update."))
     stop: Duration = field(
@@ -118,7 +119,7 @@ class ScoredMethod(HardMaskMethod, ABC):
         """The weights with the smallest magnitude of this are pruned; shaped like ``weight.value``."""
         return weight.value
 
-    def dropped(self, pool: MaskedWeight | MaskGroup, among: Tensor, n: int) -> Tensor:
+    def dropped(self, pool: MaskedWeight | MaskPool, among: Tensor, n: int) -> Tensor:
         """The mask of the ``n`` weights, of those that ``pool`` ranks together, that are pruned.
 
         Args:
@@ -173,9 +174,9 @@ class ScoredMethod(HardMaskMethod, ABC):
         return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop)
 
     @staticmethod
-    def ranked(pool: MaskedWeight | MaskGroup, scores: Callable[[MaskedWeight], Tensor]) -> Scores:
+    def ranked(pool: MaskedWeight | MaskPool, scores: Callable[[MaskedWeight], Tensor]) -> Scores:
         """The scores of one layer, or of all as flat tensors that are ranked together."""
-        return pool.flat(scores) if isinstance(pool, MaskGroup) else scores(pool)
+        return pool.flat(scores) if isinstance(pool, MaskPool) else scores(pool)
 
     @override
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
@@ -300,8 +301,10 @@ class GrowingMethod(ScoredMethod, ABC):
 
     drop_fraction: float | Schedule = field(
         default=0.3,
-        metadata=doc("Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a"
-                     " cosine; or a schedule of it."),
+        metadata=doc(
+            "Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a"
+            " cosine; or a schedule of it."
+        ),
     )
     regrow: bool = field(
         default=True,
@@ -309,9 +312,11 @@ class GrowingMethod(ScoredMethod, ABC):
     )
     update_replaces_step: bool = field(
         default=False,
-        metadata=doc("Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and"
-                     " neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait"
-                     " too."),
+        metadata=doc(
+            "Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and"
+            " neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait"
+            " too."
+        ),
     )
     stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))
     min_active: int = field(default=1, metadata=doc("Weights that every layer holds at least."))

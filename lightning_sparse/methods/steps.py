@@ -10,8 +10,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import skipped_step
-from lightning_sparse.masks.weight import MaskedWeight, MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.trainer import clips_gradients

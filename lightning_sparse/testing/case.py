@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_sparse.masks import select_weights
-from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.methods.hard_mask import HardMaskMethod
+from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.modules import DyReLUPhasing
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
-from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree, true_on_every_rank
+from lightning_sparse.masks.distributed import agree_to_begin, broadcast_, check_weights_agree, masks_agree, vote
 
 Task = Callable[[int], "Tensor | None"]
 
@@ -73,13 +73,13 @@ def test_a_broadcast_reaches_the_masks_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_equal_masks_agree(tmp_path: Path) -> None:
-    on_two_ranks(lambda rank: check_ranks_agree(group_of_two_layers()), tmp_path)
+    on_two_ranks(lambda rank: masks_agree(group_of_two_layers()), tmp_path)
 
 
 def test_weights_that_differ_are_no_disagreement_of_masks(tmp_path: Path) -> None:
     def task(rank: int) -> None:
         torch.manual_seed(rank)  # the initial weights of each rank
-        check_ranks_agree(group_of_two_layers())
+        masks_agree(group_of_two_layers())
 
     on_two_ranks(task, tmp_path)
 
@@ -108,7 +108,7 @@ def test_a_mask_that_differs_on_one_rank_is_named_and_no_other(
         group = group_of_two_layers()
         if rank:
             change(group)
-        check_ranks_agree(group)
+        masks_agree(group)
 
     with pytest.raises(ProcessRaisedException, match=r"The masks of b\.weight differ between the processes"):
         on_two_ranks(task, tmp_path)
@@ -120,7 +120,7 @@ def test_every_mask_that_differs_is_named(tmp_path: Path) -> None:
         if rank:
             swap_two_entries(group[0].mask)
             swap_two_entries(group[2].mask)
-        check_ranks_agree(group)
+        masks_agree(group)
 
     with pytest.raises(ProcessRaisedException, match=r"The masks of a\.weight, c\.weight differ"):
         on_two_ranks(task, tmp_path)
@@ -137,7 +137,7 @@ def test_any_two_swapped_entries_of_a_layer_are_seen(tmp_path: Path) -> None:
                 flat = group[2].mask.view(-1)
                 flat[i], flat[j] = bool(original.flatten()[j]), bool(original.flatten()[i])
             try:
-                check_ranks_agree(group)
+                masks_agree(group)
                 unseen += 1
             except Exception as error:
                 assert "c.weight" in str(error)  # noqa: PT017 - raised on both ranks, so the next pair can follow
@@ -152,18 +152,60 @@ def test_any_two_swapped_entries_of_a_layer_are_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of_ranks", "everywhere"), [((True, True), True), ((True, False), False), ((False, False), False)]
 )
-def test_a_flag_is_true_on_every_rank_or_on_none(of_ranks: tuple[bool, bool], everywhere: bool, tmp_path: Path) -> None:
+def test_an_update_happens_on_every_rank_or_on_none(
+    of_ranks: tuple[bool, bool], everywhere: bool, tmp_path: Path
+) -> None:
     def task(rank: int) -> Tensor:
-        return torch.tensor(true_on_every_rank(of_ranks[rank], torch.device("cpu")))
+        return torch.tensor(vote(of_ranks[rank], group_of_two_layers()))
 
     assert [bool(outcome) for outcome in on_two_ranks(task, tmp_path)] == [everywhere, everywhere]
+
+
+def test_a_vote_on_masks_that_differ_names_the_layer(tmp_path: Path) -> None:
+    def task(rank: int) -> None:
+        group = group_of_two_layers()
+        if rank:
+            flip_one(group)
+        vote(True, group)
+
+    with pytest.raises(ProcessRaisedException, match=r"The masks of b\.weight differ between the processes"):
+        on_two_ranks(task, tmp_path)
+
+
+def test_weights_that_differ_are_named(tmp_path: Path) -> None:
+    def task(rank: int) -> Tensor:
+        torch.manual_seed(0)
+        group = group_of_two_layers()
+        if rank:
+            group[2].value[0, 1] += 1e-6
+        return torch.tensor([name == "c.weight" for name in check_weights_agree(group)])
+
+    assert [outcome.tolist() for outcome in on_two_ranks(task, tmp_path) if outcome is not None] == [[True], [True]]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_one_process_refuses_all_refuse(failing: int, tmp_path: Path) -> None:
+    def task(rank: int) -> None:
+        agree_to_begin({"times": "every 3"}, ValueError("there is no file") if rank == failing else None)
+
+    with pytest.raises(ProcessRaisedException, match=r"there is no file"):
+        on_two_ranks(task, tmp_path)
+
+
+def test_settings_that_differ_are_named_with_both(tmp_path: Path) -> None:
+    def task(rank: int) -> None:
+        agree_to_begin({"the arguments of GMP": f"sparsity=0.{8 + rank}"}, None)
+
+    with pytest.raises(ProcessRaisedException, match=r"differ in the arguments of GMP: 'sparsity=0\.[89]' in process"):
+        on_two_ranks(task, tmp_path)
 
 
 def test_one_process_agrees_with_itself() -> None:
     group = group_of_two_layers()
     before = group.mask.clone()
     broadcast_(group.mask)
-    check_ranks_agree(group)
+    masks_agree(group)
+    agree_to_begin({"times": "every 3"}, None)
     assert torch.equal(group.mask, before)
-    assert true_on_every_rank(True, torch.device("cpu"))
-    assert not true_on_every_rank(False, torch.device("cpu"))
+    assert vote(True, group)
+    assert not vote(False, group)

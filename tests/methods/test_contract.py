@@ -12,7 +12,6 @@ import torch
 
 import lightning_sparse.testing
 from lightning_sparse import GMP, RigL
-from lightning_sparse.methods.gradual_pruning import GradualPruning
 from lightning_sparse.testing import MaskWatch, MethodContract, ToyModel, fit, fit_two_processes, make_trainer
 from tests.methods.cases import CASES
 
@@ -76,33 +75,28 @@ def test_rigl_leaves_out_no_step_where_nothing_changes(tmp_path: Path) -> None:
     assert still == [4]  # at step 8, f(t) = 0
 
 
-def test_every_gradual_method_is_covered() -> None:
-    ours = {kind for kind in GradualPruning.__subclasses__() if kind.__module__.startswith("lightning_sparse.")}
-    assert {case.method for case in CASES} >= ours
-
-
 # The suite in the hands of somebody who writes a method.
 
 MINE = """
+from typing import ClassVar
 import torch
-from lightning_sparse.methods.gradual_pruning import GradualPruning
-from lightning_sparse.functional.masks import largest
 from lightning_sparse import FixedMask
+from lightning_sparse.methods.card import method
+from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.testing import Case, MethodContract, ToyModel, random_masks
 
-class Mine(GradualPruning):
-    def __init__(self, sparsity, *, allocation="uniform", update_every=0.01, start=0.0, stop=0.8, min_active=0,
-                 include=None, exclude=None, seed=0):
-        super().__init__(sparsity, allocation=allocation, update_every=update_every, start=start, stop=stop,
-                         min_active=min_active, include=include, exclude=exclude, seed=seed)
+@method
+class Mine(ScoredMethod):
+    grows: ClassVar[bool] = False
+    begins_dense: ClassVar[bool] = True
 
-    def prune(self, weights, grads, among, n):
+    def dropped(self, pool, among, n):
         return {prune}
 
 class TestMine(MethodContract):
     cases = {cases}
 """
-ONE_CASE = '[Case("mine", Mine, {"sparsity": 0.8, "update_every": 2, "start": 1, "stop": 11})]'
+ONE_CASE = '[Case("mine", Mine, {"sparsity": 0.8, "allocation": "uniform", "update_every": 2, "start": 1, "stop": 11})]'
 
 
 def run_contract(pytester: pytest.Pytester, prune: str, *, only: str, cases: str = ONE_CASE) -> pytest.RunResult:
@@ -112,20 +106,30 @@ def run_contract(pytester: pytest.Pytester, prune: str, *, only: str, cases: str
 
 
 def test_a_method_of_somebody_else_passes(pytester: pytest.Pytester) -> None:
-    result = run_contract(pytester, "largest(grads, n, among, key=torch.abs)", only="two_processes or layer")
+    result = run_contract(
+        pytester,
+        "pool.smallest(self.ranked(pool, lambda weight: -weight.grad.abs()), n, among)",
+        only="two_processes or layer",
+    )
     assert set(result.parseoutcomes()) <= {"passed", "deselected", "warnings"}
     assert result.parseoutcomes()["passed"] >= 5
 
 
 def test_a_method_that_prunes_too_few_fails_with_both_numbers(pytester: pytest.Pytester) -> None:
-    result = run_contract(pytester, "largest(grads, n // 2, among, key=torch.abs)", only="each_layer_holds")
+    result = run_contract(
+        pytester,
+        "pool.smallest(self.ranked(pool, lambda weight: weight.grad), n // 2, among, key=torch.abs)",
+        only="each_layer_holds",
+    )
     result.assert_outcomes(failed=1, deselected=result.parseoutcomes()["deselected"])
     result.stdout.re_match_lines([r".*has \d+ active weights after an update, but its budget is \d+"])
 
 
 def test_a_method_that_draws_its_masks_unseeded_fails(pytester: pytest.Pytester) -> None:
     result = run_contract(
-        pytester, "largest([torch.rand_like(part) for part in grads], n, among)", only="global_generator"
+        pytester,
+        "pool.smallest(self.ranked(pool, lambda weight: torch.rand_like(weight.value)), n, among)",
+        only="global_generator",
     )
     assert result.parseoutcomes()["failed"] == 2
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sparse import DST, EAST, FGGP, GMP, SET, RigL, SparseMethod
 from lightning_sparse.functional import masks
-from lightning_sparse.functional.masks import kth_smallest, largest, smallest
+from lightning_sparse.functional.selection import kth_smallest, largest, smallest
 from lightning_sparse.schedules import Constant
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Counted(L.Callback):
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(masks, "on_cpu", lambda tensor: False)
 
 
 def waits_of(make: Callable[[], SparseMethod], layers: int) -> list[int]:
@@ -161,13 +161,13 @@ def test_a_selection_as_on_a_gpu_is_that_of_the_cpu(
         for k in {1, max(1, int(among.sum()) // 2), int(among.sum())}:
             here = select(scores, k, among, key=torch.abs)
             with monkeypatch.context() as patched:
-                patched.setattr(masks, "_on_cpu", lambda tensor: False)
+                patched.setattr(masks, "on_cpu", lambda tensor: False)
                 assert torch.equal(select(scores, k, among, key=torch.abs), here)
                 assert torch.equal(kth_smallest(scores, k), scores.sort().values[k - 1])
 
 
 def test_on_a_gpu_a_selection_that_finds_too_few_gives_those(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(masks, "on_cpu", lambda tensor: False)
     scores = torch.tensor([1.0, torch.nan, 3.0])
     everything = torch.ones(3, dtype=torch.bool)
     assert smallest(scores, 3, everything).tolist() == [False, False, False]

@@ -68,9 +68,13 @@ class _Recorder(L.Callback):
                 steps=list(self.looks),
                 masks={name: torch.stack([masks[name] for masks in self.looks.values()]) for name in last},
                 weights={name: value.detach().double().clone() for name, value in pl_module.state_dict().items()},
-                counters={"step": self.method.step, "num_updates": self.method.registry.num_updates},
+                counters=self._counters(),
             )
             save({"run": record}, self.path)
+
+    def _counters(self) -> dict[str, int]:
+        updates: int | None = getattr(self.method.registry, "num_updates", None)  # no promise of the library
+        return {"step": self.method.step} | ({} if updates is None else {"num_updates": updates})
 
 
 class _SaveAt(L.Callback):
@@ -81,7 +85,7 @@ class _SaveAt(L.Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
+        if trainer.global_step == self.step:  # on every rank: saving is a collective
             trainer.save_checkpoint(self.path)
 
 
@@ -166,10 +170,16 @@ def differences(recorded: Record, found: Record) -> list[str]:
         ("names of masks", sorted(recorded.masks), sorted(found.masks)),
         ("names of weights", sorted(recorded.weights), sorted(found.weights)),
         ("steps", recorded.steps, found.steps),
-        ("counters", recorded.counters, found.counters),
+        ("counters", *_of_both(recorded.counters, found.counters)),
     )
     said = [f"other {what}: {before} recorded, {now} found" for what, before, now in aspects if before != now]
     return said + _of_masks(recorded, found) + _of_weights(recorded, found)
+
+
+def _of_both(first: dict[str, int], second: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """What has a name in both."""
+    names = first.keys() & second.keys()
+    return {name: first[name] for name in sorted(names)}, {name: second[name] for name in sorted(names)}
 
 
 def _of_masks(recorded: Record, found: Record) -> list[str]:

@@ -150,7 +150,7 @@ _FGGP = [
 _SET = [
     _run("set-erk", SET, _EXPLORE, **_RANDOM),
     _run("set-uniform-lstm", SET, {**_EXPLORE, "allocation": "uniform", "regrow": False}, Recurrent, **_RANDOM),
-    _run("set-resumed", SET, _EXPLORE, ConvNet, resumed_at=9, **_RANDOM),
+    _run("set-resumed", SET, {**_EXPLORE, "allocation": "uniform"}, ConvNet, resumed_at=9, **_RANDOM),
     _run("set-two-processes", SET, _EXPLORE, processes=2, **_RANDOM),
 ]
 
@@ -182,7 +182,12 @@ _EAST_RUNS = [
     _run("east-all-resumed", EAST, {**_EAST, **_PARTS}, ResidualNet, resumed_at=9, **_RANDOM),
     _run("east-all-two-processes", EAST, {**_EAST, **_PARTS}, ResidualNet, processes=2, **_RANDOM),
     _run("east-goes-on", EAST, {**_CYCLES_ALONE, "allocation": "uniform"}, _sparse(MLP)),
-    _run("east-phasing-goes-on", EAST, {**_CYCLES_ALONE, **_PARTS, "sharing": False}, _sparse(ResidualNet)),
+    _run(
+        "east-phasing-goes-on",
+        EAST,
+        {**_CYCLES_ALONE, **_PARTS, "sharing": False, "allocation": "uniform"},
+        _sparse(ResidualNet),
+    ),
     _run("east-no-cycles-goes-on", EAST, {**_CYCLES_ALONE, "cycles": 0, "allocation": "er"}, _sparse(ConvNet)),
 ]
 

@@ -1,9 +1,9 @@
-"""The budgets of a group of weights: what a sparsity leaves to the whole, and to each layer."""
+"""The budgets of weights that are ranked together: what a sparsity leaves to the whole, and to each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -15,9 +15,9 @@ from lightning_sparse.functional.allocation import (
     uniform,
 )
 from lightning_sparse.functional.masks import counts_true
-from lightning_sparse.masks.weight import MaskGroup
+from lightning_sparse.masks.weight import MaskPool
 
-__all__ = ["LayerAllocation", "budget_of", "check_budget", "check_choice", "check_count", "layer_budgets"]
+__all__ = ["LayerAllocation", "budget_of", "check_budget", "check_met", "layer_budgets"]
 
 LayerAllocation = Literal["uniform", "er", "erk"]
 """The proportions in which layers share a budget: alike, Erdős–Rényi, Erdős–Rényi–Kernel."""
@@ -29,13 +29,13 @@ _SHARES: dict[LayerAllocation, Callable[..., list[int]]] = {
 }
 
 
-def budget_of(group: MaskGroup, sparsity: float) -> int:
+def budget_of(group: MaskPool, sparsity: float) -> int:
     """The weights that ``sparsity`` leaves active in the group, of those that it would have unshared."""
     return min(num_active(sparsity, group.unshared_numel), group.numel)
 
 
 def layer_budgets(
-    group: MaskGroup, sparsity: float, allocation: LayerAllocation, min_active: int, *, grow: bool = False
+    group: MaskPool, sparsity: float, allocation: LayerAllocation, min_active: int, *, grow: bool = False
 ) -> list[int]:
     """One budget for each layer; none above what is active now, unless masks may ``grow``.
 
@@ -50,7 +50,7 @@ def layer_budgets(
     )
 
 
-def check_budget(group: MaskGroup, sparsity: float, min_active: int) -> None:
+def check_budget(group: MaskPool, sparsity: float, min_active: int) -> None:
     """Refuse a sparsity that cannot be.
 
     Raises:
@@ -66,7 +66,7 @@ def check_budget(group: MaskGroup, sparsity: float, min_active: int) -> None:
         )
 
 
-def check_met(group: MaskGroup) -> None:
+def check_met(group: MaskPool) -> None:
     """Find what a selection on a GPU does not look for: that fewer weights could be ranked than were to be chosen.
 
     To be called on new masks before they go to other processes.
@@ -81,32 +81,3 @@ def check_met(group: MaskGroup) -> None:
                 " of NaN cannot be ranked: if there are some, training has diverged; lower the learning rate, or clip"
                 " gradients. Else the method did not choose as many as it was asked for."
             )
-
-
-def check_choice(name: str, value: object, allowed: object) -> None:
-    """Refuse a ``value`` that is none of the choices of ``allowed``, a ``Literal``.
-
-    Raises:
-        ValueError: It is none of them.
-
-    Example:
-        >>> check_choice("allocation", "erdos", LayerAllocation)
-        Traceback (most recent call last):
-            ...
-        ValueError: allocation is 'erdos'; it is one of 'uniform', 'er', 'erk'.
-    """
-    choices = get_args(allowed)
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(repr, choices))}.")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse a negative number of weights.
-
-    Raises:
-        ValueError: It is negative, or no whole number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"{name} is {value!r}; give the number of weights that every layer keeps, an int of at least 0."
-        )
