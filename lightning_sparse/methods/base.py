@@ -149,12 +149,13 @@ class SparseMethod(Method):
     @final
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        begin.leave(self, trainer, pl_module)
+        holding.look_at_all(self, trainer, pl_module)
+        begin.leave(self, pl_module)
 
     @final
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        begin.leave(self, trainer, pl_module)
+        begin.leave(self, pl_module)
 
     # Checkpoints.
 

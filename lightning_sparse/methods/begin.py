@@ -186,14 +186,16 @@ def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningMod
     method.masks_are_on()
 
 
-def leave(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+@torch.no_grad()
+def leave(method: Method, pl_module: pl.LightningModule) -> None:
     """End a training, however it ended: leave the module sparse, and nothing else behind."""
     run = method.last_run
     if run is None or not run.active:
         return
-    holding.look_at_all(method, trainer, pl_module)
     for group in run.groups:
+        group.apply_()
         run.steps.unhook(group)
+    run.averages.apply_(method.weights)
     run.active = False
     method.loaded = None
     run.left = MaskRegistry.forget(pl_module)

@@ -66,8 +66,7 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     """Take what ``checkpoint``, whose weights are in the module, holds of masks.
 
     Raises:
-        CheckpointError: Its masks cannot be read.
-        MisconfigurationException: The module that is to be trained does not share weights as that one did.
+        MisconfigurationException: Its masks cannot be read, or are not those of the module that is to be trained.
     """
     resumes = trainer.state.fn == "fit"
     states: Mapping[str, Any] = checkpoint.get("callbacks", {})
@@ -75,7 +74,9 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     if resumes and own is not None:
         check_state(own, method.state_key)
         _refuse_unshared(own, pl_module, trainer.ckpt_path)
-    masks = {name: mask for its in masks_by_method(checkpoint, "the checkpoint").values() for name, mask in its.items()}
+    masks = _masks_of_all(checkpoint)
+    if resumes:
+        _refuse_other_shapes(masks, pl_module)
     if resumes and not masks and method.loaded is not None:
         return  # the file of the learning-rate finder, which puts back the weights that were loaded before
     left = MaskRegistry.leave(pl_module, masks, given=False) if masks else None
@@ -86,6 +87,24 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     method.loaded = Loaded(left=left, resumes=resumes)
     if not resumes and own is not None:
         _follow(method, pl_module, own)
+
+
+def _masks_of_all(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        methods = masks_by_method(checkpoint, "the checkpoint")
+    except CheckpointError as error:
+        raise MisconfigurationException(f"{error} Resume from an earlier checkpoint.") from error
+    return {name: mask for masks in methods.values() for name, mask in masks.items()}
+
+
+def _refuse_other_shapes(masks: Mapping[str, Tensor], module: pl.LightningModule) -> None:
+    for candidate in judge_parameters(module):
+        mask, shape = masks.get(candidate.name), candidate.parameter.shape
+        if mask is not None and mask.shape != shape:
+            raise MisconfigurationException(
+                f"The checkpoint's mask of {candidate.name} has shape {tuple(mask.shape)}, but the weight has"
+                f" {tuple(shape)}. Resume with the module that wrote the checkpoint."
+            )
 
 
 def _refuse_unshared(state: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:

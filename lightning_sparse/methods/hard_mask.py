@@ -57,12 +57,15 @@ class HardMaskMethod(SparseMethod):
     @override
     def timetable(self, total_steps: float) -> Timetable:
         times = self.times.resolve(total_steps)
-        if self.last_run is not None and not self._is_resumed_after(times):
+        if self.last_run is not None and self._is_before(times):
             self._warn_of(times, total_steps)
         return times
 
-    def _is_resumed_after(self, times: Timetable) -> bool:
-        return self.step - self.run.origin >= times.stop
+    def _is_before(self, times: Timetable) -> bool:
+        """Whether the updates of these times are yet to come, and masks have not come to their end before."""
+        beginning = self.run.beginning
+        is_new = beginning.state is not None and not beginning.goes_on
+        return not is_new and self.step - self.run.origin < times.stop
 
     def _warn_of(self, times: Timetable, total_steps: float) -> None:
         if times.stop >= total_steps:
@@ -112,7 +115,12 @@ class HardMaskMethod(SparseMethod):
     @final
     def _update(self, group: MaskGroup) -> None:
         before = group.mask.clone()
-        self.update_masks(group)
+        try:
+            self.update_masks(group)
+        except Exception:  # nothing half-applied
+            group.mask.copy_(before)
+            group.recount()
+            raise
         broadcast_(group.mask)
         group.updated_at = self.step
         changed = before ^ group.mask

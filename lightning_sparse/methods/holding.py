@@ -117,7 +117,9 @@ def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cau
     method.weights_written(written)
     if awake:
         forget_moments(group, awake)
-        _say(method, awake, cause)
+        steps = method.run.steps
+        if group not in steps.had_gradients - steps.seen:  # of which it is said that masks do not hold at all
+            _say(method, awake, cause)
     method.run.guards[group].note_weights()
 
 

@@ -507,20 +507,20 @@ def _cut_asleep(state: dict[str, Any]) -> None:
 
 
 def _forget_threshold(state: dict[str, Any]) -> None:
-    state["method"]["learned"]["thresholds"].popitem()
+    state["method"]["learned"].popitem()
 
 
 def _forget_thresholds(state: dict[str, Any]) -> None:
-    del state["method"]["learned"]["thresholds"]
+    del state["method"]["learned"]
 
 
 def _cut_thresholds(state: dict[str, Any]) -> None:
-    thresholds = state["method"]["learned"]["thresholds"]
+    thresholds = state["method"]["learned"]
     thresholds["network.0.weight"] = thresholds["network.0.weight"][:1]
 
 
 def _forget_moments(state: dict[str, Any]) -> None:
-    state["method"]["learned"]["optimizers"].pop()
+    state["method"]["twins"].pop()
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,10 @@ def _bytes_held(method: DST) -> int:
     held = [method.latent(weight) for weight in weights] + [weight.mask for weight in weights]
     held += list(method.thresholds.values())
     held += [
-        value for optimizer in method._optimizers for state in optimizer.state.values() for value in state.values()
+        value
+        for optimizer in method._kept.twins.values()
+        for state in optimizer.state.values()
+        for value in state.values()
     ]
     return sum(tensor.numel() * tensor.element_size() for tensor in held if isinstance(tensor, Tensor))
 
@@ -579,7 +582,10 @@ def test_a_dense_copy_and_a_mask_are_what_is_held_between_steps(tmp_path: Path) 
 def test_a_new_fit_lets_go_of_everything_of_the_last(tmp_path: Path) -> None:
     method = DST(0.01)
     make_trainer(tmp_path, callbacks=[method]).fit(model := ToyModel())
-    held = [weakref.ref(value) for value in (model, method.latent(method.weights[0]), method._optimizers[0])]
+    held = [
+        weakref.ref(value)
+        for value in (model, method.latent(method.weights[0]), next(iter(method._kept.twins.values())))
+    ]
     held += [weakref.ref(value) for value in (*method.thresholds.values(), method.weights[0].parameter)]
     del model
     make_trainer(tmp_path, callbacks=[method]).fit(ToyModel())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from lightning_sparse import FGGP
 from lightning_sparse.functional import erdos_renyi_kernel, num_active
 from lightning_sparse.schedules import Constant, Linear, Polynomial
+from tests.helpers import within_training
 from tests.methods.test_gmp import VALUE, fit, layers_of, prune
 
 # By hand. Eight weights:
@@ -25,9 +27,17 @@ GRAD = [-0.1, 0.8, 0.2, -0.3, 0.05, 0.4, 0.01, -0.9]
 
 def select(n: int, *, among: list[int] | None = None, **settings: Any) -> list[int]:
     """The indices of the ``n`` weights above that are pruned at the end of training."""
-    eligible = torch.zeros(8, dtype=torch.bool)
-    eligible[list(range(8)) if among is None else among] = True
-    pruned = FGGP(0.9, **settings).prune([torch.tensor(WEIGHT)], [torch.tensor(GRAD)], eligible, n)
+    return dropped(FGGP(0.9, **settings), WEIGHT, GRAD, n, among=range(8) if among is None else among)
+
+
+def dropped(
+    fggp: FGGP, weight: list[float], grad: list[float], n: int, *, among: Sequence[int], step: int = 100
+) -> list[int]:
+    """The indices of the ``n`` of these weights, of those ``among`` them, that are pruned after ``step`` of 100 steps."""
+    group = layers_of([weight], [grad])
+    group.mask.zero_()
+    group.mask[list(among)] = True
+    pruned = within_training(fggp, [group], step=step, total_steps=200).dropped(group, group.mask, n)
     return pruned.nonzero().squeeze(1).tolist()
 
 
@@ -85,20 +95,15 @@ def test_pruning_everything_prunes_everything() -> None:
 def test_an_annealed_pool_shrinks_with_progress(step: int, pruned: list[int]) -> None:
     # γ = 1: 3 smallest |w|. γ = .5: of 6, 4, 0, 2 those with .4, .3, .5. γ = 0: 3 smallest |g|.
     fggp = FGGP(0.9, pool=Linear(1.0, 0.0), stop=100)
-    fggp.resolve_times(200)
-    fggp.step = step
-    among = torch.ones(8, dtype=torch.bool)
-    mask = fggp.prune([torch.tensor(WEIGHT)], [torch.tensor(GRAD)], among, 3)
-    assert mask.nonzero().squeeze(1).tolist() == pruned
+    assert dropped(fggp, WEIGHT, GRAD, 3, among=range(8), step=step) == pruned
 
 
 @pytest.mark.parametrize(("pool", "size"), [(0.29, 29), (0.57, 57), (0.58, 58)])
 def test_the_pool_is_the_rate_that_is_written_and_not_its_neighbour_in_floating_point(pool: float, size: int) -> None:
     # 0.29 · 100 is 28.999999999999996. The weight with the smallest |w| is the last that fits the pool.
-    weight, grad = torch.ones(100), torch.arange(100.0)
+    weight, grad = [1.0] * 100, [float(index) for index in range(100)]
     weight[size - 1] = 0.0
-    pruned = FGGP(0.9, pool=pool).prune([weight], [grad], torch.ones(100, dtype=torch.bool), 1)
-    assert pruned.nonzero().squeeze(1).tolist() == [size - 1]
+    assert dropped(FGGP(0.9, pool=pool), weight, grad, 1, among=range(100)) == [size - 1]
 
 
 def test_all_layers_are_ranked_together_by_default() -> None:
@@ -154,11 +159,8 @@ def test_selection_is_what_sorting_twice_would_choose(
     update: tuple[list[float], list[float], list[int], int], pool: float, pool_of: Any, first: Any
 ) -> None:
     weight, grad, active, n = update
-    among = torch.zeros(len(weight), dtype=torch.bool)
-    among[active] = True
     fggp = FGGP(0.9, pool=pool, pool_of=pool_of, first=first)
-    pruned = fggp.prune([torch.tensor(weight)], [torch.tensor(grad)], among, n)
-    assert pruned.nonzero().squeeze(1).tolist() == reference(weight, grad, active, n, pool, pool_of, first)
+    assert dropped(fggp, weight, grad, n, among=active) == reference(weight, grad, active, n, pool, pool_of, first)
 
 
 @given(updates(), st.integers(0, 99), st.integers(1, 15))

@@ -20,7 +20,7 @@ from lightning_sparse import GMP, FixedMask, save_masks
 from lightning_sparse.cli import SparseCLI
 from lightning_sparse.functional import unpack
 from lightning_sparse.masks import CheckpointError, MaskGroup, MaskRegistry, select_weights
-from tests.helpers import ToyModel, fit_two_processes, make_trainer
+from tests.helpers import ToyModel, fit_two_processes, make_trainer, within_training
 from tests.methods.cases import random_masks
 from tests.methods.spies import ZeroWatch, masks_of
 
@@ -96,7 +96,6 @@ def test_zeros_and_nothing_else_are_masked(rows: list[list[float]]) -> None:
     for layer, row in zip(module, rows, strict=True):
         layer.weight = nn.Parameter(torch.tensor([row]))
     method, group = _claimed(module)
-    method.load_method_state({})
     method.initialize_masks(group)
     assert group.mask.tolist() == [value != 0.0 for row in rows for value in row]
     assert [weight.budget for weight in group] == [len(row) - row.count(0.0) for row in rows]
@@ -105,8 +104,8 @@ def test_zeros_and_nothing_else_are_masked(rows: list[list[float]]) -> None:
 def _claimed(module: nn.Module) -> tuple[FixedMask, MaskGroup]:
     method = FixedMask()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    method._groups = MaskRegistry().claim("method", select_weights(module).masked, [optimizer])
-    return method, method._groups[0]
+    (group,) = MaskRegistry().claim("method", select_weights(module).masked, [optimizer])
+    return within_training(method, [group]), group
 
 
 # Where masks come from.

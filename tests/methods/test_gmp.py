@@ -19,7 +19,7 @@ from lightning_sparse.functional import erdos_renyi, erdos_renyi_kernel, num_act
 from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
 from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.schedules import Constant, Linear, Polynomial, Schedule
-from tests.helpers import ConvToy, ToyModel, make_trainer
+from tests.helpers import ConvToy, ToyModel, make_trainer, within_training
 
 VALUE = st.sampled_from([-1.0, -0.5, 0.0, 0.125, 0.25, 0.5, 1.0, 2.0])  # ties are the rule
 
@@ -39,7 +39,7 @@ def layers_of(rows: Sequence[Sequence[float]], grads: Sequence[Sequence[float]] 
 @torch.no_grad()
 def prune(method: ScoredMethod, group: MaskGroup) -> list[int]:
     """The flat indices that one update at the end of the schedule prunes."""
-    method.update_masks(group)
+    within_training(method, [group]).update_masks(group)
     return (~group.mask).nonzero().squeeze(1).tolist()
 
 

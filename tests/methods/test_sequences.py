@@ -140,7 +140,8 @@ def test_the_schedule_spans_the_steps_that_are_left(tmp_path: Path) -> None:
     second_run(method, tmp_path, path)
     # 16 of 24 steps are left, so half of training is at step 8, and not at 12.
     assert method.step == 16
-    assert method._timetable.stop == 8
+    assert method.run.timetable is not None
+    assert method.run.timetable.stop == 8
     assert method.registry.num_active == num_active(0.95, method.registry.numel)
 
 
