@@ -107,6 +107,7 @@ class SparsityMonitor(pl.Callback):
         self._registry = MaskRegistry()
         self._history = MaskHistory({})
         self._of_masks: dict[str, float] = {}  # what changes with masks alone
+        self._shapes: dict[str, tuple[int, ...]] = {}  # those of the weights that have a mask
         self._loaded: dict[str, Any] | None = None
         self._begun = False
         self._step = 0  # optimizer steps up to which everything below is counted
@@ -220,6 +221,7 @@ class SparsityMonitor(pl.Callback):
             return  # until something has a mask: all that is to be masked may be frozen yet
         self._begun = True
         self._history = MaskHistory(self._masks)
+        self._shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}
         self.timeline = SparsityTimeline(list(self._registry))
         self._step = self._update_step = _batches_stepped(trainer)
         self._pause = _pause(trainer)
@@ -257,13 +259,19 @@ class SparsityMonitor(pl.Callback):
             if updated:  # a layer of a resumed training that is frozen now keeps the sparsity that it had
                 self._flops.sparsity |= {name: weight.sparsity for name, weight in self._registry.items()}
         self._step, self._counted = step, self._registry.num_updates
-        if len(self._registry) > len(self.timeline.layers):
-            self._take_in_new()
+        self._follow_registry()
 
-    def _take_in_new(self) -> None:
-        """Make room for weights that have a mask since the last time, as those have that thaw."""
-        self._history.add(self._masks)
+    def _follow_registry(self) -> None:
+        """Make room for weights that have a mask since the last time, and let go of those that have none any more."""
+        shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}
+        if shapes == self._shapes:
+            return
+        if any(shapes.get(name) != shape for name, shape in self._shapes.items()):
+            self._history = MaskHistory(self._masks)  # a layer was replaced: what it was says nothing of what it is
+        else:
+            self._history.add(self._masks)
         self.timeline.add(list(self._registry))
+        self._shapes = shapes
         self._of_masks = {}
         self._attempts = 0  # their operations are looked for again
 
@@ -302,7 +310,8 @@ class SparsityMonitor(pl.Callback):
         if self._flops is not None:
             values |= self._flops.values
         self._recorded = self._registry.num_updates
-        self.timeline.record(self._step, [self._registry[name].sparsity for name in self.timeline.layers])
+        weights = [self._registry.get(name) for name in self.timeline.layers]
+        self.timeline.record(self._step, [math.nan if weight is None else weight.sparsity for weight in weights])
         self._write(trainer, values)
 
     def _describe_masks(self) -> dict[str, float]:

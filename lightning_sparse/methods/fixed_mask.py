@@ -11,7 +11,7 @@ Differs from the paper:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
@@ -19,11 +19,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import count_true, pack, unpack, zero_pruned_
 from lightning_sparse.masks.distributed import broadcast_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.plan import names_near
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -31,6 +32,9 @@ from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes
 
 __all__ = ["FixedMask"]
+
+# Why a weight stays dense though there is a mask for it: the user has said so, or another name of it has the mask.
+_LEFT_OUT = ("excluded", "not included", "frozen", "tied", "dense in the run", "not floating")
 
 
 @final
@@ -115,9 +119,26 @@ class FixedMask(HardMaskMethod):
     @override
     def prepare(self) -> None:
         self.run.own = {}
-        if self.run.beginning.state is None:
-            chosen = self._masks_in_module() if self.masks is None else self._masks_given(self.masks)
-            self.run.own |= chosen
+        state = self.run.beginning.state
+        if state is not None:
+            self._admit(state["masks"])
+        elif self.masks is None:
+            self.run.own |= self._masks_in_module()
+        else:
+            given, source = self._read(self.masks)
+            self._admit(given)
+            self.run.own |= self._checked(given, source)
+
+    def _admit(self, masks: Mapping[str, Any]) -> None:
+        """Mask what the rules leave dense and a mask is there for: it is held, or the fit is refused."""
+        run, trainer = self.run, self.run.trainer()
+        wanted = [c for c in run.plan.dense if c.name in masks and not c.reason.startswith(_LEFT_OUT)]
+        trained = [replace(candidate, reason="") for candidate in wanted if candidate.parameter.requires_grad]
+        run.plan.frozen += [candidate for candidate in wanted if not candidate.parameter.requires_grad]
+        if trained and trainer is not None:
+            run.groups += run.registry.claim_more(self.state_key, trained, trainer.optimizers)
+            names = {candidate.name for candidate in trained}
+            run.plan.dense = [candidate for candidate in run.plan.dense if candidate.name not in names]
 
     @override
     def initialize_masks(self, group: MaskGroup) -> None:
@@ -158,6 +179,7 @@ class FixedMask(HardMaskMethod):
     def _masks_in_module(self) -> Mapping[str, Tensor]:
         zeros = {weight.name: weight.value != 0 for weight in self.weights}
         masks = zeros | dict(self.inherited)  # a weight that was just grown is zero, and active
+        self._tell_of_dense_zeros()
         frozen = {candidate.name: candidate.parameter != 0 for candidate in self.run.plan.frozen}
         frozen = {name: mask for name, mask in frozen.items() if mask.any() and not mask.all()}
         if not frozen and all(mask.all() for mask in masks.values()):
@@ -167,12 +189,32 @@ class FixedMask(HardMaskMethod):
             )
         return masks | frozen
 
-    def _masks_given(self, given: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _tell_of_dense_zeros(self) -> None:
+        """Name zeros, as of a sparse training, in weights that are trained and stay dense."""
+        counts = {
+            candidate.name: count_true(candidate.parameter == 0)
+            for candidate in self.dense
+            if candidate.parameter.dim() > 1
+            and candidate.parameter.requires_grad
+            and not candidate.reason.startswith(("tied", "auxiliary"))
+            and candidate.parameter.any()
+            and looks_pruned(candidate.parameter == 0)
+        }
+        if counts:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+            self.warn_once(
+                f"zeros in weights that stay dense are trained again: {shown}. Name them in include=, beside '*' for"
+                " the others, or give their masks"
+            )
+
+    def _read(self, given: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+        """The masks by name, and whence they come."""
         if isinstance(given, Mapping):
-            masks, source = given, "The mapping masks="
-        else:
-            names = [weight.name for weight in (*self.weights, *self.run.plan.frozen)]
-            masks, source = read_masks(given, names=names), f"{given}"
+            return given, "The mapping masks="
+        names = [weight.name for weight in (*self.weights, *self.run.plan.frozen)]
+        return read_masks(given, names=names), f"{given}"
+
+    def _checked(self, masks: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
         known = [weight.name for weight in self.weights] + [candidate.name for candidate in self.dense]
         unknown = [name for name in masks if name not in known]
         if unknown:
