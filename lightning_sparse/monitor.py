@@ -19,13 +19,13 @@ from typing_extensions import override
 from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.timeline import SparsityTimeline
-from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training
+from lightning_sparse.trainer import callbacks_of, steps_of_training
 
 __all__ = ["SparsityMonitor"]
 

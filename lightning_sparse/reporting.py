@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_sparse.functional.topology import count_active, count_dead, count_shared
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, state_dict_of
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.selection import Candidate, canonical_name, judge_parameters
+from lightning_sparse.masks.plan import Candidate, canonical_name, judge_parameters
 from lightning_sparse.metrics.flops import ForwardFLOPs
 
 __all__ = [

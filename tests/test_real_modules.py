@@ -56,7 +56,7 @@ from lightning_sparse import (
     unshare_weights,
 )
 from lightning_sparse.masks import select_weights
-from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.modules.dyrelu import phased_relus
 from lightning_sparse.modules.weight_sharing import shared_convolutions
 from tests.helpers import make_trainer

@@ -4,7 +4,7 @@ from lightning_sparse.masks.apply import apply_masks
 from lightning_sparse.masks.checkpoint import CheckpointError
 from lightning_sparse.masks.files import load_masks, read_masks, save_masks
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
-from lightning_sparse.masks.selection import Candidate, Plan, select_weights
+from lightning_sparse.masks.plan import Candidate, Plan, select_weights
 
 __all__ = [
     "Candidate",

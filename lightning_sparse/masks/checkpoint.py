@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional.masks import unpack
-from lightning_sparse.masks.selection import canonical_name
+from lightning_sparse.masks.plan import canonical_name
 
 __all__ = [
     "CheckpointError",

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse.masks.registry import MaskGroup
-from lightning_sparse.modules.auxiliary import world_size
+from lightning_sparse.trainer import world_size
 
 __all__ = ["broadcast_", "check_ranks_agree", "true_on_every_rank"]
 

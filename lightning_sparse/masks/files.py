@@ -30,7 +30,7 @@ from lightning_sparse.masks.checkpoint import (
     state_dict_of,
 )
 from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
-from lightning_sparse.masks.selection import judge_parameters
+from lightning_sparse.masks.plan import judge_parameters
 
 __all__ = ["load_masks", "read_masks", "save_masks"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.masks.registry import MaskedWeight
-from lightning_sparse.masks.selection import Candidate
+from lightning_sparse.masks.plan import Candidate
 
 __all__ = ["check_bool", "wrong_shapes"]
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, pack, unpack, zero_pruned_
-from lightning_sparse.masks.selection import Candidate, canonical_name
+from lightning_sparse.masks.plan import Candidate, canonical_name
 
 __all__ = ["MaskGroup", "MaskRegistry", "MaskedWeight"]
 

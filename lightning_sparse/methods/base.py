@@ -39,13 +39,13 @@ from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
 from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
-from lightning_sparse.masks.selection import Candidate, as_patterns, select_weights
+from lightning_sparse.masks.plan import Candidate, as_patterns, select_weights
 from lightning_sparse.masks.succession import forget_pruned, waking_zeros
 from lightning_sparse.methods.best_checkpoint import denser_checkpoints
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.past import Past
 from lightning_sparse.methods.requirements import refuse_optimizers, refuse_strategy
-from lightning_sparse.modules.auxiliary import callbacks_of, steps_of_training, steps_taken
+from lightning_sparse.trainer import callbacks_of, steps_of_training, steps_taken
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method
-from lightning_sparse.modules.auxiliary import callbacks_of
+from lightning_sparse.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_sparse.masks.checkpoint import masks_by_method
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.modules.auxiliary import callbacks_of
+from lightning_sparse.trainer import callbacks_of
 from lightning_sparse.modules.weight_sharing import refuse_unshared
 
 if TYPE_CHECKING:

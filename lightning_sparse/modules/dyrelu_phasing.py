@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed, nn
 from typing_extensions import override
 
-from lightning_sparse.modules.auxiliary import (
+from lightning_sparse.trainer import (
     check_in_optimizer,
     copy_again,
     refuse_twins,

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sparse.modules.auxiliary import check_in_optimizer, copy_again, refuse_twins
+from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",

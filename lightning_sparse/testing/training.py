@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_sparse.modules.auxiliary import callbacks_of
+from lightning_sparse.trainer import callbacks_of
 from lightning_sparse.testing.toys import ToyModel
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_sparse.masks import select_weights
-from lightning_sparse.masks.selection import as_patterns, canonical_name
+from lightning_sparse.masks.plan import as_patterns, canonical_name
 
 
 def masked_names(module: nn.Module, **patterns: Sequence[str]) -> list[str]:
