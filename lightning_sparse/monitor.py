@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
 from lightning_sparse.functional.topology import count_dead
-from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.plan import canonical_name
+from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_sparse.functional.topology import count_active, count_dead, count_shared
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, state_dict_of
-from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.plan import Candidate, canonical_name, judge_parameters
+from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.metrics.flops import ForwardFLOPs
 
 __all__ = [
@@ -423,16 +423,9 @@ def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
         tuple(value.shape),
         num_active,
         dead_rows=count_dead([rows])[0],
-        dead_columns=count_dead([_by_input(candidate, rows)])[0],
+        dead_columns=count_dead([candidate.columns(value != 0)])[0],
         flops=flops,
     )
-
-
-def _by_input(candidate: Candidate, rows: Tensor) -> Tensor:
-    """Rows of shape ``(outputs, fan-in)`` as one row for each input neuron or channel, kernel positions included."""
-    inputs = candidate.parameter.shape[0] // candidate.groups if candidate.input_first else candidate.parameter.shape[1]
-    of_group = rows.reshape(candidate.groups, len(rows) // candidate.groups, inputs, -1)
-    return of_group.transpose(1, 2).reshape(candidate.groups * inputs, -1)
 
 
 def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:

@@ -1,4 +1,4 @@
-"""Imports run one way: functional, schedules, masks, methods, zoo, cli. Read from the import statements themselves."""
+"""Imports run one way: functional, schedules, masks, modules, methods, zoo, cli. Read from the import statements themselves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sparse"
 # A part is a module or folder directly below the package. It may import its own layer and those before it.
 LAYERS = [
     {"_version", "functional"},
-    {"schedules", "modules"},
+    {"schedules", "trainer"},
     {"masks"},
+    {"modules"},
     {"methods", "metrics", "monitor", "reporting"},
     {"__init__"},
     {"testing", "zoo"},

@@ -3,8 +3,8 @@
 from lightning_sparse.masks.apply import apply_masks
 from lightning_sparse.masks.checkpoint import CheckpointError
 from lightning_sparse.masks.files import load_masks, read_masks, save_masks
-from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.plan import Candidate, Plan, select_weights
+from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 
 __all__ = [
     "Candidate",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
-from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
 from lightning_sparse.masks.plan import Plan, judge_parameters, names_near
+from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
 
 __all__ = ["apply_masks"]
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_sparse.functional.masks import zero_pruned_
-from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.masks.plan import canonical_name
+from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.trainer import callbacks_of
 
 __all__ = ["mask_averaged_weights"]

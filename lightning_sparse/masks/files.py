@@ -29,8 +29,8 @@ from lightning_sparse.masks.checkpoint import (
     some_of,
     state_dict_of,
 )
-from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
 from lightning_sparse.masks.plan import judge_parameters
+from lightning_sparse.masks.registry import MaskedWeight, MaskRegistry
 
 __all__ = ["load_masks", "read_masks", "save_masks"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.masks.registry import MaskedWeight
 from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.registry import MaskedWeight
 
 __all__ = ["check_bool", "wrong_shapes"]
 

@@ -38,8 +38,8 @@ from typing_extensions import override
 from lightning_sparse.masks.averaging import mask_averaged_weights
 from lightning_sparse.masks.distributed import broadcast_, check_ranks_agree
 from lightning_sparse.masks.optimizer_state import all_finite, skipped_step
-from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.plan import Candidate, as_patterns, select_weights
+from lightning_sparse.masks.registry import MaskedWeight, MaskGroup, MaskRegistry
 from lightning_sparse.masks.succession import forget_pruned, waking_zeros
 from lightning_sparse.methods.best_checkpoint import denser_checkpoints
 from lightning_sparse.methods.paper import Paper
@@ -244,6 +244,8 @@ class SparseMethod(pl.Callback, ABC):
         for group in self._groups:
             broadcast_(group.mask)
             self._put_to_work(trainer, group, begins=state is None)
+        for remark in plan.remarks:
+            self._warn_once(remark.removesuffix("."))
         rank_zero_info(f"{type(self).__name__}: {plan.summary} Sparsity {self._registry.sparsity:.4f}.")
 
     def _put_to_work(self, trainer: pl.Trainer, group: MaskGroup, *, begins: bool) -> None:

@@ -21,8 +21,8 @@ from typing_extensions import override
 from lightning_sparse.functional.masks import count_true, pack, unpack, zero_pruned_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
-from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.masks.plan import names_near
+from lightning_sparse.masks.registry import MaskGroup
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.schedules import UpdateTimes

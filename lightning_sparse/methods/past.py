@@ -12,8 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_sparse.masks.checkpoint import masks_by_method
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.trainer import callbacks_of
 from lightning_sparse.modules.weight_sharing import refuse_unshared
+from lightning_sparse.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class HyperLinear(nn.Linear):
         >>> HyperLinear(4, 2)
         HyperLinear(in_features=4, out_features=2, bias=True)
     """
+
+    never_masked: ClassVar[str] = "added by a callback"
 
 
 @final

@@ -27,6 +27,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed, nn
 from typing_extensions import override
 
+from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
+from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
+from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
 from lightning_sparse.trainer import (
     check_in_optimizer,
     copy_again,
@@ -35,9 +38,6 @@ from lightning_sparse.trainer import (
     steps_taken,
     world_size,
 )
-from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
-from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
-from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
 
 __all__ = ["DyReLUPhasing"]
 

@@ -8,10 +8,9 @@ Code:   https://github.com/TensorStrike/ES2
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
@@ -29,7 +28,6 @@ __all__ = [
     "share_weights",
     "shared_convolutions",
     "unshare_weights",
-    "uses_of",
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,6 +61,8 @@ class SharedConvolution(nn.Module):
         True
     """
 
+    never_masked: ClassVar[str] = "added by a callback"
+
     def __init__(self, convolution: Convolution, source: Convolution) -> None:
         super().__init__()
         if convolution.weight.shape != source.weight.shape or convolution.groups != source.groups:
@@ -83,6 +83,11 @@ class SharedConvolution(nn.Module):
     def source(self) -> Convolution:
         """The convolution whose weights it uses."""
         return self._source[0]
+
+    @property
+    def borrowed_weights(self) -> tuple[nn.Parameter]:
+        """The parameters of other modules that it computes with, for the plan of what is masked."""
+        return (self._source[0].weight,)
 
     @property
     def weight(self) -> Tensor:
@@ -222,20 +227,6 @@ def refuse_unshared(module: nn.Module, checkpoint: Mapping[str, Any], path: obje
             f" under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
             " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
         )
-
-
-def uses_of(module: nn.Module) -> dict[int, int]:
-    """How often each weight that is shared is used, by its ``id``; those that are used once are not there.
-
-    Example:
-        >>> from torchvision.models import resnet34
-        >>> network = resnet34()
-        >>> _ = share_weights(network)
-        >>> uses_of(network)[id(network.layer3[1].conv1.weight)]
-        5
-    """
-    copies = Counter(id(convolution.source.weight) for convolution in shared_convolutions(module).values())
-    return {weight: 1 + count for weight, count in copies.items()}
 
 
 @final

@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_sparse.trainer import callbacks_of
 from lightning_sparse.testing.toys import ToyModel
+from lightning_sparse.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
