@@ -1,4 +1,4 @@
-"""Imports run one way: functional, schedules, masks, modules, methods, zoo, cli. Read from the import statements themselves."""
+"""Imports run one way: functional, schedules, masks, modules, methods, zoo, cli; read from the statements."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class Candidate:
     owner: nn.Module
     local_name: str
     reason: str = ""
-    wiring: Wiring = Wiring()
+    wiring: Wiring = field(default_factory=Wiring)
     traits: frozenset[str] = frozenset()
     keeps_zeros: bool | None = True
     uses: int = 1

@@ -1,6 +1,6 @@
-"""Whether a layer computes with the zeros that it stores, found out by a trial.
+r"""Whether a layer computes with the zeros that it stores, found out by a trial.
 
-A convolution that standardises its weights, :math:`W' = (W - \\mu) / \\sigma`, computes with no zero where :math:`W`
+A convolution that standardises its weights, :math:`W' = (W - \mu) / \sigma`, computes with no zero where :math:`W`
 has one; one that pads its inputs itself, or scales its weights, does. What a ``forward`` of somebody's own does is seen
 by calling it once, on a copy whose weight is half zeros, and by looking at the weights that come to the product.
 """

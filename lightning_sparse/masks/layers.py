@@ -9,7 +9,7 @@ are known without an import.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any
@@ -108,7 +108,7 @@ class Layer:
     """
 
     reason: str = ""
-    wiring: Wiring = Wiring()
+    wiring: Wiring = field(default_factory=Wiring)
     keeps_zeros: bool | None = True
 
 

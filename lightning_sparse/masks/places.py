@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 __all__ = ["Part", "Place", "canonical_name", "places_of", "printable"]
 
 Part = Literal["whole", "direction", "magnitude", "scaled", "pruned", "other"]
-"""What a parameter is of a layer's weight: the weight itself, v or g of a weight norm, what a spectral norm scales, what
-``torch.nn.utils.prune`` masks, or what another parametrization is computed from."""
+"""What a parameter is of a layer's weight: all of it, v or g of a weight norm, what a spectral norm scales, what
+``torch.nn.utils.prune`` masks, or what another parametrization computes it from."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Plan(Sequence[Candidate]):
 
     @property
     def refusal(self) -> str:
-        """The sentences that refuse what would be masked and cannot be, one for each kind; empty where there is none."""
+        """The sentences that refuse what would be masked and cannot be, one for each kind; empty where all can."""
         sentences: list[str] = []
         for kind, sentence in _REFUSALS.items():
             refused = [candidate for candidate in self if kind_of(candidate.reason) == kind]
