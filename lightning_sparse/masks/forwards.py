@@ -19,8 +19,8 @@ from typing_extensions import override
 
 __all__ = ["keeps_zeros"]
 
-_PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "einsum"}
-_PRODUCTS |= {f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)}
+_CONVOLUTIONS = {f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)}
+_PRODUCTS = _CONVOLUTIONS | {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "einsum"}
 
 
 @torch.no_grad()

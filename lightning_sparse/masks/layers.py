@@ -8,7 +8,7 @@ are known without an import.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -122,14 +122,18 @@ def kind_of(reason: str) -> str:
     return reason.split(":", maxsplit=1)[0]
 
 
-def recognise(place: Place) -> Layer:
+def recognise(place: Place, tried: MutableMapping[Hashable, bool | None]) -> Layer:
     """What the parameter at ``place`` is.
 
     A module says that its parameters are not to be masked by a class attribute ``never_masked``, which is the reason.
 
+    Args:
+        place: Where it is.
+        tried: What trials of the module's other layers have found out; it is added to.
+
     Example:
         >>> from lightning_sparse.masks.places import places_of
-        >>> [recognise(place).reason for place in places_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
+        >>> [recognise(place, {}).reason for place in places_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
         ['', 'bias', 'norm', 'norm']
     """
     never = getattr(type(place.owner), "never_masked", None)
@@ -140,10 +144,10 @@ def recognise(place: Place) -> Layer:
         return Layer(_REASONS[place.part], wiring or Wiring())
     if wiring is None:
         return Layer(_reason(place))
-    keeps = _keeps_zeros(place)
+    keeps = _keeps_zeros(place, tried)
     if keeps is False:
-        kind = type(place.layer).__name__
-        return Layer(f"transformed: {kind} computes with other weights than it stores", wiring, keeps)
+        does = f"{type(place.layer).__name__} computes with other weights than it stores"
+        return Layer(f"transformed: {does}; name it in full in include= to mask what is stored", wiring, keeps)
     return Layer("", wiring, keeps)
 
 
@@ -205,11 +209,13 @@ def _of_conv1d(place: Place) -> Wiring | None:
     layer: Any = place.layer
     if place.weight_name != "weight" or place.parameter.dim() != 2:
         return None
-    named = any(
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(layer).__mro__
-    )
     stated = (_size(layer, "nx"), _size(layer, "nf")) == tuple(place.parameter.shape)
-    return Wiring(input_first=True) if named or stated else None
+    return Wiring(input_first=True) if stated or _is_conv1d(layer) else None
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    kinds = type(layer).__mro__
+    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
 
 
 def _of_linear(place: Place) -> Wiring | None:
@@ -272,15 +278,21 @@ def _size(layer: nn.Module, name: str) -> int | None:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
-def _keeps_zeros(place: Place) -> bool | None:
+def _keeps_zeros(place: Place, tried: MutableMapping[Hashable, bool | None]) -> bool | None:
     """Whether a layer computes with the zeros that it stores; a layer of torch with torch's own forward does."""
     layer, kinds = place.layer, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
-    if isinstance(layer, kinds):
-        return True if _is_torchs_own(layer, kinds) else keeps_zeros(layer, place.weight_name)
-    if isinstance(layer, _KNOWN) or place.parameter.dim() != 2:
-        return True  # torch's, or a stack
-    # Nobody says that a layer of another library has another forward than it ought to; only what is seen counts.
-    return keeps_zeros(layer, place.weight_name) is not False
+    is_torchs = isinstance(layer, _KNOWN)
+    if place.weight_name != "weight" or (is_torchs and (not isinstance(layer, kinds) or _is_torchs_own(layer, kinds))):
+        return True
+    if not is_torchs and (place.parameter.dim() != 2 or _is_conv1d(layer)):
+        return True
+    # One trial for all layers of a class that have the same switches; a size of one may hide what a mean does.
+    switches = tuple((name, value) for name, value in vars(layer).items() if isinstance(value, bool | str))
+    key = type(layer), switches, tuple(min(size, 2) for size in place.parameter.shape)
+    if key not in tried:
+        tried[key] = keeps_zeros(layer, place.weight_name)
+    # Another library's layer need not have the forward of torch's: what cannot be tried is as it says that it is.
+    return tried[key] if is_torchs else tried[key] is not False
 
 
 def _is_torchs_own(layer: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:

@@ -63,8 +63,8 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """The bytes of its storage from the first that it has to the last."""
     size = tensor.element_size()
     reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * size
-    return start, start + (reach + 1) * size
+    start = int(tensor.storage_offset()) * size
+    return start, start + (int(reach) + 1) * size
 
 
 def _places(tensor: Tensor) -> Tensor:

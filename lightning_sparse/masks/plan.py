@@ -9,7 +9,7 @@ in full admits one that the rules leave out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -228,10 +228,10 @@ def uses_of(module: nn.Module) -> dict[int, int]:
 
 def _recognised(module: nn.Module) -> list[Candidate]:
     """Every parameter, with the reason that the rules have to leave it dense."""
-    uses = uses_of(module)
+    uses, tried = uses_of(module), dict[Hashable, bool | None]()
     candidates: list[Candidate] = []
     for place in places_of(module):
-        layer = recognise(place) if not (reason := _reason_of_tensor(place.parameter)) else None
+        layer = recognise(place, tried) if not (reason := _reason_of_tensor(place.parameter)) else None
         candidate = Candidate(place.name, place.parameter, place.owner, place.local_name, reason)
         if layer is not None:
             wiring = layer.wiring

@@ -13,6 +13,7 @@ from lightning_sparse.masks.selectors import NEVER, matches
 __all__ = ["enumerated", "remarks_on"]
 
 _LARGE_SHARE = 0.1
+_SMALL_SHARE = 0.01
 # Kinds of reasons for which a parameter stays dense that no pattern with a wildcard undoes.
 _BY_RULE = NEVER | {
     "bias",
@@ -50,21 +51,18 @@ def _on_unknown(candidates: Sequence[Candidate], include: Sequence[str] | None) 
     dense, total = _entries(unknown), _entries(_in_scope(candidates))
     if dense <= _LARGE_SHARE * total:
         return ""
-    largest: Counter[str] = Counter()
-    for candidate in unknown:
-        is_module = kind_of(candidate.reason) == "unknown module"
-        largest[candidate.module_type if is_module else candidate.name] += candidate.numel
-    names = [name for name, _ in largest.most_common(3)]
+    names = _covering(unknown)
     advice = [*(include if include is not None else ["*"]), *names]
     return (
         f"{dense:,} of {total:,} entries of matrices ({dense / total:.0%}) stay dense, because these modules are"
-        f" not known: {enumerated(largest)}. To mask them, write include=[{_list_of(advice)}]."
+        f" not known: {enumerated(names)}. To mask them, write include=[{_list_of(advice)}]."
     )
 
 
 def _on_parametrized(candidates: Sequence[Candidate], _include: Sequence[str] | None) -> str:
     kinds = ("parametrized", "transformed")
     computed = [candidate for candidate in _in_scope(candidates) if kind_of(candidate.reason) in kinds]
+    computed.sort(key=lambda candidate: -candidate.numel)
     dense, total = _entries(computed), _entries(_in_scope(candidates))
     if dense <= _LARGE_SHARE * total:
         return ""
@@ -102,6 +100,15 @@ def _on_forwards(candidates: Sequence[Candidate], _include: Sequence[str] | None
         f"{enumerated(candidate.name for candidate in masked)}: the forward of {enumerated(types)} {does} with other"
         f" weights than it stores, so pruned ones may not be zero there. If so, write exclude=[{_list_of(types)}]."
     )
+
+
+def _covering(unknown: Sequence[Candidate]) -> list[str]:
+    """What to name to mask nearly all that is unknown: types of modules, and parameters of those that are known."""
+    sizes: Counter[str] = Counter()
+    for candidate in unknown:
+        is_module = kind_of(candidate.reason) == "unknown module"
+        sizes[candidate.module_type if is_module else candidate.name] += candidate.numel
+    return [name for name, size in sizes.most_common() if size > _SMALL_SHARE * sizes.total()]
 
 
 def _in_scope(candidates: Sequence[Candidate]) -> list[Candidate]:

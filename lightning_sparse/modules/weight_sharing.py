@@ -85,7 +85,7 @@ class SharedConvolution(nn.Module):
         return self._source[0]
 
     @property
-    def borrowed_weights(self) -> tuple[nn.Parameter]:
+    def borrowed_weights(self) -> tuple[Tensor]:
         """The parameters of other modules that it computes with, for the plan of what is masked."""
         return (self._source[0].weight,)
 

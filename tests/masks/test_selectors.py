@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +14,12 @@ from lightning_sparse.masks import select_weights
 from lightning_sparse.masks.plan import as_patterns
 
 
-def masked_names(module: nn.Module, **patterns: Sequence[str]) -> list[str]:
+def masked_names(module: nn.Module, **patterns: Any) -> list[str]:
     return [candidate.name for candidate in select_weights(module, **patterns).masked]
+
+
+def asked(argument: str, pattern: str) -> dict[str, Any]:
+    return {argument: [pattern]}
 
 
 def network() -> nn.Module:
@@ -80,7 +83,7 @@ def test_naming_attention_by_its_type_does_not_mask_its_biases() -> None:
 )
 def test_a_pattern_that_matches_nothing_is_answered_with_names_near_it(argument: str, pattern: str, near: str) -> None:
     with pytest.raises(MisconfigurationException) as raised:
-        select_weights(network(), **{argument: [pattern]})
+        select_weights(network(), **asked(argument, pattern))
     assert f"{argument}={pattern!r}" in str(raised.value)
     assert near in str(raised.value)
 
@@ -95,8 +98,8 @@ def test_the_name_of_a_module_is_answered_with_the_pattern_of_its_parameters(
 ) -> None:
     sentence = f"{argument}='{pattern}' matches no .* '{module}' is a module; for its parameters write '{module}.*'."
     with pytest.raises(MisconfigurationException, match=sentence.replace(".*'.", r"\.\*'\.")):
-        select_weights(network(), **{argument: [pattern]})
-    assert select_weights(network(), **{argument: [f"{module}.*"]}).masked
+        select_weights(network(), **asked(argument, pattern))
+    assert select_weights(network(), **asked(argument, f"{module}.*")).masked
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
