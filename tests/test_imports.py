@@ -17,7 +17,7 @@ LAYERS = [
     {"schedules", "trainer"},
     {"masks"},
     {"modules"},
-    {"methods", "metrics", "monitor", "reporting"},
+    {"methods", "metrics", "monitor", "overlap", "reporting"},
     {"__init__"},
     {"testing", "zoo"},
     {"cli", "__main__"},
