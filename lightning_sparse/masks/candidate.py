@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lightning_sparse.masks.layers import Wiring
+from lightning_sparse.masks.places import Part
 
 __all__ = ["Candidate"]
 
@@ -22,6 +23,7 @@ class Candidate:
         local_name: Its name there.
         reason: Why it is left dense; empty where it is masked.
         wiring: How its entries feed outputs.
+        part: What it is of its layer's weight, where that is computed from several parameters.
         traits: The selectors that it answers to, such as ``"@depthwise"``.
         keeps_zeros: Whether its layer computes with the zeros that are stored; None where nobody knows.
         uses: How many layers use it, where :class:`~lightning_sparse.modules.WeightSharing` lets several.
@@ -33,6 +35,7 @@ class Candidate:
     local_name: str
     reason: str = ""
     wiring: Wiring = field(default_factory=Wiring)
+    part: Part = "whole"
     traits: frozenset[str] = frozenset()
     keeps_zeros: bool | None = True
     uses: int = 1

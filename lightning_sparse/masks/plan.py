@@ -232,7 +232,7 @@ def _recognised(module: nn.Module) -> list[Candidate]:
     candidates: list[Candidate] = []
     for place in places_of(module):
         layer = recognise(place, tried) if not (reason := _reason_of_tensor(place.parameter)) else None
-        candidate = Candidate(place.name, place.parameter, place.owner, place.local_name, reason)
+        candidate = Candidate(place.name, place.parameter, place.owner, place.local_name, reason, part=place.part)
         if layer is not None:
             wiring = layer.wiring
             candidate = replace(

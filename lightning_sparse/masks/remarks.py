@@ -29,7 +29,7 @@ _BY_RULE = NEVER | {
 
 def remarks_on(candidates: Sequence[Candidate], include: Sequence[str] | None) -> tuple[str, ...]:
     """The sentences on a plan that ``include`` has led to; none where there is nothing to say."""
-    sentences = (_on_unknown, _on_parametrized, _on_idle_patterns, _on_forwards)
+    sentences = (_on_unknown, _on_parametrized, _on_idle_patterns, _on_forwards, _on_directions)
     return tuple(sentence for make in sentences if (sentence := make(candidates, include)))
 
 
@@ -99,6 +99,16 @@ def _on_forwards(candidates: Sequence[Candidate], _include: Sequence[str] | None
     return (
         f"{enumerated(candidate.name for candidate in masked)}: the forward of {enumerated(types)} {does} with other"
         f" weights than it stores, so pruned ones may not be zero there. If so, write exclude=[{_list_of(types)}]."
+    )
+
+
+def _on_directions(candidates: Sequence[Candidate], _include: Sequence[str] | None) -> str:
+    masked = [candidate.name for candidate in candidates if not candidate.reason and candidate.part == "direction"]
+    if not masked:
+        return ""
+    return (
+        f"{enumerated(masked)}: under weight norm, an output all of whose weights are pruned is NaN. Keep the sparsity"
+        " low enough that each keeps some, or remove the norm before fit."
     )
 
 

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations
 
+from lightning_sparse import report
 from lightning_sparse.masks import select_weights
 from lightning_sparse.masks.plan import canonical_name, judge_parameters
 
@@ -351,9 +355,38 @@ def test_a_sharded_weight_is_refused_where_it_would_be_masked() -> None:
     assert masked_names(module, exclude=["1.*"]) == ["0.weight"]
 
 
+def test_a_distributed_tensor_is_refused_where_it_would_be_masked(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        module[1].weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]))
+        with pytest.raises(MisconfigurationException, match=r"The entries of 1\.weight are spread over processes"):
+            select_weights(module)
+        assert masked_names(module, exclude=["1.*"]) == ["0.weight"]
+        with pytest.raises(ValueError, match=r"1\.weight are spread over processes"):
+            report(module)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_layer_of_another_library_is_refused_too() -> None:
+    class Linear(nn.Module):
+        """As PyTorch Geometric's, whose inputs are not known yet."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_channels, self.out_channels = -1, 2
+            self.weight = nn.parameter.UninitializedParameter()
+
+    with pytest.raises(MisconfigurationException, match=r"The shape of it\.weight of Linear is not known yet"):
+        select_weights(beside_a_linear(Linear()))
+
+
 def autoencoder() -> nn.ModuleDict:
     module = nn.ModuleDict({"enc": nn.Linear(4, 3), "dec": nn.Linear(3, 4), "head": nn.Linear(2, 2)})
-    module["dec"].weight.data = module["enc"].weight.data.t()
+    module.get_parameter("dec.weight").data = module.get_parameter("enc.weight").data.t()
     return module
 
 

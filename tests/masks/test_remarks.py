@@ -102,6 +102,25 @@ def test_a_large_share_of_parametrized_weights_is_told_and_the_plan_says_what_to
         assert select_weights(module, include=["*", name]).coverage == pytest.approx(104 / 224)
 
 
+def test_the_direction_of_a_weight_norm_that_is_named_is_masked_with_the_danger_told() -> None:
+    module = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 6, 3, groups=2)))
+    plan = select_weights(module, include=["0.parametrizations.weight.original1"])
+    (candidate,), (remark,) = plan.masked, plan.remarks
+    assert candidate.rows(candidate.parameter).shape == (6, 18)
+    assert "under weight norm, an output all of whose weights are pruned is NaN" in remark
+
+
+def test_a_zero_of_a_direction_is_a_zero_of_the_weight_and_a_row_of_zeros_is_nan() -> None:
+    """Why a direction is masked only where it is named: the first holds exactly, and the second ends a training."""
+    layer: Any = parametrizations.weight_norm(nn.Linear(4, 3))
+    direction = layer.get_parameter("parametrizations.weight.original1")
+    direction.data[0, 1] = 0.0
+    direction.data[2] = 0.0
+    assert layer.weight[0, 1] == 0
+    assert layer.weight[:2].isfinite().all()
+    assert layer.weight[2].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("include", "idle"),
     [
