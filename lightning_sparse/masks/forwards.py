@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
@@ -46,14 +48,13 @@ def keeps_zeros(layer: nn.Module, name: str) -> bool | None:
     """
     if "forward" in vars(layer) or dict(layer.named_parameters(recurse=False)).get(name) is None:
         return None  # bound to the layer itself, not to a copy; or computed from others
-    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     shape = layer.get_parameter(name).shape
-    zeros = torch.rand(shape, generator=generator) < 0.5
-    weight = torch.randn(shape, generator=generator).masked_fill_(zeros, 0.0)
+    weight = draw(shape).clamp_(min=0.0)
+    zeros = weight == 0
     try:
-        trial = _copy_of(layer, name, weight)
-        inputs = torch.randn(_input_shape(layer, shape), generator=generator)
-        with torch.random.fork_rng(devices=[]), _Factors() as factors:
+        trial, inputs = _copy_of(layer, name, weight), draw(_input_shape(layer, shape))
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NoCollectives(), _Factors() as factors:
             trial.forward(inputs)
     except Exception:  # whatever somebody else's code raises
         return None
@@ -74,6 +75,18 @@ class _Factors(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") in _PRODUCTS:
             self.found += [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+class _NoCollectives(TorchDispatchMode):
+    """Ends a trial that would wait for other processes, which may not be here."""
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError(f"{func} in a trial")
         return func(*args, **(kwargs or {}))
 
 
@@ -99,7 +112,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     """A copy of ``tensor`` on the CPU, in single precision where it has a point; ones where it has no values yet."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     if tensor.is_meta:
-        return torch.ones(tensor.shape, dtype=dtype)
+        return torch.ones(tensor.shape, dtype=dtype, device="cpu")
     return tensor.detach().to("cpu", dtype, copy=True)
 
 

@@ -63,6 +63,8 @@ _SIZES = (
     ("in_dim", "out_dim"),
     ("input_dim", "output_dim"),
 )
+# What norms of other libraries call their parameters.
+_OF_NORMS = ("weight", "gamma", "beta", "scale", "gain")
 # The projections of a stack of experts: from the model's width into the expert, and out of it again.
 _INTO_EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "v1")
 _OUT_OF_EXPERTS = ("down_proj", "w2")
@@ -162,7 +164,7 @@ def _reason(place: Place) -> str:
         return "embedding"
     if nn.parameter.is_lazy(place.parameter):
         return "" if _will_be_weight(place) else f"unknown module: {_UNKNOWN}"
-    if not is_known and type(place.owner).__name__.lower().endswith("norm"):
+    if not is_known and type(place.owner).__name__.lower().endswith("norm") and place.local_name in _OF_NORMS:
         return "norm"
     if place.parameter.dim() < 2:
         return "vector"

@@ -53,7 +53,7 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
     # Their extents overlap; the entries may still alternate. A byte for each place tells.
     size = first.element_size()
     begin, length = min(start, other_start), (max(end, other_end) - min(start, other_start)) // size
-    ours, theirs = (torch.zeros(length, dtype=torch.bool) for _ in range(2))
+    ours, theirs = (torch.zeros(length, dtype=torch.bool, device="cpu") for _ in range(2))
     for places, tensor, at in ((ours, first, start), (theirs, second, other_start)):
         places.view(-1)[_places(tensor) + (at - begin) // size] = True
     return bool((ours & theirs).any())
@@ -69,7 +69,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 def _places(tensor: Tensor) -> Tensor:
     """Where each entry is, counted from the first."""
-    places = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = (places[:, None] + torch.arange(length) * stride).reshape(-1)
+        places = (places[:, None] + torch.arange(length, device="cpu") * stride).reshape(-1)
     return places

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.ao.nn import qat
-from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn import functional as F
 
 from lightning_sparse.masks import select_weights
@@ -74,6 +74,13 @@ class Adapted(nn.Linear):
         return super().forward(input) + self.up(self.down(input))
 
 
+class Quantised(nn.Linear):
+    """As in quantisation-aware training, where zero is one of the values."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.linear(input, torch.fake_quantize_per_tensor_affine(self.weight, 0.05, 3, -128, 127), self.bias)
+
+
 class OfTwo(nn.Linear):
     def forward(self, input: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]  # noqa: A002
         return F.linear(input, self.weight - scale)
@@ -97,12 +104,11 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], bool | None]] = {
     "normalised": (lambda: Normalised(5, 4), True),
     "multiplied": (lambda: Multiplied(4, 4), True),
     "adapted": (lambda: Adapted(4, 4), True),
-    "quantised linear": (lambda: qat.Linear(5, 4, qconfig=get_default_qat_qconfig()), True),
+    "quantised": (lambda: Quantised(5, 4), True),
     "of two": (lambda: OfTwo(5, 4), None),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max", "ignore:.*torch.ao.quantization is deprecated")
 @pytest.mark.parametrize(("make", "keeps"), KINDS.values(), ids=KINDS)
 def test_a_trial_finds_out_whether_stored_zeros_are_zeros_in_use(
     make: Callable[[], nn.Module], keeps: bool | None
@@ -126,6 +132,32 @@ def test_a_trial_leaves_the_layer_and_the_generator_alone() -> None:
     assert torch.equal(layer.weight, before)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert (layer.calls, calls, layer.weight.grad) == (0, [], None)
+
+
+class Parallel(nn.Linear):
+    """As in tensor parallelism: waits for other processes."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        dist.all_reduce(outputs := super().forward(input))
+        return outputs
+
+
+def test_a_trial_waits_for_no_other_process(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert keeps_zeros(Parallel(3, 2), "weight") is None
+    finally:
+        dist.destroy_process_group()
+
+
+def test_defaults_of_the_process_change_nothing() -> None:
+    layers = Standardised(3, 8, 3), Same(3, 8, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert [keeps_zeros(layer, "weight") for layer in layers] == [False, True]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_forward_that_is_bound_to_the_layer_is_not_tried() -> None:
