@@ -51,7 +51,7 @@ def _on_unknown(candidates: Sequence[Candidate], include: Sequence[str] | None) 
     dense, total = _entries(unknown), _entries(_in_scope(candidates))
     if dense <= _LARGE_SHARE * total:
         return ""
-    names = _covering(unknown)
+    names = _covering(unknown, candidates)
     advice = [*(include if include is not None else ["*"]), *names]
     return (
         f"{dense:,} of {total:,} entries of matrices ({dense / total:.0%}) stay dense, because these modules are"
@@ -112,13 +112,31 @@ def _on_directions(candidates: Sequence[Candidate], _include: Sequence[str] | No
     )
 
 
-def _covering(unknown: Sequence[Candidate]) -> list[str]:
+def _covering(unknown: Sequence[Candidate], candidates: Sequence[Candidate]) -> list[str]:
     """What to name to mask nearly all that is unknown: types of modules, and parameters of those that are known."""
+    parts = {candidate.local_name for candidate in unknown if kind_of(candidate.reason) == "unknown parameter"}
+    patterns = {name for name in parts if _is_of_several(f"*.{name}", candidates)}
     sizes: Counter[str] = Counter()
     for candidate in unknown:
-        is_module = kind_of(candidate.reason) == "unknown module"
-        sizes[candidate.module_type if is_module else candidate.name] += candidate.numel
-    return [name for name, size in sizes.most_common() if size > _SMALL_SHARE * sizes.total()]
+        if kind_of(candidate.reason) == "unknown module":
+            name = candidate.module_type
+        else:
+            name = f"*.{candidate.local_name}" if candidate.local_name in patterns else candidate.name
+        sizes[name] += candidate.numel
+    names: list[str] = []
+    rest = sizes.total()
+    for name, size in sizes.most_common():
+        if rest <= _SMALL_SHARE * sizes.total():
+            break
+        names.append(name)
+        rest -= size
+    return names
+
+
+def _is_of_several(pattern: str, candidates: Sequence[Candidate]) -> bool:
+    """Whether a pattern matches several matrices, all of them unknown parts of known layers, and so admits them."""
+    alike = [candidate for candidate in candidates if matches(candidate, pattern)]
+    return len(alike) > 1 and all(kind_of(candidate.reason) == "unknown parameter" for candidate in alike)
 
 
 def _in_scope(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -59,6 +59,7 @@ def test_a_large_share_of_unknown_modules_is_told_with_counts_and_names() -> Non
         nn.ModuleDict({"it": Mixer(), "linear": nn.Linear(10, 10)}),
         nn.ModuleDict({"it": nn.ParameterList([torch.ones(9, 9)]), "linear": nn.Linear(2, 2)}),
         nn.ModuleDict({"it": Gated(), "linear": nn.Linear(2, 2)}),
+        nn.Sequential(*(Gated() for _ in range(150)), nn.Linear(2, 2)),
         nn.ModuleDict({"a": Mixer(), "b": nn.ParameterList([torch.ones(9, 9)]), "c": Gated(), "d": nn.Linear(2, 2)}),
     ],
 )
@@ -67,6 +68,12 @@ def test_what_is_advised_masks_it(module: nn.Module) -> None:
     plan = select_weights(module, include=include)
     assert plan.coverage == 1.0
     assert not plan.remarks
+
+
+def test_the_advice_on_many_layers_is_short() -> None:
+    sentence = remark_on(nn.Sequential(*(Gated() for _ in range(150))))
+    assert advised(sentence) == ["*", "*.gates"]
+    assert len(sentence) < 200
 
 
 def test_what_include_says_already_stays_in_the_advice() -> None:
