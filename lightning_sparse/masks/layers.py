@@ -127,7 +127,7 @@ def kind_of(reason: str) -> str:
 def recognise(place: Place, tried: MutableMapping[Hashable, bool | None]) -> Layer:
     """What the parameter at ``place`` is.
 
-    A module says that its parameters are not to be masked by a class attribute ``never_masked``, which is the reason.
+    A module whose parameters are never to be masked says so by an attribute ``is_auxiliary``.
 
     Args:
         place: Where it is.
@@ -138,9 +138,8 @@ def recognise(place: Place, tried: MutableMapping[Hashable, bool | None]) -> Lay
         >>> [recognise(place, {}).reason for place in places_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
         ['', 'bias', 'norm', 'norm']
     """
-    never = getattr(type(place.owner), "never_masked", None)
-    if isinstance(never, str):
-        return Layer(f"auxiliary: {never}")
+    if getattr(place.owner, "is_auxiliary", False) is True:
+        return Layer("auxiliary: added by a callback")
     wiring = None if nn.parameter.is_lazy(place.parameter) else _wiring(place)
     if place.part != "whole":
         return Layer(_REASONS[place.part], wiring or Wiring())

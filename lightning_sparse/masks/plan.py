@@ -9,7 +9,7 @@ in full admits one that the rules leave out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -104,12 +104,12 @@ class Plan(Sequence[Candidate]):
                 sentences.append(sentence.format(names=names, types=types))
         return " ".join(sentences)
 
-    def without(self, names: Iterable[str]) -> Plan:
-        """This plan with ``names`` left dense, as they were in the run that is being resumed."""
-        dense = set(names)
-        reason = "dense in the run that is resumed"
+    def without(self, reasons: Mapping[str, str]) -> Plan:
+        """This plan with those left dense that are named, each for its reason."""
         candidates = (
-            replace(candidate, reason=reason) if candidate.name in dense and not candidate.reason else candidate
+            replace(candidate, reason=reasons[candidate.name])
+            if candidate.name in reasons and not candidate.reason
+            else candidate
             for candidate in self
         )
         return Plan(candidates, self.remarks)
@@ -214,7 +214,7 @@ def judge_parameters(
 def uses_of(module: nn.Module) -> dict[int, int]:
     """How often each weight that layers borrow is used, by its ``id``; those that are used once are not there.
 
-    A module says by an attribute ``borrowed_weights`` which parameters of other modules it computes with.
+    A module says by an attribute ``borrowed_weight`` which parameter of another module it computes with.
 
     Example:
         >>> from lightning_sparse.modules import SharedConvolution
@@ -222,8 +222,9 @@ def uses_of(module: nn.Module) -> dict[int, int]:
         >>> uses_of(nn.Sequential(first, SharedConvolution(second, first))) == {id(first.weight): 2}
         True
     """
-    borrowed = Counter(id(weight) for child in module.modules() for weight in getattr(child, "borrowed_weights", ()))
-    return {weight: 1 + count for weight, count in borrowed.items()}
+    borrowed = (getattr(child, "borrowed_weight", None) for child in module.modules())
+    counts = Counter(id(weight) for weight in borrowed if weight is not None)
+    return {weight: 1 + count for weight, count in counts.items()}
 
 
 def _recognised(module: nn.Module) -> list[Candidate]:

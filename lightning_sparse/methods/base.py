@@ -223,7 +223,7 @@ class SparseMethod(pl.Callback, ABC):
         plan = select_weights(pl_module, **patterns, frozen=self.masks_what_thaws)
         were_frozen: Sequence[str] = ()
         if state is not None:
-            plan = plan.without(state.get("dense", ()))
+            plan = plan.without(dict.fromkeys(state.get("dense", ()), "dense in the run that is resumed"))
             were_frozen = state.get("frozen", ())
         self._dense = [candidate for candidate in plan if candidate.reason]
         self._frozen = [c for c in self._dense if c.reason == "frozen" or c.name in were_frozen]

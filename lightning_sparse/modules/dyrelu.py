@@ -30,7 +30,7 @@ class HyperLinear(nn.Linear):
         HyperLinear(in_features=4, out_features=2, bias=True)
     """
 
-    never_masked: ClassVar[str] = "added by a callback"
+    is_auxiliary: ClassVar[bool] = True
 
 
 @final

@@ -61,7 +61,7 @@ class SharedConvolution(nn.Module):
         True
     """
 
-    never_masked: ClassVar[str] = "added by a callback"
+    is_auxiliary: ClassVar[bool] = True
 
     def __init__(self, convolution: Convolution, source: Convolution) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class SharedConvolution(nn.Module):
         return self._source[0]
 
     @property
-    def borrowed_weights(self) -> tuple[Tensor]:
-        """The parameters of other modules that it computes with, for the plan of what is masked."""
-        return (self._source[0].weight,)
+    def borrowed_weight(self) -> Tensor:
+        """The parameter of another module that it computes with, for the plan of what is masked."""
+        return self._source[0].weight
 
     @property
     def weight(self) -> Tensor:
