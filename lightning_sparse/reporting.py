@@ -1,11 +1,11 @@
-"""How sparse is it: a module, or any Lightning checkpoint or state dict, whatever trained it; and how alike two are."""
+"""How sparse is it: a module, or any Lightning checkpoint or state dict, whatever trained it."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -14,13 +14,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_sparse.functional.topology import count_active, count_dead, count_shared
-from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, state_dict_of
-from lightning_sparse.masks.plan import Candidate, canonical_name, judge_parameters
+from lightning_sparse.functional.masks import count_true
+from lightning_sparse.functional.topology import count_dead
+from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method, state_dict_of
+from lightning_sparse.masks.inheritance import looks_pruned
+from lightning_sparse.masks.layers import kind_of
+from lightning_sparse.masks.plan import Candidate, Plan, canonical_name, judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.metrics.flops import ForwardFLOPs
+from lightning_sparse.overlap import MaskOverlap, compare_masks, overlap_table
 
 __all__ = [
     "CheckpointError",
@@ -50,6 +54,7 @@ class LayerSparsity:
         dead_columns: Input neurons or channels all of whose weights are zero, in this layer; ``None`` as above.
         flops: Operations of the layer in a forward pass, two for a multiplication and an addition, those with a zero
             left out; ``None`` without an example input.
+        masked: Whether a method has a mask of it; ``None`` where that is not known, as of weights that were loaded.
 
     Example:
         >>> from lightning_sparse.reporting import LayerSparsity
@@ -63,6 +68,7 @@ class LayerSparsity:
     dead_rows: int | None = None
     dead_columns: int | None = None
     flops: int | None = None
+    masked: bool | None = None
 
     @property
     def numel(self) -> int:
@@ -105,6 +111,11 @@ class SparsityReport:
         """Fraction of the layers' weights that are zero."""
         return 1 - self.num_active / self.numel if self.numel else 0.0
 
+    @property
+    def masked(self) -> SparsityReport:
+        """The layers alone that are known to be masked: a sparsity that a method was asked for is that of these."""
+        return SparsityReport(tuple(layer for layer in self.layers if layer.masked))
+
     def to_dict(self) -> dict[str, Any]:
         """The same as dictionaries, lists and numbers, for JSON or a data frame."""
         layers = [{**asdict(layer), "shape": list(layer.shape), "sparsity": layer.sparsity} for layer in self.layers]
@@ -137,14 +148,24 @@ class SparsityReport:
         return capture.get().rstrip()
 
 
-def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: bool = False) -> SparsityReport:
+def report(
+    source: nn.Module | str | Path,
+    example: Any = None,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    all_tensors: bool = False,
+) -> SparsityReport:
     """Count the zeros of a module, or of a checkpoint.
 
     Args:
-        source: A module, of which the weights are counted that a method would mask, frozen ones too; or the path of a
-            checkpoint, see :func:`checkpoint_sparsity`.
+        source: A module, of which the weights are counted that a method would mask, frozen ones too, and those that
+            have a mask or hold zeros as after a sparse training; or the path of a checkpoint, see
+            :func:`checkpoint_sparsity`.
         example: An input of the module, for its operations: one tensor, a tuple of arguments, or a dictionary of them
             by name. The module runs on it once, in evaluation mode.
+        include: Patterns of what is counted of a module, as a method takes them.
+        exclude: Patterns of what is not.
         all_tensors: Count biases, normalisation and all other parameters too.
 
     Returns:
@@ -153,7 +174,9 @@ def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
         TypeError: The source is neither, for example a callback or a Trainer.
-        ValueError: The module has no weight to count, or an example input was given for a checkpoint.
+        ValueError: The module has no weight to count, is sharded, or an example input or patterns were given for a
+            checkpoint.
+        MisconfigurationException: A pattern matches nothing.
 
     Example:
         >>> from lightning_sparse import report
@@ -172,7 +195,8 @@ def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: 
         1
     """
     if isinstance(source, nn.Module):
-        return _report_of_module(source, example, all_tensors)
+        plan = judge_parameters(source, include=include, exclude=exclude)
+        return _report_of_module(source, example, plan, everything=all_tensors, narrowed=include is not None)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"report takes a module or the path of a checkpoint, and this is a {type(source).__name__}. For a callback"
@@ -180,6 +204,8 @@ def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: 
         )
     if example is not None:
         raise ValueError(f"{source} is a checkpoint, which takes no example input; load it and report the module.")
+    if include is not None or exclude is not None:
+        raise ValueError(f"{source} is a checkpoint, which takes no patterns; load it and report the module.")
     return SparsityReport(tuple(checkpoint_sparsity(source, all_tensors=all_tensors)))
 
 
@@ -208,9 +234,16 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
         >>> [(layer.name, layer.num_active) for layer in checkpoint_sparsity("eye.pt")]
         [('fc.weight', 4)]
     """
-    tensors = state_dict_of(load_checkpoint(path), path)
+    checkpoint = load_checkpoint(path)
+    tensors = state_dict_of(checkpoint, path)
+    masked = {name for masks in masks_by_method(checkpoint, path).values() for name in masks}
     layers = [
-        LayerSparsity(name, tuple(tensor.shape), int(tensor.count_nonzero()))
+        LayerSparsity(
+            name,
+            tuple(tensor.shape),
+            count_true(tensor != 0),
+            masked=canonical_name(name) in masked if masked else None,
+        )
         for name, tensor in tensors.items()
         if all_tensors or (tensor.ndim >= 2 and tensor.is_floating_point())
     ]
@@ -255,19 +288,18 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
             f"{layer.sparsity:.2%}",
             *("" if count is None else f"{count:,}" for count in counts),
         )
-    total = SparsityReport(tuple(layers))
-    sums = (sum(getattr(layer, key) or 0 for layer in layers) for _, key in known)
     table.add_section()
-    table.add_row(
-        "total",
-        "",
-        f"{total.numel:,}",
-        f"{total.num_active:,}",
-        f"{total.sparsity:.2%}",
-        *(f"{count:,}" for count in sums),
-        style="bold",
-    )
+    total = SparsityReport(tuple(layers))
+    if 0 < len(total.masked.layers) < len(layers):
+        _add_sum(table, "masked", total.masked, [key for _, key in known])
+    _add_sum(table, "total", total, [key for _, key in known])
     return table
+
+
+def _add_sum(table: Table, title: str, of: SparsityReport, counts: Sequence[str]) -> None:
+    sums = (sum(getattr(layer, key) or 0 for layer in of.layers) for key in counts)
+    cells = (f"{of.numel:,}", f"{of.num_active:,}", f"{of.sparsity:.2%}", *(f"{count:,}" for count in sums))
+    table.add_row(title, "", *cells, style="bold")
 
 
 def width_of(table: Table) -> int:
@@ -282,129 +314,35 @@ def width_of(table: Table) -> int:
     return max(120, Measurement.get(console, console.options, table).maximum)
 
 
-@final
-@dataclass(frozen=True)
-class MaskOverlap:
-    """How alike two masks of a layer are.
-
-    Args:
-        name: The layer.
-        numel: Its weights, active or not.
-        active_before: Active weights of the first mask.
-        active_after: Active weights of the second.
-        shared: Weights that are active in both.
-
-    Example:
-        >>> from lightning_sparse.reporting import MaskOverlap
-        >>> overlap = MaskOverlap("fc.weight", numel=8, active_before=4, active_after=2, shared=2)
-        >>> overlap.jaccard, overlap.kept
-        (0.5, 0.5)
-    """
-
-    name: str
-    numel: int
-    active_before: int
-    active_after: int
-    shared: int
-
-    @property
-    def jaccard(self) -> float:
-        """Jaccard's index, in [0, 1]: active in both, over active in one at least; 1 where nothing is active."""
-        either = self.active_before + self.active_after - self.shared
-        return self.shared / either if either else 1.0
-
-    @property
-    def kept(self) -> float:
-        """Share of the first mask's active weights that are active in the second, in [0, 1]; 1 where there are none."""
-        return self.shared / self.active_before if self.active_before else 1.0
-
-
-def compare_masks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[MaskOverlap]:
-    """Say for each layer how much of one topology is in another.
-
-    Args:
-        before: ``bool`` masks by name.
-        after: Those of another run, or of another time, for the same layers.
-
-    Raises:
-        ValueError: Names or shapes differ; the message says which.
-
-    Example:
-        >>> from lightning_sparse.reporting import compare_masks
-        >>> first, second = torch.tensor([True, True, False]), torch.tensor([True, False, True])
-        >>> compare_masks({"fc.weight": first}, {"fc.weight": second})
-        [MaskOverlap(name='fc.weight', numel=3, active_before=2, active_after=2, shared=1)]
-    """
-    if before.keys() != after.keys():
-        only = {"first": before.keys() - after.keys(), "second": after.keys() - before.keys()}
-        sides = [f"{', '.join(sorted(names))} in the {side} alone" for side, names in only.items() if names]
-        raise ValueError(f"The masks are of different layers: {'; '.join(sides)}. Compare masks of one network.")
-    for name, mask in before.items():
-        if mask.shape != after[name].shape:
-            raise ValueError(
-                f"The masks of {name} have the shapes {tuple(mask.shape)} and {tuple(after[name].shape)}. Compare masks"
-                " of one network."
-            )
-    return [_overlap(name, mask, after[name]) for name, mask in before.items()]
-
-
-def overlap_table(overlaps: Iterable[MaskOverlap], title: str | None = None) -> Table:
-    """Lay out the overlaps of layers, and of all of them together, for a terminal.
-
-    Args:
-        overlaps: What :func:`compare_masks` returned.
-        title: Printed above the table.
-
-    Example:
-        >>> from lightning_sparse.reporting import MaskOverlap, overlap_table
-        >>> overlap_table([MaskOverlap("fc.weight", numel=8, active_before=4, active_after=2, shared=2)]).row_count
-        2
-    """
-    overlaps = list(overlaps)
-    table = Table(title=None if title is None else escape(title))
-    table.add_column("layer", overflow="fold")
-    for header in ("weights", "sparsity of A", "sparsity of B", "Jaccard", "of A kept in B"):
-        table.add_column(header, justify="right")
-    total = MaskOverlap(
-        "total",
-        *(sum(getattr(overlap, key) for overlap in overlaps) for key in ("numel", "active_before", "active_after")),
-        shared=sum(overlap.shared for overlap in overlaps),
-    )
-    for overlap in (*overlaps, total):
-        if overlap is total:
-            table.add_section()
-        table.add_row(
-            escape(overlap.name),
-            f"{overlap.numel:,}",
-            f"{1 - overlap.active_before / overlap.numel:.2%}",
-            f"{1 - overlap.active_after / overlap.numel:.2%}",
-            f"{overlap.jaccard:.4f}",
-            f"{overlap.kept:.2%}",
-            style="bold" if overlap is total else None,
-        )
-    return table
-
-
-def _overlap(name: str, before: Tensor, after: Tensor) -> MaskOverlap:
-    (active_before, numel), (active_after, _) = count_active([before]), count_active([after])
-    return MaskOverlap(name, numel, active_before, active_after, count_shared([before], [after])[0])
-
-
-def _report_of_module(module: nn.Module, example: Any, all_tensors: bool) -> SparsityReport:
+def _report_of_module(
+    module: nn.Module, example: Any, plan: Plan, *, everything: bool, narrowed: bool
+) -> SparsityReport:
+    if any(kind_of(item.reason) == "sharded" for item in plan):
+        raise ValueError(plan.refusal)
     counter = None if example is None else _count_flops(module, example)
-    plan = judge_parameters(module)
-    masked = {*MaskRegistry.left_in(module), *(MaskRegistry.find(module) or ())}  # include= may have asked for more
-    if all_tensors:
-        counted = [item for item in plan if not item.reason.startswith("tied: to")]
-    else:
-        counted = [item for item in plan if item.reason in ("", "frozen") or item.name in masked]
+    masked = {*MaskRegistry.left_in(module), *(MaskRegistry.find(module) or ())}
+
+    out = {"no shape yet", "excluded", *(["not included"] if narrowed else [])}
+
+    def is_counted(item: Candidate) -> bool:
+        kind = kind_of(item.reason)
+        if kind in out or item.reason.startswith("tied: to"):
+            return False
+        if everything or kind in ("", "frozen", "shared memory") or item.name in masked:
+            return True
+        return item.is_matrix and bool(item.parameter.any()) and looks_pruned(item.parameter == 0)
+
+    counted = [item for item in plan if is_counted(item)]
     if not counted:
         raise ValueError(
             f"{type(module).__name__} has no weight to count. Its parameters and the reasons:\n{plan}\n"
             "Ask for all_tensors=True to count them all."
         )
     by_name = counter.by_parameter if counter else {}
-    layers = tuple(_layer(item, by_name.get(item.name)) for item in counted)
+    layers = tuple(
+        replace(_layer(item, by_name.get(item.name)), masked=item.name in masked if masked else None)
+        for item in counted
+    )
     if counter is None:
         return SparsityReport(layers)
     saved = sum(by_name.get(layer.name, 0) - (layer.flops or 0) for layer in layers)
@@ -413,7 +351,7 @@ def _report_of_module(module: nn.Module, example: Any, all_tensors: bool) -> Spa
 
 def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
     value = candidate.parameter.detach()
-    num_active = int(value.count_nonzero())
+    num_active = count_true(value != 0)  # of eight-bit floats too
     flops = None if dense_flops is None else round(dense_flops * num_active / max(1, value.numel()))
     if candidate.reason not in ("", "frozen"):
         return LayerSparsity(candidate.name, tuple(value.shape), num_active, flops=flops)
@@ -423,16 +361,9 @@ def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
         tuple(value.shape),
         num_active,
         dead_rows=count_dead([rows])[0],
-        dead_columns=count_dead([_by_input(candidate, rows)])[0],
+        dead_columns=count_dead([candidate.columns(value != 0)])[0],
         flops=flops,
     )
-
-
-def _by_input(candidate: Candidate, rows: Tensor) -> Tensor:
-    """Rows of shape ``(outputs, fan-in)`` as one row for each input neuron or channel, kernel positions included."""
-    inputs = candidate.parameter.shape[0] // candidate.groups if candidate.input_first else candidate.parameter.shape[1]
-    of_group = rows.reshape(candidate.groups, len(rows) // candidate.groups, inputs, -1)
-    return of_group.transpose(1, 2).reshape(candidate.groups * inputs, -1)
 
 
 def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:

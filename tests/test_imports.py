@@ -1,4 +1,4 @@
-"""Imports run one way: functional, schedules, masks, methods, zoo, cli. Read from the import statements themselves."""
+"""Imports run one way: functional, schedules, masks, modules, methods, zoo, cli; read from the statements."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sparse"
 # A part is a module or folder directly below the package. It may import its own layer and those before it.
 LAYERS = [
     {"_version", "functional"},
-    {"schedules", "modules"},
+    {"schedules", "trainer"},
     {"masks"},
-    {"methods", "metrics", "monitor", "reporting"},
+    {"modules"},
+    {"methods", "metrics", "monitor", "overlap", "reporting"},
     {"__init__"},
     {"testing", "zoo"},
     {"cli", "__main__"},

@@ -895,26 +895,22 @@ def mixtral() -> L.LightningModule:
     return hugging_face(*kinds, sequences, num_key_value_heads=1, num_local_experts=4, **_TEXT)
 
 
-EXPERTS = ["*", "MixtralExperts"]
-
-
-def test_experts_are_named_and_masked_if_they_are_asked_for(tmp_path: Path) -> None:
+def test_experts_are_masked_as_the_layers_that_they_are(tmp_path: Path) -> None:
     module = new(mixtral)
-    reasons = {candidate.name: candidate.reason for candidate in select_weights(module)}
-    experts = [name for name in reasons if ".experts." in name]
+    experts = [name for name, _ in module.named_parameters() if ".experts." in name]
     assert len(experts) == 4
-    assert all("name it in full in include=" in reasons[name] and "'*'" in reasons[name] for name in experts)
-
     names = weights_to_mask(module, ["*.embed_tokens.weight", "*.gate.weight"])
-    fit(module, FGGP(SPARSITY, include=EXPERTS, start=1, **_OFTEN), tmp_path)
+    fit(module, method := FGGP(SPARSITY, start=1, **_OFTEN), tmp_path)
     assert set(experts) < set(names)
     assert zeros(module, names) == zeros_at(SPARSITY, size(module, names))
+    assert [layer.name for layer in report(module).layers] == list(method.registry)
 
 
-def test_the_report_lists_experts_that_were_asked_for(tmp_path: Path) -> None:
+def test_the_report_lists_routers_that_were_asked_for(tmp_path: Path) -> None:
     module = new(mixtral)
-    method = FGGP(SPARSITY, include=EXPERTS, start=1, **_OFTEN)
+    method = FGGP(SPARSITY, include=["*", "MixtralTopKRouter"], start=1, **_OFTEN)
     fit(module, method, tmp_path)
+    assert sum(".gate.weight" in name for name in method.registry) == 2
     assert [layer.name for layer in report(module).layers] == list(method.registry)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -263,6 +264,60 @@ def test_what_is_neither_module_nor_path_is_an_error_that_says_what_to_report(tm
     assert report(trainer.model).sparsity == pytest.approx(method.registry.sparsity)
 
 
+class Projection(nn.Module):
+    """A matrix in a module that says nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.linear = nn.Parameter(torch.ones(4, 5)), nn.Linear(2, 2, bias=False)
+
+
+def test_patterns_say_what_is_counted() -> None:
+    names = [layer.name for layer in report(Projection(), include=["*", "Projection"]).layers]
+    assert names == ["matrix", "linear.weight"]
+    assert [layer.name for layer in report(Projection(), exclude=["matrix"]).layers] == ["linear.weight"]
+    with pytest.raises(MisconfigurationException, match="'matrxi' matches no"):
+        report(Projection(), include=["matrxi"])
+
+
+def test_what_was_pruned_and_loaded_is_counted_whatever_its_module_is() -> None:
+    module = Projection()
+    assert [layer.name for layer in report(module).layers] == ["linear.weight"]
+    module.matrix.data[1:] = 0.0
+    assert [(layer.name, layer.sparsity) for layer in report(module).layers] == [("matrix", 0.75), ("linear.weight", 0)]
+
+
+def test_a_report_tells_what_is_masked_from_the_rest(tmp_path: Path) -> None:
+    model = ToyModel()
+    trainer = make_trainer(tmp_path, callbacks=[GMP(sparsity=0.75, exclude=["@last"])])
+    trainer.fit(model)
+    trainer.save_checkpoint(path := tmp_path / "sparse.ckpt")
+    for result in (report(path), report(model, all_tensors=True)):
+        assert result.masked.sparsity == pytest.approx(0.75, abs=0.01)
+        assert result.sparsity < 0.75
+        labels = [line.replace("│", " ").split()[:1] for line in str(result).splitlines()]
+        assert ["masked"] in labels
+        assert ["total"] in labels
+
+
+def test_eight_bit_floats_are_counted(tmp_path: Path) -> None:
+    eighths = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).to(torch.float8_e4m3fn)
+    module = nn.Sequential(nn.Linear(2, 2, bias=False))
+    module[0].weight = nn.Parameter(eighths, requires_grad=False)
+    assert report(module, all_tensors=True).layers[0].num_active == 1
+    assert report(saved(tmp_path, {"weight": eighths})).layers[0].num_active == 1
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_layer_without_a_shape_is_passed_over() -> None:
+    assert len(report(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))).layers) == 1
+
+
+def test_a_report_of_a_checkpoint_takes_no_patterns(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a checkpoint, which takes no patterns"):
+        report(saved(tmp_path, small().state_dict()), include=["*"])
+
+
 def test_a_printed_report_breaks_no_name() -> None:
     name = "bert_encoder_layer_11_attention_self_" * 4 + "query"
     assert f"{name}.weight" in str(report(nn.ModuleDict({name: nn.Linear(2, 2)})))
@@ -283,6 +338,7 @@ def test_the_data_are_plain_and_are_those_of_the_table() -> None:
         "dead_rows": 1,
         "dead_columns": 2,
         "flops": 20,
+        "masked": None,
         "sparsity": 0.75,
     }
     assert (data["numel"], data["num_active"], data["flops"], data["dense_flops"]) == (14, 8, 80, 140)

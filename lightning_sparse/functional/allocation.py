@@ -64,7 +64,12 @@ def largest_feasible_sparsity(least: int, numel: int) -> str:
 
 
 def uniform(
-    shapes: Sequence[Shape], total: int, *, capacities: Sequence[int] | None = None, min_active: int = 0
+    shapes: Sequence[Shape],
+    total: int,
+    *,
+    capacities: Sequence[int] | None = None,
+    min_active: int = 0,
+    copies: Sequence[int] | None = None,
 ) -> list[int]:
     """The same sparsity in every layer.
 
@@ -73,6 +78,7 @@ def uniform(
         total: Active weights of all layers together.
         capacities: The most that each layer may hold; by default its number of weights.
         min_active: The least that each layer must hold (or all of it, where it is smaller).
+        copies: How many layers of its shape each stands for, as a stack of experts does; they share one budget.
 
     Returns:
         One budget for each layer; they sum to ``total``.
@@ -84,11 +90,16 @@ def uniform(
         >>> uniform([(10, 20), (10, 10)], total=30)
         [20, 10]
     """
-    return _share([1.0] * len(shapes), shapes, total, capacities, min_active)
+    return _share([1.0] * len(shapes), shapes, total, capacities, min_active, copies)
 
 
 def erdos_renyi(
-    shapes: Sequence[Shape], total: int, *, capacities: Sequence[int] | None = None, min_active: int = 0
+    shapes: Sequence[Shape],
+    total: int,
+    *,
+    capacities: Sequence[int] | None = None,
+    min_active: int = 0,
+    copies: Sequence[int] | None = None,
 ) -> list[int]:
     r"""Erdős–Rényi: :math:`r_l = (n_{in} + n_{out}) / (n_{in}\, n_{out})`. See :func:`uniform` for the arguments.
 
@@ -97,11 +108,16 @@ def erdos_renyi(
         [30, 20]
     """
     scores = [(shape[0] + _fan(shape)) / (shape[0] * _fan(shape)) for shape in shapes]
-    return _share(scores, shapes, total, capacities, min_active)
+    return _share(scores, shapes, total, capacities, min_active, copies)
 
 
 def erdos_renyi_kernel(
-    shapes: Sequence[Shape], total: int, *, capacities: Sequence[int] | None = None, min_active: int = 0
+    shapes: Sequence[Shape],
+    total: int,
+    *,
+    capacities: Sequence[int] | None = None,
+    min_active: int = 0,
+    copies: Sequence[int] | None = None,
 ) -> list[int]:
     r"""Erdős–Rényi–Kernel (ERK): :math:`r_l = \sum_d \mathrm{shape}_d / \prod_d \mathrm{shape}_d`.
 
@@ -112,7 +128,7 @@ def erdos_renyi_kernel(
         [26, 36]
     """
     scores = [sum(shape) / math.prod(shape) for shape in shapes]
-    return _share(scores, shapes, total, capacities, min_active)
+    return _share(scores, shapes, total, capacities, min_active, copies)
 
 
 def _fan(shape: Shape) -> int:
@@ -120,9 +136,15 @@ def _fan(shape: Shape) -> int:
 
 
 def _share(
-    scores: Sequence[float], shapes: Sequence[Shape], total: int, capacities: Sequence[int] | None, min_active: int
+    scores: Sequence[float],
+    shapes: Sequence[Shape],
+    total: int,
+    capacities: Sequence[int] | None,
+    min_active: int,
+    copies: Sequence[int] | None,
 ) -> list[int]:
-    sizes = [math.prod(shape) for shape in shapes]
+    numbers = [1] * len(shapes) if copies is None else copies
+    sizes = [number * math.prod(shape) for number, shape in zip(numbers, shapes, strict=True)]
     high = sizes if capacities is None else list(capacities)
     low = [min(min_active, capacity) for capacity in high]
     if total < sum(low):

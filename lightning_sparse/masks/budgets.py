@@ -43,10 +43,11 @@ def layer_budgets(
     """
     capacities = [weight.numel if grow else weight.num_active for weight in group]
     return _SHARES[allocation](
-        [weight.shape for weight in group],
+        [weight.layer_shape for weight in group],
         min(budget_of(group, sparsity), sum(capacities)),
         capacities=capacities,
         min_active=min_active,
+        copies=[weight.copies for weight in group],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
@@ -203,6 +204,5 @@ def as_pattern(value: Pattern | str) -> Pattern:
 
 def _inputs(candidate: Candidate) -> int:
     """Inputs of each output: the input channels of a convolution, whose kernels are not counted."""
-    shape = candidate.parameter.shape
-    kernel = shape[2:].numel() if len(shape) > 2 else 1
+    kernel = math.prod(candidate.layer_shape[2:])
     return candidate.rows(candidate.parameter.detach()).shape[1] // kernel

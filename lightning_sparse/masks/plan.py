@@ -1,106 +1,67 @@
 """Which weights of a module are masked, and why the others are not: the plan.
 
-Masked are the weights of linear, convolution, recurrent and attention layers. Left dense are biases, norms,
-embeddings, frozen and tied weights, parametrized weights, and those of modules that are not known here; ``include``
-and ``exclude`` narrow the choice, and naming a weight or a module type in full admits one that the rules leave out.
+Masked are the weights of linear, convolution, recurrent and attention layers, and of stacks of experts. Left dense are
+biases, norms, embeddings, frozen and tied weights, those that a layer does not compute with as they are stored, and
+those of modules that are not known; ``include`` and ``exclude`` narrow the choice, and naming a weight or a module type
+in full admits one that the rules leave out.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Candidate", "Plan", "as_patterns", "canonical_name", "judge_parameters", "names_near", "select_weights"]
+from lightning_sparse.masks.candidate import Candidate
+from lightning_sparse.masks.layers import kind_of, recognise
+from lightning_sparse.masks.memory import overlapping
+from lightning_sparse.masks.places import canonical_name, places_of, printable
+from lightning_sparse.masks.remarks import enumerated, remarks_on
+from lightning_sparse.masks.selectors import NEVER, Choice, as_patterns, names_near
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (
-    nn.modules.batchnorm._NormBase,  # pyright: ignore[reportPrivateUsage]  # of every batch and instance norm
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
-# Parameters that hold weights, by the module type that owns them.
-_WEIGHTS: dict[type[nn.Module] | tuple[type[nn.Module], ...], tuple[str, ...]] = {
-    nn.Linear: ("weight",),
-    nn.Bilinear: ("weight",),
-    _CONVOLUTIONS: ("weight",),
-    _TRANSPOSED: ("weight",),
-    nn.RNNBase: ("weight_ih_l*", "weight_hh_l*", "weight_hr_l*"),
-    nn.RNNCellBase: ("weight_ih", "weight_hh"),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+__all__ = [
+    "Candidate",
+    "Plan",
+    "as_patterns",
+    "canonical_name",
+    "judge_parameters",
+    "names_near",
+    "select_weights",
+    "uses_of",
+]
+
+# Reasons that refuse a weight which would be masked: what is wrong, and what to do.
+_REFUSALS = {
+    "no shape yet": "The shape of {names} of {types} is not known yet. Run one batch through the module before fit,"
+    " replace the lazy layer by one with stated sizes, or leave it out with exclude=.",
+    "sharded": "The entries of {names} are spread over processes, and masks need whole weights. Use strategy='ddp' or a"
+    " single device.",
+    "sparse gradients": "The gradients of {names} are sparse, and masks need dense ones. Build {types} with"
+    " sparse=False, or leave it out of include=.",
+    "shared memory": "The entries of {names} lie in the same memory, but in two parameters, which would have two masks."
+    " Make them one parameter, as in decoder.weight = encoder.weight, or leave both out with exclude=.",
 }
-# Hugging Face transformers' Conv1D is a linear layer whose weight is stored as (in, out); known by name, not imported.
-_LINEAR_IN_OUT = "Conv1D"
-# What torch's older reparametrisations (weight_norm, spectral_norm, prune) register beside or instead of a weight.
-_PARTS_OF_A_WEIGHT = ("_g", "_v", "_orig", "_mask", "_u")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A parameter of the module, and whether it is masked.
-
-    Attributes:
-        name: Name in the plain module, without the prefixes of wrappers.
-        parameter: The parameter itself.
-        owner: The module that holds it.
-        local_name: Its name there.
-        reason: Why it is left dense; empty where it is masked.
-        groups: Groups of a convolution.
-        input_first: Whether dimension 0 counts inputs rather than outputs, as in a transposed convolution.
-        uses: How many convolutions use it, where :class:`~lightning_sparse.modules.WeightSharing` lets several.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    owner: nn.Module
-    local_name: str
-    reason: str = ""
-    groups: int = 1
-    input_first: bool = False
-    uses: int = 1
-
-    @property
-    def module_type(self) -> str:
-        """Name of the class of the module that holds it."""
-        return type(self.owner).__name__
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """``tensor``, shaped like the weight, as one row of inputs for each output neuron or filter.
-
-        Returns:
-            Shape ``(outputs, fan-in)``.
-        """
-        if not self.input_first:
-            return tensor.reshape(tensor.shape[0], -1)
-        inputs, outputs = tensor.shape[0] // self.groups, tensor.shape[1]
-        grouped = tensor.reshape(self.groups, inputs, outputs, -1)
-        return grouped.transpose(1, 2).reshape(self.groups * outputs, -1)
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`rows`."""
-        shape = self.parameter.shape
-        if not self.input_first:
-            return rows.reshape(shape)
-        inputs, outputs = shape[0] // self.groups, shape[1]
-        grouped = rows.reshape(self.groups, outputs, inputs, -1)
-        return grouped.transpose(1, 2).reshape(shape)
+_OPEN = ("", "not included")  # what another use of the same weight may overrule
+_FINAL = NEVER | {"excluded"}  # what nothing overrules
+_LONGEST_SUMMARY = 200
 
 
 class Plan(Sequence[Candidate]):
-    """Every parameter of a module in order, each masked or with its reason; ``str(plan)`` is a table."""
+    """Every parameter of a module in order, each masked or with its reason; ``str(plan)`` is a table.
 
-    def __init__(self, candidates: Iterable[Candidate]) -> None:
+    Attributes:
+        remarks: What a user should be told when training begins, a sentence for each kind: that a large share of the
+            module stays dense because nobody knows its layers, that a pattern of ``include`` masks nothing, that layers
+            compute with other weights than they store.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate], remarks: Iterable[str] = ()) -> None:
         self._candidates = tuple(candidates)
+        self.remarks = tuple(remarks)
 
     def __getitem__(self, index: int) -> Candidate:  # type: ignore[override]
         return self._candidates[index]
@@ -118,91 +79,68 @@ class Plan(Sequence[Candidate]):
         """The parameters that are masked, and those that would be if they were not frozen."""
         return [candidate for candidate in self if candidate.reason in ("", "frozen")]
 
+    @property
+    def depthwise(self) -> list[str]:
+        """The names of masked depthwise convolutions, whose filters have few weights and are soon without any."""
+        return [candidate.name for candidate in self.masked if "@depthwise" in candidate.traits]
+
+    @property
+    def coverage(self) -> float:
+        """Fraction of the entries of the module's matrices that are masked, in [0, 1]: 1 where there are none.
+
+        A sparsity is that of masked weights: at coverage 0.7, a sparsity of 0.9 leaves 37 % of all matrices.
+        """
+        sizes = {id(candidate.parameter): candidate.numel for candidate in self if candidate.is_matrix}
+        return sum(candidate.numel for candidate in self.masked) / sum(sizes.values()) if sizes else 1.0
+
+    @property
+    def refusal(self) -> str:
+        """The sentences that refuse what would be masked and cannot be, one for each kind; empty where all can."""
+        sentences: list[str] = []
+        for kind, sentence in _REFUSALS.items():
+            refused = [candidate for candidate in self if kind_of(candidate.reason) == kind]
+            if refused:
+                names, types = (enumerated(getattr(each, of) for each in refused) for of in ("name", "module_type"))
+                sentences.append(sentence.format(names=names, types=types))
+        return " ".join(sentences)
+
     def without(self, reasons: Mapping[str, str]) -> Plan:
         """This plan with those left dense that are named, each for its reason."""
-        return Plan(
+        candidates = (
             replace(candidate, reason=reasons[candidate.name])
             if candidate.name in reasons and not candidate.reason
             else candidate
             for candidate in self
         )
+        return Plan(candidates, self.remarks)
 
     @property
     def summary(self) -> str:
-        """One line: how much is masked, and why the rest is not."""
-        masked = sum(candidate.parameter.numel() for candidate in self.masked)
-        total = sum({id(candidate.parameter): candidate.parameter.numel() for candidate in self}.values())
-        reasons = Counter(candidate.reason.split(":")[0] for candidate in self if candidate.reason)
-        dense = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        return (
-            f"{len(self.masked)} of {len(self)} parameters masked ({masked:,} of {total:,} weights)"
-            f"{f'; dense: {dense}' if dense else ''}."
+        """One line of at most 200 characters: how much is masked, and why the rest is not."""
+        masked = sum(candidate.numel for candidate in self.masked)
+        total = sum({id(candidate.parameter): candidate.numel for candidate in self}.values())
+        line = (
+            f"{len(self.masked)} of {len(self)} parameters masked ({masked:,} of {total:,} weights),"
+            f" {self.coverage:.0%} of its matrices"
         )
+        reasons = Counter(kind_of(candidate.reason) for candidate in self if candidate.reason)
+        parts = [f"{count} {reason}" for reason, count in reasons.most_common()]
+        for shown in range(len(parts), -1, -1):
+            rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(shown))
+            others = [f"{rest} for other reasons"] if rest else []
+            dense = ", ".join([*parts[:shown], *others])
+            whole = f"{line}{f'; dense: {dense}' if dense else ''}."
+            if len(whole) <= _LONGEST_SUMMARY:
+                return whole
+        return f"{line}."
 
     def __str__(self) -> str:
-        width = max((len(candidate.name) for candidate in self), default=0)
+        names = [printable(candidate.name) for candidate in self]
+        width = max(map(len, names), default=0)
         return "\n".join(
-            f"{candidate.name:<{width}}  {candidate.module_type:<18} {tuple(candidate.parameter.shape)!s:<20} "
-            f"{candidate.reason or 'masked'}"
-            for candidate in self
+            f"{name:<{width}}  {candidate.module_type:<18} {_shape(candidate):<20} {candidate.reason or 'masked'}"
+            for name, candidate in zip(names, self, strict=True)
         )
-
-
-def canonical_name(name: str) -> str:
-    """The name of a parameter in the plain module: without what ``torch.compile`` and checkpoint wrappers add.
-
-    Example:
-        >>> canonical_name("encoder._orig_mod.0.weight")
-        'encoder.0.weight'
-    """
-    wrappers = {"_orig_mod", "_checkpoint_wrapped_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
-def as_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
-    """The patterns of ``include`` or ``exclude`` as a tuple, those of a set in alphabetical order; None stays None.
-
-    Raises:
-        ValueError: They are no list, or one of them is no string.
-
-    Example:
-        >>> as_patterns("exclude", [nn.Linear])
-        Traceback (most recent call last):
-            ...
-        ValueError: exclude[0] is the class Linear; give its name: 'Linear'.
-    """
-    if patterns is None:
-        return None
-    if isinstance(patterns, str):
-        raise ValueError(f"{argument} is the string {patterns!r}; give a list of patterns: [{patterns!r}].")
-    if not isinstance(patterns, Iterable):
-        raise ValueError(f"{argument} is {_shown(patterns)}; give a list of names or patterns, such as ['head.*'].")
-    # the order of a set is another in each process, and a method is known by its patterns in its checkpoints
-    names = tuple(sorted(patterns, key=str) if isinstance(patterns, set | frozenset) else patterns)
-    for index, pattern in enumerate(names):
-        if isinstance(pattern, type):
-            raise ValueError(f"{argument}[{index}] is {_shown(pattern)}; give its name: {pattern.__name__!r}.")
-        if not isinstance(pattern, str):
-            raise ValueError(
-                f"{argument}[{index}] is {_shown(pattern)}; give parameter names, such as 'head.weight', or patterns of"
-                " them, such as 'head.*'."
-            )
-    return names
-
-
-def _shown(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
-
-
-def names_near(unknown: Iterable[str], known: Sequence[str]) -> str:
-    """Of the names that are known those like the unknown ones, or the first of all, for the message of an error.
-
-    Example:
-        >>> names_near(["fc.wieght"], ["conv.weight", "fc.bias", "fc.weight"])
-        'fc.weight, conv.weight, fc.bias'
-    """
-    near = [name for each in unknown for name in difflib.get_close_matches(each, known, n=3, cutoff=0.4)]
-    return ", ".join(dict.fromkeys(near or known[:8]))
 
 
 def select_weights(
@@ -214,12 +152,20 @@ def select_weights(
 ) -> Plan:
     """Decide for every parameter of ``module`` whether it is masked.
 
+    What a layer is does not depend on its class's name. Subclasses of torch's layers are masked as those are, linear
+    layers and stacks of experts of other libraries where they state their sizes (``in_channels`` and ``out_channels``,
+    ``num_experts``). A layer with a ``forward`` of its own that computes with other weights than it stores, as one that
+    standardises them, stays dense: a pruned weight would be no zero there. That is found out by a trial of the layer;
+    one that cannot be tried is masked, and named in :attr:`Plan.remarks`.
+
     Args:
         module: Any module.
         include: Patterns; where given, only what matches one is masked. A pattern is a glob over the parameter's name
-            (``"encoder.*"``) or the name of its module's type (``"Conv2d"``, base classes count). One without a
-            wildcard that names a parameter or a type in full also admits an embedding or a weight of an unknown module;
-            ``["*", "MixtralExperts"]`` masks those beside all others.
+            (``"encoder.*"``), the name of its module's type (``"Conv2d"``, base classes count), or a trait:
+            ``"@depthwise"``, ``"@1x1"``, ``"@first"`` or ``"@last"``, the first or last weight that the rules mask, in
+            the order of the module's parameters. The full name of a parameter also admits what the rules leave out. So
+            does that of a type, for an embedding or an unknown module, and a pattern with a wildcard that matches
+            nothing else: ``["*", "Experts"]`` and ``["*", "*.experts.*"]`` mask those beside all others.
         exclude: Patterns of what stays dense; it wins over ``include``.
         frozen: Whether a plan will do whose weights are all frozen yet.
 
@@ -227,8 +173,9 @@ def select_weights(
         The plan, one entry for each name of each parameter.
 
     Raises:
-        MisconfigurationException: A pattern matches nothing, nothing is left to mask, or a layer is not materialised.
-        ValueError: ``include`` or ``exclude`` is no list of strings.
+        MisconfigurationException: A pattern matches nothing, nothing is left to mask, or what would be masked cannot
+            be: it has no shape yet, is sharded, has sparse gradients, or lies in the memory of another parameter.
+        ValueError: ``include`` or ``exclude`` is no list of strings, or has an unknown selector.
 
     Example:
         >>> plan = select_weights(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
@@ -236,6 +183,8 @@ def select_weights(
         [('0.weight', ''), ('0.bias', 'bias'), ('1.weight', 'norm'), ('1.bias', 'norm')]
     """
     plan = judge_parameters(module, include=include, exclude=exclude)
+    if plan.refusal:
+        raise MisconfigurationException(plan.refusal)
     if not (plan.weights if frozen else plan.masked):
         raise MisconfigurationException(
             f"{type(module).__name__} has no weight to mask. Its parameters and the reasons:\n{plan}\n"
@@ -248,7 +197,7 @@ def select_weights(
 def judge_parameters(
     module: nn.Module, *, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> Plan:
-    """The plan of :func:`select_weights`, even where it leaves nothing to mask, as for a frozen module.
+    """The plan of :func:`select_weights`, even where it leaves nothing to mask or would be refused.
 
     Example:
         >>> plan = judge_parameters(nn.Linear(4, 3).requires_grad_(False))
@@ -256,142 +205,135 @@ def judge_parameters(
         ([], ['weight'])
     """
     include, exclude = as_patterns("include", include), as_patterns("exclude", exclude)
-    owned = list(_owned_parameters(module))
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            _check_matches_something(argument, pattern, owned)
-    borrowed = (getattr(part, "borrowed_weight", None) for part in module.modules())
-    uses = Counter(id(weight) for weight in borrowed if weight is not None)
-    return Plan(_without_ties([_judge(item, include, exclude, 1 + uses[id(item.parameter)]) for item in owned]))
+    candidates = _first_and_last(_recognised(module))
+    chosen = _joined(candidates, Choice(candidates, include, exclude))
+    judged = _refused([replace(item, reason=reason) for item, reason in zip(candidates, chosen, strict=True)])
+    return Plan(judged, remarks_on(judged, include))
 
 
-@dataclass(frozen=True)
-class _Owned:
-    name: str
-    parameter: nn.Parameter
-    module: nn.Module
-    local_name: str
+def uses_of(module: nn.Module) -> dict[int, int]:
+    """How often each weight that layers borrow is used, by its ``id``; those that are used once are not there.
 
-    def matches(self, pattern: str) -> bool:
-        return fnmatchcase(self.name, pattern) or any(fnmatchcase(name, pattern) for name in self.type_names)
+    A module says by an attribute ``borrowed_weight`` which parameter of another module it computes with.
 
-    @property
-    def type_names(self) -> list[str]:
-        """Names of the module's class and of the classes that it comes from, below ``nn.Module``."""
-        kinds = type(self.module).__mro__
-        return [kind.__name__ for kind in kinds if issubclass(kind, nn.Module) and kind is not nn.Module]
-
-
-def _owned_parameters(module: nn.Module) -> Iterator[_Owned]:
-    for prefix, owner in module.named_modules(remove_duplicate=True):
-        for local_name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            name = canonical_name(f"{prefix}.{local_name}".lstrip("."))
-            if nn.parameter.is_lazy(parameter):
-                raise MisconfigurationException(
-                    f"{name} of {type(owner).__name__} has no shape yet. Run one batch through the module before fit,"
-                    " or replace the lazy layer by one with stated sizes."
-                )
-            if isinstance(parameter, DTensor) or parameter.numel() == 0:
-                raise MisconfigurationException(
-                    f"{name} is sharded over processes or empty (shape {tuple(parameter.shape)}), and masks need whole"
-                    " weights. Use strategy='ddp' or a single device."
-                )
-            yield _Owned(name, parameter, owner, local_name)
+    Example:
+        >>> from lightning_sparse.modules import SharedConvolution
+        >>> first, second = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        >>> uses_of(nn.Sequential(first, SharedConvolution(second, first))) == {id(first.weight): 2}
+        True
+    """
+    borrowed = (getattr(child, "borrowed_weight", None) for child in module.modules())
+    counts = Counter(id(weight) for weight in borrowed if weight is not None)
+    return {weight: 1 + count for weight, count in counts.items()}
 
 
-def _check_matches_something(argument: str, pattern: str, owned: Sequence[_Owned]) -> None:
-    if any(item.matches(pattern) for item in owned):
-        return
-    holders = dict.fromkeys(holder for item in owned for holder in _modules_around(item.name))
-    meant = [holder for holder in holders if holder == pattern or holder.endswith(f".{pattern}")]
-    if meant:
-        raise MisconfigurationException(
-            f"{argument}={pattern!r} matches no parameter name and no module type. {meant[0]!r} is a module; for its"
-            f" parameters write '{meant[0]}.*'."
+def _recognised(module: nn.Module) -> list[Candidate]:
+    """Every parameter, with the reason that the rules have to leave it dense."""
+    uses, tried = uses_of(module), dict[Hashable, bool | None]()
+    candidates: list[Candidate] = []
+    for place in places_of(module):
+        layer = recognise(place, tried) if not (reason := _reason_of_tensor(place.parameter)) else None
+        candidate = Candidate(place.name, place.parameter, place.owner, place.local_name, reason, part=place.part)
+        if layer is not None:
+            wiring = layer.wiring
+            candidate = replace(
+                candidate, reason=layer.reason, wiring=wiring, traits=wiring.traits, keeps_zeros=layer.keeps_zeros
+            )
+        candidates.append(replace(candidate, uses=uses.get(id(place.parameter), 1)))
+    return candidates
+
+
+def _reason_of_tensor(parameter: nn.Parameter) -> str:
+    """Why no parameter like this can be masked, whatever its module is."""
+    if not parameter.is_floating_point():
+        return f"not floating point: {parameter.dtype}"
+    if parameter.dtype.itemsize == 1:
+        return f"8-bit floating point: {parameter.dtype}"
+    if not nn.parameter.is_lazy(parameter) and parameter.numel() == 0 and not hasattr(parameter, "ds_shape"):
+        return "empty"
+    return ""
+
+
+def _first_and_last(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with the traits that depend on their order, among those that the rules mask."""
+    dense = {id(candidate.parameter) for candidate in candidates if candidate.reason}
+    maskable = [candidate for candidate in candidates if id(candidate.parameter) not in dense]
+    once = list({id(candidate.parameter): candidate for candidate in reversed(maskable)}.values())
+    ends = {"@first": once[-1], "@last": once[0]} if once else {}
+    return [
+        replace(
+            candidate, traits=candidate.traits | {trait for trait, end in ends.items() if end.name == candidate.name}
         )
-    known = sorted({item.name for item in owned} | {type(item.module).__name__ for item in owned})
-    raise MisconfigurationException(
-        f"{argument}={pattern!r} matches no parameter name and no module type. Near it: {names_near([pattern], known)}."
-        " Patterns are globs over parameter names ('encoder.*.weight') and module types ('Conv2d')."
-    )
+        for candidate in candidates
+    ]
 
 
-def _modules_around(name: str) -> Iterator[str]:
-    """The names of the modules that a parameter is in, the outermost first."""
-    parts = name.split(".")
-    return (".".join(parts[:depth]) for depth in range(1, len(parts)))
-
-
-def _judge(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None, uses: int) -> Candidate:
-    transposed = isinstance(item.module, _TRANSPOSED)
-    groups = item.module.groups if isinstance(item.module, _CONVOLUTIONS + _TRANSPOSED) else 1
-    return Candidate(
-        name=item.name,
-        parameter=item.parameter,
-        owner=item.module,
-        local_name=item.local_name,
-        reason=_reason(item, include, exclude),
-        groups=groups,
-        input_first=transposed or type(item.module).__name__ == _LINEAR_IN_OUT,
-        uses=uses,
-    )
-
-
-def _reason(item: _Owned, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
-    """Why ``item`` stays dense; empty where it is masked."""
-    if not item.parameter.is_floating_point():
-        return f"not floating point: {item.parameter.dtype}"
-    if exclude and any(item.matches(pattern) for pattern in exclude):
-        return "excluded"
-    if include is not None and not any(item.matches(pattern) for pattern in include):
-        return "not included"
-    reason = _reason_of_rules(item)
-    admitted = any(
-        pattern == item.name or (pattern in item.type_names and reason != "bias") for pattern in include or ()
-    )
-    if admitted and item.parameter.dim() > 1:
-        reason = ""
-    return reason or ("" if item.parameter.requires_grad else "frozen")
-
-
-def _reason_of_rules(item: _Owned) -> str:
-    if getattr(item.module, "is_auxiliary", False):
-        return "auxiliary: added by a callback"
-    if isinstance(item.module, _NORMS) or type(item.module).__name__.lower().endswith("norm"):
-        return "norm"
-    if "bias" in item.local_name:
-        return "bias"
-    if item.local_name.endswith(_PARTS_OF_A_WEIGHT):
-        return "parametrized"
-    if isinstance(item.module, _EMBEDDINGS):
-        return "embedding"
-    for kind, patterns in _WEIGHTS.items():
-        if isinstance(item.module, kind) and any(fnmatchcase(item.local_name, pattern) for pattern in patterns):
-            return ""
-    if type(item.module).__name__ == _LINEAR_IN_OUT and item.local_name == "weight" and item.parameter.dim() == 2:
-        return ""
-    if isinstance(item.module, nn.utils.parametrize.ParametrizationList):
-        return "parametrized"
-    return "unknown module: name it in full in include= to mask it, beside '*' to mask the rest too"
-
-
-def _without_ties(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """A weight under several names is masked under its first, if one of its uses wants it and none forbids it."""
+def _joined(candidates: Sequence[Candidate], choice: Choice) -> Iterator[str]:
+    """The reason of each: a weight under several names is masked under its first."""
     uses: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         uses.setdefault(id(candidate.parameter), []).append(candidate)
     for candidate in candidates:
         owner, *others = uses[id(candidate.parameter)]
-        if owner is candidate:
-            yield replace(candidate, reason=_reason_of_all(owner, others))
-        else:
-            yield replace(candidate, reason=f"tied: to {owner.name}")
+        yield _reason_of_all(owner, others, choice) if owner is candidate else f"tied: to {printable(owner.name)}"
 
 
-def _reason_of_all(owner: Candidate, others: Sequence[Candidate]) -> str:
-    if owner.reason not in ("", "not included"):
-        return owner.reason
-    forbidden = next((other for other in others if other.reason not in ("", "not included")), None)
-    if forbidden is not None:
-        return f"tied: {forbidden.reason} (as {forbidden.name})"
-    return "" if any(not use.reason for use in (owner, *others)) else owner.reason
+def _reason_of_all(owner: Candidate, others: Sequence[Candidate], choice: Choice) -> str:
+    """The reason of a weight with several uses: one must want it masked, and none forbid it.
+
+    Naming it in full under any of its names overrules what the rules say of the others.
+    """
+    reasons = [choice.reason(use) for use in (owner, *others)]
+    if any(choice.admits(use) for use in (owner, *others)):
+        reasons = [reason if kind_of(reason) in _FINAL else "" for reason in reasons]
+    own, *rest = reasons
+    if own not in _OPEN:
+        return own
+    for reason, other in zip(rest, others, strict=True):
+        if reason not in _OPEN:
+            return f"tied: {reason} (as {printable(other.name)})"
+    return "" if "" in reasons else own
+
+
+def _refused(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, those with the reason of a refusal that would be masked and cannot be, and those frozen."""
+    sparse = {id(candidate.parameter) for candidate in candidates if _has_sparse_gradients(candidate.owner)}
+    trained = [candidate for candidate in candidates if _is_trained(candidate)]
+    shared = {
+        trained[place].name
+        for pair in overlapping([candidate.parameter.detach() for candidate in trained])
+        if any(not trained[place].reason for place in pair)
+        for place in pair
+    }
+    return [
+        replace(candidate, reason="shared memory")
+        if candidate.name in shared
+        else replace(candidate, reason=candidate.reason or _refusal(candidate, sparse))
+        for candidate in candidates
+    ]
+
+
+def _refusal(candidate: Candidate, sparse: Container[int]) -> str:
+    parameter = candidate.parameter
+    if nn.parameter.is_lazy(parameter):
+        return "no shape yet"
+    if isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape"):  # of DeepSpeed
+        return "sharded"
+    if id(parameter) in sparse:
+        return "sparse gradients"
+    return "" if parameter.requires_grad else "frozen"
+
+
+def _is_trained(candidate: Candidate) -> bool:
+    """Whether an optimizer may write to a parameter, under its first name."""
+    parameter = candidate.parameter
+    plain = candidate.numel > 0 and not isinstance(parameter, DTensor)
+    return plain and parameter.requires_grad and not candidate.reason.startswith("tied: to")
+
+
+def _has_sparse_gradients(owner: nn.Module) -> bool:
+    return isinstance(owner, nn.Embedding | nn.EmbeddingBag) and owner.sparse
+
+
+def _shape(candidate: Candidate) -> str:
+    return "no shape yet" if nn.parameter.is_lazy(candidate.parameter) else str(tuple(candidate.parameter.shape))

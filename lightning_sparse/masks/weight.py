@@ -72,6 +72,16 @@ class MaskedWeight:
         return self.layout.shape
 
     @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of one layer: that of the weight, or of one of its :attr:`copies`."""
+        return self._candidate.layer_shape
+
+    @property
+    def copies(self) -> int:
+        """Layers of one shape that lie in the weight, as the experts of a mixture; 1 for all others."""
+        return self._candidate.copies
+
+    @property
     def unshared_numel(self) -> int:
         """Number of weights that the module would have here if each use had its own."""
         return self.numel * self._candidate.uses

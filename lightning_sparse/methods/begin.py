@@ -14,7 +14,7 @@ from lightning_sparse.masks.distributed import agree_to_begin, broadcast_
 from lightning_sparse.masks.inheritance import forget_pruned, waking_zeros
 from lightning_sparse.masks.plan import Plan, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.methods import checkpoints, holding, steps
+from lightning_sparse.methods import checkpoints, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
 from lightning_sparse.methods.state import check_digest
@@ -54,6 +54,8 @@ def begin_together(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl
             broadcast_(group.mask)
     for method, plan in zip(methods, plans, strict=True):
         _put_to_work(method, trainer, pl_module)
+        for remark in plan.remarks:
+            method.warn_once(remark.removesuffix("."))
         rank_zero_info(f"{type(method).__name__}: {plan.summary} Sparsity {registry.sparsity:.4f}.")
 
 

@@ -196,7 +196,7 @@ class FixedMask(HardMaskMethod):
             for candidate in self.dense
             if candidate.parameter.dim() > 1
             and candidate.parameter.requires_grad
-            and not candidate.reason.startswith(("tied", "auxiliary"))
+            and not candidate.reason.startswith((*_LEFT_OUT, "auxiliary"))
             and candidate.parameter.any()
             and looks_pruned(candidate.parameter == 0)
         }

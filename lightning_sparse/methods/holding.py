@@ -10,6 +10,7 @@ import torch
 from lightning_sparse.masks.distributed import check_weights_agree, masks_agree
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import clear_moments
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.guard import count_awake
 from lightning_sparse.methods.interface import Method
@@ -43,12 +44,16 @@ def masks_are_others(method: Method, group: MaskGroup) -> None:
     run.averages.apply_(group)
     run.guards[group].masks_changed()
     run.guards[group].note_weights()
-    for weight in group:
-        if weight.num_active == 0:
-            method.warn_once(
-                f"{weight.name} has no active weight left; nothing flows through it. Leave it out with exclude= to"
-                " train it, or set min_active where a method chooses the masks"
-            )
+    empty = [weight for weight in group if weight.num_active == 0 and f"empty: {weight.name}" not in run.warned]
+    if empty:
+        run.warned.update(f"empty: {weight.name}" for weight in empty)
+        depthwise = any("@depthwise" in weight.candidate.traits for weight in empty)
+        advice = "exclude=['@depthwise']" if depthwise else "exclude="
+        method.warn_once(
+            f"{enumerated(weight.name for weight in empty)} {'has' if len(empty) == 1 else 'have'} no active weight"
+            f" left; nothing flows through. Leave out with {advice} to train it, or set min_active where a method"
+            " chooses the masks"
+        )
 
 
 def forget_moments(group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
@@ -127,9 +132,7 @@ def _say(method: Method, weights: Sequence[MaskedWeight], cause: str) -> None:
     if cause in method.run.warned:
         return
     method.run.warned.add(cause)
-    names = [weight.name for weight in weights]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    method.warn_once(f"pruned weights of {', '.join(names[:3])}{more} {cause}; they are zero again")
+    method.warn_once(f"pruned weights of {enumerated(weight.name for weight in weights)} {cause}; they are zero again")
 
 
 def compare_processes(method: Method) -> None:

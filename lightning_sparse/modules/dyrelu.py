@@ -9,7 +9,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class HyperLinear(nn.Linear):
         HyperLinear(in_features=4, out_features=2, bias=True)
     """
 
-    is_auxiliary = True  # read by the plan of masks
+    is_auxiliary: ClassVar[bool] = True
 
 
 @final

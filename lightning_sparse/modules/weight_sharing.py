@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
@@ -59,7 +59,7 @@ class SharedConvolution(nn.Module):
         True
     """
 
-    is_auxiliary = True  # read by the plan of masks
+    is_auxiliary: ClassVar[bool] = True
 
     def __init__(self, convolution: Convolution, source: Convolution) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ class SharedConvolution(nn.Module):
         return self._source[0]
 
     @property
-    def borrowed_weight(self) -> nn.Parameter:
-        """The parameter that it uses; the plan of masks counts its uses."""
+    def borrowed_weight(self) -> Tensor:
+        """The parameter of another module that it computes with, for the plan of what is masked."""
         return self._source[0].weight
 
     @property

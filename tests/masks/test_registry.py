@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([parameter for module in modules for parameter in module.parameters()], lr=0.1)
 
 
-def claim(module: nn.Module, owner: str = "method", **patterns: Sequence[str]) -> MaskGroup:
+def claim(module: nn.Module, owner: str = "method", **patterns: Any) -> MaskGroup:
     (group,) = MaskRegistry.of(module).claim(owner, select_weights(module, **patterns).masked, [sgd(module)])
     return group
 

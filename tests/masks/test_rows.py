@@ -16,6 +16,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
+        self.nx, self.nf = in_features, out_features
         self.weight = nn.Parameter(torch.randn(in_features, out_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
 

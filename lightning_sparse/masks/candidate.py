@@ -1,0 +1,118 @@
+"""A parameter of a module that might be masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_sparse.masks.layers import Wiring
+from lightning_sparse.masks.places import Part
+
+__all__ = ["Candidate"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A parameter of the module, and whether it is masked.
+
+    Attributes:
+        name: Name in the plain module, without the prefixes of wrappers.
+        parameter: The parameter itself.
+        owner: The module that holds it.
+        local_name: Its name there.
+        reason: Why it is left dense; empty where it is masked.
+        wiring: How its entries feed outputs.
+        part: What it is of its layer's weight, where that is computed from several parameters.
+        traits: The selectors that it answers to, such as ``"@depthwise"``.
+        keeps_zeros: Whether its layer computes with the zeros that are stored; None where nobody knows.
+        uses: How many layers use it, where :class:`~lightning_sparse.modules.WeightSharing` lets several.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    owner: nn.Module
+    local_name: str
+    reason: str = ""
+    wiring: Wiring = field(default_factory=Wiring)
+    part: Part = "whole"
+    traits: frozenset[str] = frozenset()
+    keeps_zeros: bool | None = True
+    uses: int = 1
+
+    @property
+    def module_type(self) -> str:
+        """Name of the class of the module that holds it."""
+        return type(self.owner).__name__
+
+    @property
+    def type_names(self) -> list[str]:
+        """Names of that class and of the classes that it comes from, below ``nn.Module``."""
+        kinds = type(self.owner).__mro__
+        return [kind.__name__ for kind in kinds if issubclass(kind, nn.Module) and kind is not nn.Module]
+
+    @property
+    def numel(self) -> int:
+        """Number of entries; 0 where it has no shape yet."""
+        return 0 if nn.parameter.is_lazy(self.parameter) else self.parameter.numel()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has entries, in two or more dimensions."""
+        return self.numel > 0 and self.parameter.dim() > 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution."""
+        return self.wiring.groups
+
+    @property
+    def input_first(self) -> bool:
+        """Whether dimension 0 of :attr:`layer_shape` counts inputs, as in a transposed convolution."""
+        return self.wiring.input_first
+
+    @property
+    def copies(self) -> int:
+        """Layers of one shape that lie in the parameter, as the experts of a mixture."""
+        return self.wiring.copies
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of one layer: that of the parameter, or of one of its :attr:`copies`."""
+        shape = tuple(self.parameter.shape)
+        return shape[1:] if self.wiring.is_stack else (shape[0] // self.copies, *shape[1:])
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``tensor``, shaped like the weight, as one row of inputs for each output neuron or filter, of each copy.
+
+        Returns:
+            Shape ``(copies · outputs, fan-in)``.
+        """
+        if not self.input_first:
+            return tensor.reshape(self.copies * self.layer_shape[0], -1)
+        blocks, inputs, outputs = self._blocks()
+        return tensor.reshape(blocks, inputs, outputs, -1).transpose(1, 2).reshape(blocks * outputs, -1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`."""
+        shape = self.parameter.shape
+        if not self.input_first:
+            return rows.reshape(shape)
+        blocks, inputs, outputs = self._blocks()
+        return rows.reshape(blocks, outputs, inputs, -1).transpose(1, 2).reshape(shape)
+
+    def columns(self, tensor: Tensor) -> Tensor:
+        """``tensor``, shaped like the weight, as one row for each input neuron or channel, of each copy.
+
+        Returns:
+            Shape ``(copies · inputs, outputs · kernel)``.
+        """
+        rows = self.rows(tensor)
+        blocks = self.copies * self.groups
+        inputs = self.layer_shape[0] // self.groups if self.input_first else self.layer_shape[1]
+        of_block = rows.reshape(blocks, len(rows) // blocks, inputs, -1)
+        return of_block.transpose(1, 2).reshape(blocks * inputs, -1)
+
+    def _blocks(self) -> tuple[int, int, int]:
+        """Groups of all copies, and the inputs and outputs of one."""
+        return self.copies * self.groups, self.layer_shape[0] // self.groups, self.layer_shape[1]
