@@ -70,7 +70,7 @@ class ForwardFLOPs(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let compiled code run compiled (torch ≥ 2.9; before, it runs eagerly while this mode is on)."""
+        """Let compiled code run compiled; it would run eagerly while this mode is on."""
         return True
 
     @override

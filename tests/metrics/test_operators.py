@@ -152,7 +152,6 @@ def test_a_list_of_products() -> None:
     assert [flops for flops, _ in uses] == [2 * 3 * 4 * 5] * 2
 
 
-@pytest.mark.skipif(not hasattr(aten, "_grouped_mm"), reason="torch before 2.8 has none")
 def test_experts_count_for_their_stack() -> None:
     stack = nn.Parameter(ones(2, 16, 32, dtype=torch.bfloat16))
     ends = torch.tensor([8, 24], dtype=torch.int32)
