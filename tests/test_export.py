@@ -61,7 +61,7 @@ def test_it_has_the_parts_of_a_dense_one(network: nn.Sequential) -> None:
 def test_torch_export(network: nn.Sequential, inputs: Tensor, tmp_path: Path) -> None:
     torch.export.save(torch.export.export(network, (inputs,)), tmp_path / "network.pt2")
     program = torch.export.load(tmp_path / "network.pt2")
-    assert torch.equal(program.module()(inputs), network(inputs))
+    torch.testing.assert_close(program.module()(inputs), network(inputs))
     assert same_zeros(program.state_dict, network)
 
 
@@ -70,7 +70,7 @@ def test_torchscript(how: str, network: nn.Sequential, inputs: Tensor, tmp_path:
     scripted: Any = torch.jit.trace(network, inputs) if how == "trace" else torch.jit.script(network)
     torch.jit.save(scripted, tmp_path / "network.pt")
     loaded: Any = torch.jit.load(tmp_path / "network.pt")
-    assert torch.equal(loaded(inputs), network(inputs))
+    torch.testing.assert_close(loaded(inputs), network(inputs))
     assert same_zeros(loaded.state_dict(), network)
 
 

@@ -42,6 +42,7 @@ def test_it_is_valid_and_names_no_machine(path: Path) -> None:
 
 
 @every_notebook
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own libraries; the kernel has its filters
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

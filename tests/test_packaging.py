@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from configparser import ConfigParser
+from functools import cache
 from importlib.metadata import Distribution, distribution, packages_distributions
 from importlib.resources import files
 from pathlib import Path
@@ -43,8 +45,13 @@ def requirement_names(lines: str) -> set[str]:
 
 def distributions_of(packages: set[str]) -> set[str]:
     """The distributions from which importable packages were installed."""
-    owners = packages_distributions()
-    return {normalized(owners[package][0]) for package in packages}
+    return {normalized(owners()[package][0]) for package in packages}
+
+
+@cache
+def owners() -> Mapping[str, list[str]]:
+    """The distributions that each importable package comes from; to read all of their metadata takes seconds."""
+    return packages_distributions()
 
 
 def test_the_version_is_stated_once(installed: Distribution) -> None:

@@ -6,18 +6,19 @@ The arithmetic is in :mod:`lightning_sparse.functional.flops`.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_sparse.functional.flops import sparse_flops, training_flops
+from lightning_sparse.metrics.operators import Uses, has_formula, multiplies_matrices, operations, tensors_in
 
 __all__ = ["ForwardFLOPs", "InferenceFLOPs", "TrainingFLOPs"]
 
@@ -25,16 +26,6 @@ aten = torch.ops.aten
 
 _PLAIN = Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
-# Operators for which torch has no formula and that apply weights to each of their inputs, and which of their arguments
-# hold those weights. Recurrent layers have them in a list.
-_APPLIERS = {
-    aten.linear: slice(1, 2),
-    aten._trilinear: slice(1, 2),
-    aten.mkldnn_rnn_layer: slice(1, 3),
-    aten._cudnn_rnn: slice(1, 2),
-    aten.miopen_rnn: slice(1, 2),
-    aten._lstm_mps: slice(2, 3),
-}
 _COPIES = {aten._to_copy, aten.clone}
 
 
@@ -54,6 +45,8 @@ class ForwardFLOPs(TorchDispatchMode):
         total: Operations of all that ran: two for each multiplication and addition in matrix products, convolutions,
             attention and recurrent layers; the others count as none.
         by_parameter: Operations of each parameter with two dimensions or more.
+        uncounted: Operators that multiply matrices, going by their names, and whose operations nobody has stated; they
+            count as none, and a warning names them. :func:`torch.utils.flop_counter.register_flop_formula` states them.
 
     Example:
         >>> layer = torch.nn.Linear(4, 3)
@@ -70,13 +63,14 @@ class ForwardFLOPs(TorchDispatchMode):
         weights = {name: parameter for name, parameter in parameters.items() if parameter.dim() > 1}
         self.total = 0
         self.by_parameter = dict.fromkeys(weights, 0)
+        self.uncounted: set[str] = set()
         self._weights = weights
         self._memory: list[tuple[int, int, str]] = []  # start, end, name
         self._alive: list[Tensor] = []  # copies, whose memory must not be given to another tensor while we count
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let compiled code run compiled (torch ≥ 2.9; before, it runs eagerly while this mode is on)."""
+        """Let compiled code run compiled; it would run eagerly while this mode is on."""
         return True
 
     @override
@@ -91,6 +85,12 @@ class ForwardFLOPs(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._alive.clear()
+        if self.uncounted and exception[0] is None:
+            warnings.warn(
+                f"FLOPs leave out {', '.join(sorted(self.uncounted))}: nobody has stated their operations. Do so"
+                " with torch.utils.flop_counter.register_flop_formula.",
+                stacklevel=2,
+            )
 
     @override
     def __torch_dispatch__(
@@ -98,27 +98,42 @@ class ForwardFLOPs(TorchDispatchMode):
     ) -> Any:
         if any(kind.__torch_dispatch__ is not _PLAIN for kind in types):
             return NotImplemented  # a tensor subclass: let it unfold into operations on plain tensors
-        result = func(*args, **(kwargs or {}))
         operator = getattr(func, "overloadpacket", func)
+        if multiplies_matrices(operator) and not has_formula(operator):
+            result = self._in_parts(func, args, kwargs or {})
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **(kwargs or {}))
         if operator in _COPIES:
             self._follow(args[0], result)
         elif operator is aten.copy_:
             self._follow(args[1], args[0])
         elif operator is aten.mul:
-            self._follow_scaled(_tensors(args), result)
-        elif operator in _APPLIERS:
-            for weight in _tensors(args[_APPLIERS[operator]]):
-                if weight.dim() > 1:
-                    self._count(2 * weight.numel() * _tokens(args[0]), weight)
-        elif operator in flop_registry:
-            self._count(_flops(flop_registry[operator], args, kwargs or {}, result), *_tensors(args))
+            self._follow_scaled(tensors_in(args), result)
+        else:
+            self._count(operator, operations(operator, args, kwargs or {}, result))
         return result
 
-    def _count(self, flops: int, *operands: Tensor) -> None:
-        self.total += flops
-        name = next((owner for owner in map(self._owner, operands) if owner), None) or self._adopt(operands)
-        if name:
-            self.by_parameter[name] += flops
+    def _in_parts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what is made of other operators one by one, as autograd does; in inference mode it would run as one."""
+        decompose = getattr(func, "decompose", None)
+        if decompose is None:
+            return NotImplemented
+        super().__enter__()
+        try:
+            return decompose(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
+
+    def _count(self, operator: object, uses: Uses | None) -> None:
+        if uses is None:
+            self.uncounted.add(str(operator))
+            return
+        for flops, operands in uses:
+            self.total += flops
+            name = next((owner for owner in map(self._owner, operands) if owner), None) or self._adopt(operands)
+            if name:
+                self.by_parameter[name] += flops
 
     def _owner(self, tensor: Tensor) -> str | None:
         """The parameter whose memory ``tensor`` is, wholly or in part."""
@@ -235,24 +250,6 @@ class TrainingFLOPs(Metric):
         return self.spent / self.steps
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among ``values`` and in the lists among them."""
-    flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    return [item for item in flat if isinstance(item, Tensor)]
-
-
-def _tokens(inputs: Tensor) -> int:
-    """How often a layer applies its weights to ``inputs``, which have their features in the last dimension."""
-    return inputs.numel() // inputs.shape[-1]
-
-
 def _address(tensor: Tensor) -> int:
     """Where the memory of ``tensor`` begins; 0 where it has none of its own."""
     return tensor.data_ptr() if tensor.layout is torch.strided else 0
-
-
-def _flops(formula: Callable[..., int], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    try:
-        return formula(*args, **kwargs, out_val=result)
-    except Exception:  # a formula refuses what its operator has just done; to watch must not stop a training
-        return 0

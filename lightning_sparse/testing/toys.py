@@ -41,7 +41,7 @@ OPTIMIZERS: Mapping[str, OptimizerFactory] = {
     "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
     "adafactor": partial(torch.optim.Adafactor, lr=0.05),
-    **({"muon": _muon} if hasattr(torch.optim, "Muon") else {}),  # from torch 2.9 on
+    "muon": _muon,
 }
 """Optimizers of different kinds, by name, with the arguments that make pruned weights hardest to keep at zero."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sparse.metrics import ForwardFLOPs, InferenceFLOPs, TrainingFLOPs
 
@@ -220,13 +220,6 @@ class TestWhatRunsIsUnchanged:
         with ForwardFLOPs({"weight": weight}) as flops:
             torch.relu(IMAGES.view(-1, 3).as_subclass(Image) @ weight)
         assert flops.by_parameter == {"weight": 2 * IMAGES.numel() * 3}
-
-    def test_a_formula_that_refuses_stops_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: Any, **__: Any) -> int:
-            raise AssertionError("unknown shapes")
-
-        monkeypatch.setitem(flop_registry, torch.ops.aten.addmm, refuse)
-        assert count(nn.Linear(4, 3), torch.ones(2, 4)).total == 0
 
     def test_control_flow_operators_run(self) -> None:
         torch.compiler.reset()
