@@ -173,11 +173,11 @@ def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in the order of ``flatten()``, for a digest; without a copy where it lies so on a CPU.
+    r"""The bytes of a tensor in the order of ``flatten()``, for a digest; without a copy where it lies so on a CPU.
 
     Example:
         >>> bytes(tensor_bytes(torch.tensor([1, 2], dtype=torch.int16)))
-        b'\\x01\\x00\\x02\\x00'
+        b'\x01\x00\x02\x00'
     """
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

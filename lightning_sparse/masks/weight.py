@@ -104,7 +104,7 @@ class MaskedWeight:
     @property
     def is_in_place(self) -> bool:
         """Whether the module still holds the parameter where it was found."""
-        return self._candidate.owner._parameters.get(self._candidate.local_name) is self.parameter
+        return getattr(self._candidate.owner, self._candidate.local_name, None) is self.parameter
 
     @property
     def lies_as_its_mask(self) -> bool:
@@ -118,7 +118,7 @@ class MaskedWeight:
 
     # How its entries are ranked and counted.
 
-    def smallest(self, scores: Tensor, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
+    def smallest(self, scores: Scores, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
         """The mask of the ``k`` smallest scores of the whole weight, of this process' entries.
 
         Args:
@@ -129,7 +129,7 @@ class MaskedWeight:
         """
         return selection.smallest(scores, k, self.mask if among is None else among, key)
 
-    def largest(self, scores: Tensor, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
+    def largest(self, scores: Scores, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
         """The mask of the ``k`` largest scores; see :meth:`smallest`."""
         return selection.largest(scores, k, self.mask if among is None else among, key)
 

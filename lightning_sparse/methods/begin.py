@@ -125,8 +125,8 @@ def _initialize(method: Method, run: Run) -> None:
     for weight in method.weights:
         if weight.name in inherited and inherited[weight.name].shape != weight.shape:
             raise MisconfigurationException(
-                f"The checkpoint's mask of {weight.name} has shape {tuple(inherited[weight.name].shape)}, but the weight"
-                f" has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
+                f"The checkpoint's mask of {weight.name} has shape {tuple(inherited[weight.name].shape)}, but the"
+                f" weight has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
             )
     for group in run.groups:
         method.initialize_masks(group)

@@ -105,8 +105,8 @@ class DST(LatentMethod):
     reset_sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default 0.99,"
-            " as in the authors' code, or, where ``sparsity`` is above 0.9, a tenth of its density."
+            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default"
+            " 0.99, as in the authors' code, or, where ``sparsity`` is above 0.9, a tenth of its density."
         ),
     )
 

@@ -52,10 +52,10 @@ class FixedMask(HardMaskMethod):
 
     ``masks`` says where the masks come from:
 
-    - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left masks, as
-      after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
-    - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a checkpoint that
-      nothing of ours has trained, whose zeros are taken.
+    - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left masks,
+      as after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
+    - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a checkpoint
+      that nothing of ours has trained, whose zeros are taken.
     - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
 
     A path or a mapping has a mask for every weight that is masked here, and wins over a checkpoint's.

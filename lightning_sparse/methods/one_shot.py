@@ -33,7 +33,9 @@ def prune(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    r"""Prune a module once, in place, to an exact sparsity: of :math:`N` weights :math:`\lfloor (1 - s) N \rfloor` stay.
+    r"""Prune a module once, in place, to an exact sparsity.
+
+    Of :math:`N` weights :math:`\lfloor (1 - s) N \rfloor` stay, those with the largest scores.
 
     The next training of the module by a method goes on from these masks. In a loop of one's own, call
     :func:`~lightning_sparse.apply_masks` after each optimizer step.

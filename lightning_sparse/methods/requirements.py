@@ -57,6 +57,6 @@ def refuse_other_trainer(method: Method, trainer: pl.Trainer) -> None:
     run = method.last_run
     if run is not None and run.active and run.trainer() is not trainer:
         raise MisconfigurationException(
-            f"This {type(method).__name__} is in the middle of a training by another Trainer, whose masks it would lose."
-            " Give each Trainer a callback of its own."
+            f"This {type(method).__name__} is in the middle of a training by another Trainer, whose masks it would"
+            " lose. Give each Trainer a callback of its own."
         )

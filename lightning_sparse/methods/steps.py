@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -103,16 +103,14 @@ def _hook(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
 
 def _before_step(method: Method) -> Callable[..., None]:
     # In automatic optimization the closure, with forward and backward in it, runs between this hook and the next.
-    @torch.compiler.disable
     def repair(optimizer: Optimizer, *_: Any) -> None:
         if not method.run.steps.awaiting:
             holding.repair_written(method)
 
-    return repair
+    return _uncompiled(repair)
 
 
 def _after_step(method: Method, group: MaskGroup, *, clipped: bool) -> Callable[..., None]:
-    @torch.compiler.disable
     @torch.no_grad()
     def finish(optimizer: Optimizer, *_: Any) -> None:
         steps = method.run.steps
@@ -122,7 +120,12 @@ def _after_step(method: Method, group: MaskGroup, *, clipped: bool) -> Callable[
             steps.awaiting.discard(group)
             _stepped(method, group, clipped=clipped)
 
-    return finish
+    return _uncompiled(finish)
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that a compiled ``optimizer.step`` calls as it is."""
+    return cast("Callable[..., None]", torch.compiler.disable(hook))
 
 
 def _unseen(method: Method, optimizer: Optimizer) -> str:

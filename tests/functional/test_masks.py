@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sparse.functional import kth_smallest, largest, pack, selection, smallest, unpack, zero_pruned_
+from lightning_sparse.functional import kth_smallest, largest, pack, smallest, unpack, zero_pruned_
+from lightning_sparse.functional import selection as selecting
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BYTE_FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -62,7 +63,7 @@ def test_largest_is_what_sorting_by_falling_score_and_index_chooses(selection: t
 def _in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat a handful of entries as a large tensor is treated: sampled, and looked at four at a time."""
     for name, value in (("_LARGE", 0), ("_CHUNK", 4), ("_SAMPLE", 6)):
-        monkeypatch.setattr(selection, name, value)
+        monkeypatch.setattr(selecting, name, value)
 
 
 @pytest.mark.usefixtures("_in_parts")
@@ -86,7 +87,7 @@ def test_a_selection_among_many_is_that_without_a_sample(
     among = torch.rand(400_000, generator=generator) < 0.4
     k = int(share_of_them * int((among & ~scores.isnan()).sum()))
     in_parts = smallest(scores, k, among), smallest(scores, k, among, key=torch.abs)
-    monkeypatch.setattr(selection, "_LARGE", 1 << 40)
+    monkeypatch.setattr(selecting, "_LARGE", 1 << 40)
     assert torch.equal(in_parts[0], smallest(scores, k, among))
     assert torch.equal(in_parts[1], smallest(scores.abs(), k, among))
 
@@ -102,7 +103,7 @@ def test_several_tensors_are_ranked_as_one(
     parts = [scores[first:last] for first, last in pairwise([0, *cuts, len(scores)])]
     with pytest.MonkeyPatch.context() as patched:
         for name, value in (("_LARGE", 0), ("_CHUNK", 4), ("_SAMPLE", 6)) if in_pieces else ():
-            patched.setattr(selection, name, value)
+            patched.setattr(selecting, name, value)
         assert indices(smallest(parts, k, among)) == choose_by_sorting(scores, k, among)
         assert indices(largest(parts, k, among)) == choose_by_sorting(scores, k, among, sign=-1)
 
@@ -118,7 +119,7 @@ def test_many_tensors_of_all_sizes_are_ranked_as_one(eligible: float) -> None:
 
 
 def test_a_sample_that_misleads_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_bracket", lambda *_: (5.0, 6.0))
+    monkeypatch.setattr(selecting, "_bracket", lambda *_: (5.0, 6.0))
     scores = torch.arange(400_000.0)
     assert torch.equal(smallest(scores, 1000, scores >= 0), scores < 1000)
 

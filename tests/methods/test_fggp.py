@@ -32,7 +32,7 @@ def select(n: int, *, among: list[int] | None = None, **settings: Any) -> list[i
 def dropped(
     fggp: FGGP, weight: list[float], grad: list[float], n: int, *, among: Sequence[int], step: int = 100
 ) -> list[int]:
-    """The indices of the ``n`` of these weights, of those ``among`` them, that are pruned after ``step`` of 100 steps."""
+    """The indices of the ``n`` of these weights, of those ``among`` them, that are pruned after ``step`` steps."""
     group = layers_of([weight], [grad])
     group.mask.zero_()
     group.mask[list(among)] = True
