@@ -73,7 +73,8 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     own = states.get(method.state_key)
     if resumes and own is not None:
         check_state(own, method.state_key)
-        _refuse_unshared(own, pl_module, trainer.ckpt_path)
+    if resumes:
+        _refuse_unshared(states, pl_module, trainer.ckpt_path)
     masks = _masks_of_all(checkpoint)
     if resumes:
         _refuse_other_shapes(masks, pl_module)
@@ -107,11 +108,15 @@ def _refuse_other_shapes(masks: Mapping[str, Tensor], module: pl.LightningModule
             )
 
 
-def _refuse_unshared(state: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
+def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
     """Refuse to go on where weights had other numbers of uses: neither masks nor optimizers would fit."""
     uses = {candidate.name: candidate.uses for candidate in judge_parameters(module)}
+    masks = [its["masks"] for its in states.values() if isinstance(its, Mapping) and isinstance(its.get("masks"), dict)]
     differ = [
-        name for name, mask in state["masks"].items() if mask.get("uses", 1) > 1 and uses.get(name, 1) != mask["uses"]
+        name
+        for its in masks
+        for name, mask in its.items()
+        if mask.get("uses", 1) > 1 and uses.get(name, 1) != mask["uses"]
     ]
     if differ:
         raise MisconfigurationException(

@@ -47,12 +47,13 @@ def masks_are_others(method: Method, group: MaskGroup) -> None:
     empty = [weight for weight in group if weight.num_active == 0 and f"empty: {weight.name}" not in run.warned]
     if empty:
         run.warned.update(f"empty: {weight.name}" for weight in empty)
+        them = "it" if len(empty) == 1 else "them"
         depthwise = any("@depthwise" in weight.candidate.traits for weight in empty)
         advice = "exclude=['@depthwise']" if depthwise else "exclude="
         method.warn_once(
             f"{enumerated(weight.name for weight in empty)} {'has' if len(empty) == 1 else 'have'} no active weight"
-            f" left; nothing flows through. Leave out with {advice} to train it, or set min_active where a method"
-            " chooses the masks"
+            f" left; nothing flows through {them}. Leave {them} out with {advice} to train {them}, or set min_active"
+            " where a method chooses the masks"
         )
 
 

@@ -171,7 +171,8 @@ class ScoredMethod(HardMaskMethod, ABC):
     @property
     @override
     def times(self) -> UpdateTimes:
-        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop)
+        # An update costs more than a step, and what has just been grown needs steps to grow in.
+        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
 
     @staticmethod
     def ranked(pool: MaskedWeight | MaskPool, scores: Callable[[MaskedWeight], Tensor]) -> Scores:
@@ -331,12 +332,6 @@ class GrowingMethod(ScoredMethod, ABC):
                 "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
                 " update_every of 10 steps or more, or update_replaces_step=False."
             )
-
-    @property
-    @override
-    def times(self) -> UpdateTimes:
-        # What has just been grown needs steps to grow in.
-        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
 
     @property
     @override
