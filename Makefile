@@ -67,7 +67,7 @@ $(OLDEST)/.installed: setup.cfg pyproject.toml
 	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
 	sed -nE $(PINNED) setup.cfg > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
 	@touch $@
 
 $(BIN)/python:

@@ -137,9 +137,20 @@ def _refuse(error: BaseException) -> int:
 
 def _innermost(error: BaseException) -> BaseException:
     """What was raised, out of what the parser of the command line has wrapped around it."""
-    while _modules(error)[-1:] == ["jsonargparse"] and error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    if not _is_the_parsers(error):
+        return error
+    found = [_innermost(cause) for cause in (error.__cause__, *_tried(error)) if cause is not None]
+    return next((cause for cause in found if not _is_the_parsers(cause)), found[0] if found else error)
+
+
+def _is_the_parsers(error: BaseException) -> bool:
+    return _modules(error)[-1:] == ["jsonargparse"]
+
+
+def _tried(error: BaseException) -> Sequence[BaseException]:
+    """Why each type of a union was refused; older parsers have the first as cause, which may be that of ``None``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_locals.get("exceptions", ())
 
 
 def _is_a_refusal(error: BaseException) -> bool:
