@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _EVERY = 100  # steps between two looks at every weight
+_FIRST = (1, 2)  # steps after which an average, written before or after us, has moved
 
 
 def masks_changed(method: Method, group: MaskGroup) -> None:
@@ -93,9 +94,12 @@ def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModu
 
 
 def look_now_and_then(method: Method) -> None:
-    """Every hundred steps: look at every weight."""
+    """Every hundred steps, look at every weight; after the first two, at which copies are averages."""
     run = method.run
-    if (method.step - run.origin) % _EVERY == 0:
+    taken = method.step - run.origin
+    if taken in _FIRST:
+        run.averages.apply_(method.weights)
+    if taken % _EVERY == 0:
         for group in run.guards:
             awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
             if awake:
