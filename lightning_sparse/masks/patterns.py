@@ -71,7 +71,7 @@ class AnyPattern(Pattern):
 class NofM(Pattern):
     """At most ``n`` of every ``m`` neighbours along the inputs, as accelerators execute them (2 of 4).
 
-    While a budget is larger, a looser rule holds: ``⌊m · budget / numel⌋`` of ``m``. A layer whose inputs are no
+    While a budget is larger, a looser rule is met exactly: ``⌊m · budget / numel⌋`` of ``m``, or ``n``. A layer whose inputs are no
     multiple of ``m`` stays dense.
 
     Args:
@@ -107,7 +107,10 @@ class NofM(Pattern):
         if budget >= weight.numel:
             return weight.numel
         active = self._blocks(weight, among).sum(dim=2)  # (outputs, blocks, kernel)
-        return min(budget, int(active.clamp(max=self._at_most(weight, budget)).sum()))
+        for looser in range(self._at_most(weight, budget), self.n, -1):
+            if bool((active >= looser).all()):  # every block can hold as many: the looser rule is met exactly
+                return looser * active.numel()
+        return min(budget, int(active.clamp(max=self.n).sum()))
 
     def largest(  # noqa: D102
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
