@@ -104,8 +104,6 @@ class NofM(Pattern):
         return f"pattern: {inputs} inputs are no multiple of {self.m}" if inputs % self.m else ""
 
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
-        if budget >= weight.numel:
-            return weight.numel
         active = self._blocks(weight, among).sum(dim=2)  # (outputs, blocks, kernel)
         for looser in range(self._at_most(weight, budget), self.n, -1):
             if bool((active >= looser).all()):  # every block can hold as many: the looser rule is met exactly
