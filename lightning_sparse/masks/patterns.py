@@ -71,8 +71,8 @@ class AnyPattern(Pattern):
 class NofM(Pattern):
     """At most ``n`` of every ``m`` neighbours along the inputs, as accelerators execute them (2 of 4).
 
-    While a budget is larger, a looser rule is met exactly: ``⌊m · budget / numel⌋`` of ``m``, or ``n``. A layer whose inputs are no
-    multiple of ``m`` stays dense.
+    While a budget is larger, a looser rule is met exactly: ``⌊m · budget / numel⌋`` of ``m``, or ``n``. A layer whose
+    inputs are no multiple of ``m`` stays dense.
 
     Args:
         n: Active weights of each block, at least 1.

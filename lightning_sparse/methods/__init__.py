@@ -1,12 +1,28 @@
 """The methods: one callback each."""
 
 from lightning_sparse.methods.base import SparseMethod
+from lightning_sparse.methods.card import method
 from lightning_sparse.methods.dst import DST
 from lightning_sparse.methods.east import EAST
 from lightning_sparse.methods.fggp import FGGP
 from lightning_sparse.methods.fixed_mask import FixedMask
 from lightning_sparse.methods.gmp import GMP
+from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.rigl import RigL
+from lightning_sparse.methods.scored import GrowingMethod, ScoredMethod
 from lightning_sparse.methods.set import SET
 
-__all__ = ["DST", "EAST", "FGGP", "GMP", "SET", "FixedMask", "RigL", "SparseMethod"]
+__all__ = [
+    "DST",
+    "EAST",
+    "FGGP",
+    "GMP",
+    "SET",
+    "FixedMask",
+    "GrowingMethod",
+    "LatentMethod",
+    "RigL",
+    "ScoredMethod",
+    "SparseMethod",
+    "method",
+]

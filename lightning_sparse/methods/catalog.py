@@ -20,7 +20,13 @@ def all_methods() -> list[type[SparseMethod]]:
         True
     """
     public = (getattr(methods, name) for name in sorted(methods.__all__))
-    return [item for item in public if issubclass(item, SparseMethod) and not inspect.isabstract(item)]
+    return [item for item in public if _is_method(item)]
+
+
+def _is_method(item: object) -> bool:
+    if not (isinstance(item, type) and issubclass(item, SparseMethod)) or inspect.isabstract(item):
+        return False
+    return hasattr(item, "paper")  # the families have none
 
 
 def methods_table() -> str:

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_sparse.masks import select_weights
-from lightning_sparse.methods.hard_mask import HardMaskMethod
-from lightning_sparse.methods.scored import ScoredMethod
-from lightning_sparse.modules import DyReLUPhasing
+from lightning_sparse.trainer import is_a
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +35,7 @@ class Case:
         sparsity: Sparsity that those sixteen steps reach at least, in [0, 1].
         conv_arguments: Arguments that have to differ for :class:`~lightning_sparse.testing.ConvToy`.
         moves: Whether masks change while the method trains.
+        gradual: Whether what it prunes stays pruned; where None, the method says so itself (``grows``).
         refuses: For each optimizer of :data:`~lightning_sparse.testing.OPTIMIZERS` that the method refuses, by name, a
             pattern that its error matches.
         sparsity_under: For optimizers with which less is reached than ``sparsity``, by name, what is.
@@ -55,6 +54,7 @@ class Case:
     sparsity: float = 0.75
     conv_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     moves: bool = True
+    gradual: bool | None = None
     refuses: Mapping[str, str] = field(default_factory=dict[str, str])
     sparsity_under: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -71,17 +71,17 @@ class Case:
     @property
     def changes_modules(self) -> bool:
         """Whether it computes something else for a while."""
-        return isinstance(self.arguments.get("phasing"), DyReLUPhasing)
+        return any(is_a(part, "DyReLUPhasing") for part in self.make().companions())
 
     @property
     def is_gradual(self) -> bool:
-        """Whether it is a method of gradual pruning."""
-        return issubclass(self.method, ScoredMethod) and not self.method.grows
+        """Whether it prunes along a schedule to exact budgets, and what is pruned stays pruned."""
+        return self.gradual if self.gradual is not None else not getattr(self.method, "grows", True)
 
     @property
     def is_hard(self) -> bool:
         """Whether it moves masks, and what it prunes is lost."""
-        return self.moves and issubclass(self.method, HardMaskMethod)
+        return self.moves and self.method.clears_gradients
 
     @property
     def masks_what_thaws(self) -> bool:

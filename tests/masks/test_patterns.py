@@ -34,7 +34,9 @@ def weight_of(values: Tensor) -> MaskedWeight:
     return MaskPool(select_weights(layer).masked)[0]
 
 
-def chosen(pattern: Pattern, values: list[list[float]], k: int, among: list[list[int]] | None = None) -> list[list[int]]:
+def chosen(
+    pattern: Pattern, values: list[list[float]], k: int, among: list[list[int]] | None = None
+) -> list[list[int]]:
     weight = weight_of(torch.tensor(values))
     eligible = torch.ones_like(weight.mask) if among is None else torch.tensor(among, dtype=torch.bool)
     assert pattern.feasible(weight, k, eligible) == k
@@ -111,9 +113,7 @@ def obeys(pattern: Pattern, weight: MaskedWeight, mask: Tensor, k: int) -> bool:
 
 @pytest.mark.parametrize("pattern", [AnyPattern(), *SHAPED.values()], ids=str)
 @given(layer=layers())
-def test_a_mask_has_the_pattern_the_count_and_nothing_else(
-    pattern: Pattern, layer: tuple[Tensor, Tensor, int]
-) -> None:
+def test_a_mask_has_the_pattern_the_count_and_nothing_else(pattern: Pattern, layer: tuple[Tensor, Tensor, int]) -> None:
     values, among, budget = layer
     weight = weight_of(values)
     if isinstance(pattern, Filters):  # takes and leaves whole rows

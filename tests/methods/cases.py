@@ -5,11 +5,10 @@ A method of the package without a case stops the collection.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from lightning_sparse import methods
-from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
+from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL
+from lightning_sparse.methods.catalog import all_methods
 from lightning_sparse.modules import DyReLUPhasing
 from lightning_sparse.schedules import Cosine, Polynomial
 from lightning_sparse.testing import Case, ConvToy, ToyModel, random_masks
@@ -61,10 +60,6 @@ CASES = [
     ),
 ]
 
-_public = {getattr(methods, name) for name in methods.__all__}
-_concrete = {kind for kind in _public if inspect.isclass(kind) and not inspect.isabstract(kind)}
-_without_case = {kind.__name__ for kind in _concrete if issubclass(kind, SparseMethod)} - {
-    case.method.__name__ for case in CASES
-}
+_without_case = {kind.__name__ for kind in all_methods()} - {case.method.__name__ for case in CASES}
 if _without_case:
     raise LookupError(f"{', '.join(sorted(_without_case))}: no case in tests/methods/cases.py.")

@@ -32,12 +32,14 @@ METHODS: dict[str, Callable[[], SparseMethod]] = {
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def train(method: SparseMethod, model: L.LightningModule, root: Path, *others: L.Callback, **settings: Any) -> list[str]:
+def train(
+    method: SparseMethod, model: L.LightningModule, root: Path, *others: L.Callback, **settings: Any
+) -> list[str]:
     """Fit; the warnings of ours. No pruned weight is awake in any forward."""
     watch = ZeroWatch(method)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(root, callbacks=[method, *others, watch], **settings).fit(model)
+        make_trainer(root, callbacks=[method, *others, watch], **more).fit(model)
     assert watch.leaks == []
     assert watch.looks > 0
     return [str(w.message) for w in caught if str(w.message).startswith(type(method).__name__)]

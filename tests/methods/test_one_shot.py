@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse import FixedMask, GMP, apply_masks, prune
+from lightning_sparse import GMP, FixedMask, apply_masks, prune
 from lightning_sparse.functional import num_active, uniform
 from lightning_sparse.masks import MaskRegistry
 from tests.helpers import ToyModel, make_trainer
