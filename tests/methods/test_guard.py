@@ -39,7 +39,7 @@ def train(
     watch = ZeroWatch(method)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(root, callbacks=[method, *others, watch], **more).fit(model)
+        make_trainer(root, callbacks=[method, *others, watch], **settings).fit(model)
     assert watch.leaks == []
     assert watch.looks > 0
     return [str(w.message) for w in caught if str(w.message).startswith(type(method).__name__)]
