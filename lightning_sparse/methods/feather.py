@@ -153,7 +153,10 @@ class Feather(LatentMethod):
         sparsity = self._due_at(step)
         check_budget(group, max(sparsity, self.sparsity(1.0)), min_active=0)
         pruned = group.smallest(
-            group.flat(self.latent), group.numel - budget_of(group, sparsity), torch.ones_like(group.mask), key=torch.abs
+            group.flat(self.latent),
+            group.numel - budget_of(group, sparsity),
+            torch.ones_like(group.mask),
+            key=torch.abs,
         )
         masks = group.split(~pruned)
         largest = [self.latent(w).abs().masked_fill_(m, 0.0).max() for w, m in zip(group, masks, strict=True)]

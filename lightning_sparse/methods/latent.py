@@ -326,4 +326,3 @@ class LatentMethod(SparseMethod):
             value.copy_(learned[name])
         for twin, saved in zip(own, twins, strict=True):
             twin.load_state_dict(dict(saved))
-

@@ -34,6 +34,9 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     run = method.last_run
     if run is None or not run.active:
         return
+    module = run.module()
+    if module is not None:
+        run.averages.notice(trainer, module, method.weights)
     for group in [group for group in run.groups if group.optimizer is optimizer]:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)

@@ -33,7 +33,11 @@ def twin_optimizer(
     """
     learned_of = {id(weight.parameter): learned[weight.name] for weight in group if weight.name in learned}
     param_groups = [
-        {**user, **settings, "params": [learned_of[id(weight)] for weight in user["params"] if id(weight) in learned_of]}
+        {
+            **user,
+            **settings,
+            "params": [learned_of[id(weight)] for weight in user["params"] if id(weight) in learned_of],
+        }
         for user in _masked_param_groups(group)
     ]
     kind = type(group.optimizer)
