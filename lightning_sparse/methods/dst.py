@@ -7,8 +7,8 @@ Differs from the paper and the authors' code:
     - No layer is replaced: gradients are rewritten in closed form, equal to autograd's through the masked layers.
     - The guard against collapse stands in the code alone, within the forward of linear and convolution layers. Here it
       acts when masks are renewed, never in evaluation, and it is counted and named.
-    - A weight of exactly 0 gets no gradient and sleeps for good. A layer that is all zero, as LoRA's B is at first, has
-      thresholds just below 0 here until it has moved, so that its gradient reaches it.
+    - A weight of exactly 0 gets no gradient and sleeps for good. A layer that is all zero, as LoRA's B is at first,
+      has thresholds just below 0 here until it has moved, so that its gradient reaches it.
     - Thresholds take no step on a gradient that is inf or NaN (the authors' issue 2 tells of NaN late in VGG training),
       and their gradients are not clipped.
     - What other code writes into a masked weight between steps is overwritten by the dense copy at the next step.

@@ -13,11 +13,13 @@ Differs from the paper and the authors' code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, final
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -93,14 +95,14 @@ class Feather(LatentMethod):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "Final sparsity, in [0, 1), of the masked weights together; or a schedule of it, over the time from ``start``"
-            " to ``stop``."
+            "Final sparsity, in [0, 1), of the masked weights together; or a schedule of it, from ``start`` to ``stop``."
         ),
     )
     theta: float | None = field(
         default=None,
         metadata=doc(
-            "Factor of pruned weights' gradients, in [0, 1]. By default 1, and 0.5 where the final sparsity is above 0.95."
+            "Factor of pruned weights' gradients, in [0, 1]. By default 1, and 0.5 where the final sparsity is above"
+            " 0.95."
         ),
     )
     power: float = field(
@@ -194,7 +196,7 @@ class Feather(LatentMethod):
     def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
         assert self.theta is not None
         if self.theta != 1.0:
-            weight.grad.mul_(torch.where(weight.mask, 1.0, self.theta).to(latent.dtype))
+            weight.grad.copy_(torch.where(weight.mask, weight.grad, weight.grad * self.theta))
 
     @override
     def target_sparsity(self, name: str | None = None) -> float:
@@ -208,7 +210,13 @@ class Feather(LatentMethod):
 
     @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._own.thresholds |= {weight.name: check_number("T", state.get(weight.name)) for weight in self.weights}
+        for weight in self.weights:
+            threshold = state.get(weight.name)
+            if not isinstance(threshold, float) or not 0.0 <= threshold < math.inf:
+                raise MisconfigurationException(
+                    f"The checkpoint does not tell the threshold of {weight.name}. Resume from an earlier one."
+                )
+            self._own.thresholds[weight.name] = threshold
 
 
 @dataclass

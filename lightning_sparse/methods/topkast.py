@@ -4,10 +4,10 @@ Paper:  Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020
 Code:   none by the authors is public.
 Differs from the paper:
     - The gradient is computed dense, and cut to B before the optimizer steps; what is saved is the update, not time.
-    - Momentum and weight decay move nothing outside B either, whatever the optimizer; the paper trains without momentum.
-      A weight that leaves B loses its moments.
-    - Which norm the exploration penalty has could not be read; here it is half the square of the Euclidean one, so that
-      its gradient is a weight decay, larger by 1/D in B without A.
+    - Momentum and weight decay move nothing outside B either, whatever the optimizer; the paper trains without
+      momentum. A weight that leaves B loses its moments.
+    - Which norm the exploration penalty has could not be read; here it is half the square of the Euclidean one, so
+      that its gradient is a weight decay, larger by 1/D in B without A.
     - Gradients that are inf or NaN change neither A nor B.
 """
 
@@ -149,8 +149,8 @@ class TopKAST(LatentMethod):
     def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
         a, b = weight.mask, self.trained[weight.name]
         density = max(1, weight.num_active) / weight.numel
-        strength = torch.where(a, 1.0, 1.0 / density).mul_(self.decay * scale).to(latent.dtype)
-        weight.grad.addcmul_(latent, strength).masked_fill_(~b, 0.0)
+        pull = latent * (self.decay * scale)
+        weight.grad.add_(torch.where(a, pull, pull / density)).masked_fill_(~b, 0.0)
 
     @override
     def take_step(self, group: MaskGroup) -> None:
@@ -167,13 +167,13 @@ class TopKAST(LatentMethod):
     @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         for weight in self.weights:
-            if weight.name not in state:
+            try:
+                whole = unpack(state[weight.name], weight.shape)
+            except (KeyError, ValueError) as error:
                 raise MisconfigurationException(
                     f"The checkpoint does not tell which weights of {weight.name} were trained. Resume from an earlier one."
-                )
-            self._own.trained[weight.name] = weight.layout.take(unpack(state[weight.name], weight.shape)).to(
-                weight.mask.device
-            )
+                ) from error
+            self._own.trained[weight.name] = weight.layout.take(whole).to(weight.mask.device)
 
 
 @dataclass

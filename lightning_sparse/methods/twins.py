@@ -45,8 +45,8 @@ def twin_optimizer(
         return kind(param_groups, lr=param_groups[0]["lr"])  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(
-            f"{name} steps its thresholds, which are vectors or numbers, with an optimizer like that of the weights, but"
-            f" {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
+            f"{name} steps its thresholds, which are vectors or numbers, with an optimizer like that of the weights,"
+            f" but {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
         ) from error
 
 
