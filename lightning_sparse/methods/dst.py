@@ -108,9 +108,9 @@ class DST(LatentMethod):
     reset_sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default, as in"
-            " the authors' code, 0.99, and in recurrent layers never; where ``sparsity`` is above 0.9, a tenth of its"
-            " density."
+            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default, as"
+            " in the authors' code, 0.99, and in recurrent layers never; where ``sparsity`` is above 0.9, a tenth of"
+            " its density."
         ),
     )
 

@@ -95,7 +95,8 @@ class Feather(LatentMethod):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "Final sparsity, in [0, 1), of the masked weights together; or a schedule of it, from ``start`` to ``stop``."
+            "Final sparsity, in [0, 1), of the masked weights together; or a schedule of it, from ``start`` to"
+            " ``stop``."
         ),
     )
     theta: float | None = field(

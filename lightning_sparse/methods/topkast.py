@@ -82,8 +82,8 @@ class TopKAST(LatentMethod):
     backward_sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "Fraction of the weights that are not trained, at most ``sparsity``. By default twice as many are trained as"
-            " are used. The paper has 0.5 with 0.8, and 0.8 with 0.9."
+            "Fraction of the weights that are not trained, at most ``sparsity``. By default twice as many are trained"
+            " as are used. The paper has 0.5 with 0.8, and 0.8 with 0.9."
         ),
     )
     decay: float = field(default=1e-4, metadata=doc("Strength of the exploration penalty, at least 0."))
@@ -102,8 +102,8 @@ class TopKAST(LatentMethod):
         self.backward_sparsity = check_sparsity("backward_sparsity", self.backward_sparsity)
         if self.backward_sparsity > self.sparsity:
             raise ValueError(
-                f"backward_sparsity is {self.backward_sparsity} and sparsity is {self.sparsity}, but every weight that is"
-                " used is trained too. Give a backward_sparsity of at most sparsity."
+                f"backward_sparsity is {self.backward_sparsity} and sparsity is {self.sparsity}, but every weight that"
+                " is used is trained too. Give a backward_sparsity of at most sparsity."
             )
         self.decay = check_strength("decay", self.decay)
         check_choice("allocation", self.allocation, LayerAllocation)
@@ -171,7 +171,8 @@ class TopKAST(LatentMethod):
                 whole = unpack(state[weight.name], weight.shape)
             except (KeyError, ValueError) as error:
                 raise MisconfigurationException(
-                    f"The checkpoint does not tell which weights of {weight.name} were trained. Resume from an earlier one."
+                    f"The checkpoint does not tell which weights of {weight.name} were trained. Resume from an earlier"
+                    " one."
                 ) from error
             self._own.trained[weight.name] = weight.layout.take(whole).to(weight.mask.device)
 
