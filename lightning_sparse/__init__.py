@@ -5,7 +5,20 @@ from __future__ import annotations
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
-from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
+from lightning_sparse.methods import (
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    SET,
+    SRSTE,
+    STR,
+    Feather,
+    FixedMask,
+    RigL,
+    SparseMethod,
+    TopKAST,
+)
 from lightning_sparse.methods.one_shot import prune
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing, share_weights, unshare_weights
 from lightning_sparse.monitor import SparsityMonitor
@@ -17,13 +30,17 @@ __all__ = [
     "FGGP",
     "GMP",
     "SET",
+    "SRSTE",
+    "STR",
     "DyReLUPhasing",
+    "Feather",
     "FixedMask",
     "MaskRegistry",
     "MaskedWeight",
     "RigL",
     "SparseMethod",
     "SparsityMonitor",
+    "TopKAST",
     "WeightSharing",
     "__version__",
     "apply_masks",

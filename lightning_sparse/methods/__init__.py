@@ -4,6 +4,7 @@ from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.dst import DST
 from lightning_sparse.methods.east import EAST
+from lightning_sparse.methods.feather import Feather
 from lightning_sparse.methods.fggp import FGGP
 from lightning_sparse.methods.fixed_mask import FixedMask
 from lightning_sparse.methods.gmp import GMP
@@ -11,6 +12,9 @@ from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.rigl import RigL
 from lightning_sparse.methods.scored import GrowingMethod, ScoredMethod
 from lightning_sparse.methods.set import SET
+from lightning_sparse.methods.srste import SRSTE
+from lightning_sparse.methods.str import STR
+from lightning_sparse.methods.topkast import TopKAST
 
 __all__ = [
     "DST",
@@ -18,11 +22,15 @@ __all__ = [
     "FGGP",
     "GMP",
     "SET",
+    "SRSTE",
+    "STR",
+    "Feather",
     "FixedMask",
     "GrowingMethod",
     "LatentMethod",
     "RigL",
     "ScoredMethod",
     "SparseMethod",
+    "TopKAST",
     "method",
 ]

@@ -24,6 +24,8 @@ from lightning_sparse.trainer import callbacks_of
 
 __all__ = ["Averages"]
 
+_SAMPLE = 64  # entries of a copy at which a quick look looks
+
 
 @dataclass
 class _Copy:
@@ -32,21 +34,42 @@ class _Copy:
     Attributes:
         parameters: The copies, by the name of the masked weight.
         before: A hash of each when it was first seen; None once it is known to be an average.
+        sample: A few entries of each at that time.
     """
 
     parameters: Mapping[str, nn.Parameter]
     before: Mapping[str, int] | None
+    sample: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, parameters: Mapping[str, nn.Parameter], known: bool) -> _Copy:
         """A copy that is seen for the first time, and whether it is known to be an average."""
-        return cls(parameters, None if known else {name: _hash(value) for name, value in parameters.items()})
+        before = None if known else {name: _hash(value) for name, value in parameters.items()}
+        return cls(
+            parameters, before, {} if known else {name: _some(value).clone() for name, value in parameters.items()}
+        )
+
+    def has_moved(self) -> bool:
+        """Whether training writes to a copy that was not known to be an average: a quick look."""
+        if self.before is None:
+            return False
+        if all(torch.equal(_some(self.parameters[name]), its) for name, its in self.sample.items()):
+            return False
+        self.before = None
+        return True
 
     def is_average(self) -> bool:
         """Whether training writes to it."""
         if self.before is not None and any(_hash(self.parameters[name]) != its for name, its in self.before.items()):
             self.before = None
         return self.before is None
+
+    def apply_(self, weights: Sequence[MaskedWeight]) -> None:
+        """Zero the pruned weights in it."""
+        for weight in weights:
+            value = self.parameters.get(weight.name)
+            if value is not None:
+                zero_pruned_(value, weight.mask.to(value.device))
 
 
 @final
@@ -55,6 +78,19 @@ class Averages:
 
     def __init__(self) -> None:
         self._copies: dict[int, _Copy] = {}
+        self._beside: frozenset[int] = frozenset()
+
+    @torch.no_grad()
+    def notice(self, trainer: pl.Trainer, module: nn.Module, weights: Sequence[MaskedWeight]) -> None:
+        """Before a step, quickly: find new copies, and mask those that are seen to be averages.
+
+        Were they found where one validates or saves alone, how often one does so would change them.
+        """
+        if _quickly_beside(trainer, module) != self._beside:
+            self.look(trainer, module, weights)
+        for copy in self._copies.values():
+            if copy.has_moved():
+                copy.apply_(weights)
 
     @torch.no_grad()
     def look(self, trainer: pl.Trainer, module: nn.Module, weights: Sequence[MaskedWeight]) -> None:
@@ -75,17 +111,14 @@ class Averages:
                 earlier = self._copies.get(id(copy))
                 same = earlier is not None and earlier.parameters == parameters
                 copies[id(copy)] = earlier if earlier is not None and same else _Copy.of(parameters, known)
-        self._copies = copies
+        self._copies, self._beside = copies, _quickly_beside(trainer, module)
 
     @torch.no_grad()
     def apply_(self, weights: Sequence[MaskedWeight]) -> None:
         """Zero the pruned weights in every copy that is an average."""
         for copy in self._copies.values():
             if copy.is_average():
-                for weight in weights:
-                    value = copy.parameters.get(weight.name)
-                    if value is not None:
-                        zero_pruned_(value, weight.mask.to(value.device))
+                copy.apply_(weights)
 
 
 def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
@@ -99,6 +132,12 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
     for name, child in module.named_modules():
         if name:
             yield _inside(child), isinstance(child, AveragedModel)
+
+
+def _quickly_beside(trainer: pl.Trainer, module: nn.Module) -> frozenset[int]:
+    """What modules there are in callbacks and at the top of the module."""
+    held = (id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback)))
+    return frozenset(held) | frozenset(map(id, module.children()))
 
 
 def _modules_in(values: Any, depth: int = 2) -> Iterator[nn.Module]:
@@ -146,3 +185,9 @@ def _is_copy(value: nn.Parameter | None, weight: MaskedWeight) -> bool:
 
 def _hash(value: Tensor) -> int:
     return int(content_hash(value))
+
+
+def _some(value: Tensor) -> Tensor:
+    """A few entries, spread over a tensor."""
+    flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLE)]

@@ -6,7 +6,9 @@ Code:   https://github.com/junjieliu2910/DynamicSparseTraining
 Differs from the paper and the authors' code:
     - No layer is replaced: gradients are rewritten in closed form, equal to autograd's through the masked layers.
     - The guard against collapse stands in the code alone, within the forward of linear and convolution layers. Here it
-      acts when masks are renewed, never in evaluation, on recurrent layers too, and it is counted and named.
+      acts when masks are renewed, never in evaluation, and it is counted and named.
+    - A weight of exactly 0 gets no gradient and sleeps for good. A layer that is all zero, as LoRA's B is at first,
+      has thresholds just below 0 here until it has moved, so that its gradient reaches it.
     - Thresholds take no step on a gradient that is inf or NaN (the authors' issue 2 tells of NaN late in VGG training),
       and their gradients are not clipped.
     - What other code writes into a masked weight between steps is overwritten by the dense copy at the next step.
@@ -54,7 +56,8 @@ class DST(LatentMethod):
     A sleeping weight keeps its value, receives the structure gradient, and can wake. Thresholds begin at 0, the network
     dense; an optimizer of the class and the settings of the weights' own steps them, weight decay included.
 
-    Acts at every step. A layer of which at most one hundredth is left has its thresholds reset (``reset_sparsity``).
+    Acts at every step. A layer of which at most one hundredth is left has its thresholds reset, unless it is recurrent
+    (``reset_sparsity``).
 
     Raises:
         ValueError: Neither or both of alpha and sparsity are given, or one is out of its range.
@@ -105,8 +108,9 @@ class DST(LatentMethod):
     reset_sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default"
-            " 0.99, as in the authors' code, or, where ``sparsity`` is above 0.9, a tenth of its density."
+            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default, as"
+            " in the authors' code, 0.99, and in recurrent layers never; where ``sparsity`` is above 0.9, a tenth of"
+            " its density."
         ),
     )
 
@@ -119,10 +123,8 @@ class DST(LatentMethod):
             )
         self.alpha = 0.0 if self.alpha is None else _checked_alpha(self.alpha)
         self.sparsity = None if self.sparsity is None else Steering(self.sparsity).sparsity
-        if self.reset_sparsity is None:
-            # A network that is asked to be sparser than 90 % may have layers of more than 99 %.
-            self.reset_sparsity = max(0.99, 1 - (1 - (self.sparsity or 0.0)) / 10)
-        elif not (_is_number(self.reset_sparsity) and self.reset_sparsity > 0.0):
+        given = self.reset_sparsity
+        if given is not None and not (_is_number(given) and given > 0.0):
             raise ValueError(f"reset_sparsity is {self.reset_sparsity!r}; give a number above 0, or above 1 for none.")
 
     @property
@@ -142,15 +144,10 @@ class DST(LatentMethod):
     @override
     def prepare(self) -> None:
         super().prepare()
-        self._kept.own = _Own(None if self.sparsity is None else Steering(self.sparsity), {})
+        self._kept.own = _Own(None if self.sparsity is None else Steering(self.sparsity))
 
     @override
     def learned(self, weight: MaskedWeight) -> Tensor:
-        if not self.latent(weight).any():
-            rank_zero_warn(
-                f"DST: {weight.name} is all zero, and DST cannot wake what has no magnitude. Initialize it, or"
-                " leave it out with exclude=."
-            )
         self._own.resets[weight.name] = 0
         dtype = torch.promote_types(weight.value.dtype, torch.float32)  # steps of 1e-5 vanish in a half
         return torch.zeros(weight.rows(weight.value).shape[0], dtype=dtype, device=weight.value.device)
@@ -167,18 +164,46 @@ class DST(LatentMethod):
         threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, self.alpha * scale)
         if rows.data_ptr() != grad.data_ptr():  # its rows do not lie in order in memory
             grad.copy_(weight.from_rows(rows))
-        threshold.grad = threshold_grad.to(threshold.dtype) / scale
+        self._give_gradient(weight, threshold_grad.to(threshold.dtype) / scale)
+
+    @override
+    def without_gradient(self, weight: MaskedWeight, scale: float) -> None:
+        assert self.alpha is not None
+        self._give_gradient(weight, -self.alpha * torch.exp(-self.thresholds[weight.name]))  # the regulariser's
+
+    def _give_gradient(self, weight: MaskedWeight, grad: Tensor) -> None:
+        self.thresholds[weight.name].grad = torch.zeros_like(grad) if weight.name in self._own.unmoved else grad
 
     @override
     def masks_renewed(self, group: MaskGroup) -> None:
-        assert self.reset_sparsity is not None
         for weight in group:
-            if weight.sparsity >= self.reset_sparsity:
+            if weight.num_active == 0 or weight.name in self._own.unmoved:
+                self._let_wake(weight)
+            if weight.sparsity >= self._resets_from(weight):
                 self._reset(weight)
         steering, total = self._own.steering, self.run.total_steps
         if steering and group is self.groups[-1]:
             steering.observe(self.actual_sparsity(), self.progress, 1.0 / total)
             self.alpha = steering.alpha
+
+    def _resets_from(self, weight: MaskedWeight) -> float:
+        """The sparsity of a layer from which on its thresholds are reset."""
+        if self.reset_sparsity is not None:
+            return self.reset_sparsity
+        if isinstance(weight.candidate.owner, nn.RNNBase | nn.RNNCellBase):
+            return math.inf
+        # A network that is asked to be sparser than 90 % may have layers of more than 99 %.
+        return max(0.99, 1.0 - (1.0 - (self.sparsity or 0.0)) / 10.0)
+
+    def _let_wake(self, weight: MaskedWeight) -> None:
+        """Let the next gradient reach a layer that is all zero: thresholds of 0 would keep it so."""
+        if self.latent(weight).any():
+            self._own.unmoved.discard(weight.name)
+        else:
+            self._own.unmoved.add(weight.name)
+            threshold = self.thresholds[weight.name]
+            threshold.fill_(-torch.finfo(threshold.dtype).tiny)
+            self.renew(weight)
 
     def _reset(self, weight: MaskedWeight) -> None:
         if not self.thresholds[weight.name].any():
@@ -190,18 +215,17 @@ class DST(LatentMethod):
         self.renew(weight)
 
     def _name_collapsed(self, weight: MaskedWeight) -> None:
-        assert self.reset_sparsity is not None
-        zeros = 1.0 - weight.count(self.latent(weight) != 0) / weight.numel
-        if zeros < self.reset_sparsity:
+        zeros, limit = 1.0 - weight.count(self.latent(weight) != 0) / weight.numel, self._resets_from(weight)
+        if zeros < limit:
             rank_zero_warn(
                 f"DST: {weight.name} has collapsed to sparsity {weight.sparsity:.4f} at step {self.step}; its"
                 " thresholds are reset to 0. A lower alpha avoids this. Later resets are counted in"
                 " masks/threshold_resets."
             )
-        elif zeros < 1.0:  # one that is all zero was named as training began
+        else:
             rank_zero_warn(
                 f"DST: {zeros:.4f} of {weight.name} is zero already, whatever its thresholds, so at reset_sparsity"
-                f" {self.reset_sparsity:g} they are reset to 0 at every step and learn nothing; a lower alpha does not"
+                f" {limit:g} they are reset to 0 at every step and learn nothing; a lower alpha does not"
                 " help. Give a larger reset_sparsity, or leave the layer out with exclude= and give it to FixedMask."
             )
 
@@ -247,11 +271,16 @@ class DST(LatentMethod):
     @override
     def own_state(self) -> dict[str, Any]:
         steering = self._own.steering
-        return {"resets": dict(self.resets), "steering": {} if steering is None else steering.state()}
+        return {
+            "resets": dict(self.resets),
+            "unmoved": sorted(self._own.unmoved),
+            "steering": {} if steering is None else steering.state(),
+        }
 
     @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         self._own.resets |= state["resets"]
+        self._own.unmoved |= set(state["unmoved"])
         steering = self._own.steering
         if steering is None:
             return
@@ -264,10 +293,17 @@ class DST(LatentMethod):
 
 @dataclass
 class _Own:
-    """What DST keeps for one training: how alpha is steered, and how often thresholds were reset."""
+    """What DST keeps for one training.
+
+    Attributes:
+        steering: How alpha is steered.
+        resets: How often the thresholds of each weight were reset.
+        unmoved: Weights that have been all zero since training began; their thresholds wait.
+    """
 
     steering: Steering | None
-    resets: dict[str, int]
+    resets: dict[str, int] = field(default_factory=dict[str, int])
+    unmoved: set[str] = field(default_factory=set[str])
 
 
 def _checked_alpha(alpha: Any) -> float:

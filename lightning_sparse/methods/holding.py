@@ -124,13 +124,20 @@ def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cau
         group.lay_masks()
         method.run.guards[group].masks_changed()
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
-    method.weights_written(written)
+    trainer = method.run.trainer()
+    if trainer is not None and trainer.evaluating:
+        # Averages that are swapped in and out, for example. What stays is looked at when training goes on.
+        for weight in written:
+            weight.apply_()
+    else:
+        method.weights_written(written)
+        method.run.guards[group].note_weights()
     if awake:
-        forget_moments(group, awake)
+        if method.clears_gradients:  # else pruned weights are trained too
+            forget_moments(group, awake)
         steps = method.run.steps
         if group not in steps.had_gradients - steps.seen:  # of which it is said that masks do not hold at all
             _say(method, awake, cause)
-    method.run.guards[group].note_weights()
 
 
 def _say(method: Method, weights: Sequence[MaskedWeight], cause: str) -> None:

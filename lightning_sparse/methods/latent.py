@@ -26,6 +26,7 @@ from lightning_sparse.masks.moments import all_finite, gradient_scale
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
+from lightning_sparse.methods.twins import set_like_its_user, twin_optimizer
 
 __all__ = ["LatentMethod"]
 
@@ -83,15 +84,34 @@ class LatentMethod(SparseMethod):
         """What the module computes with: W ⊙ M, where a method does not say otherwise."""
         return latent.masked_fill(~weight.mask, 0.0)
 
+    def written(self, weight: MaskedWeight, value: Tensor) -> Tensor:
+        """The inverse of :meth:`effective` where weights are active: the dense W of what somebody else has written."""
+        return value
+
     def learned(self, weight: MaskedWeight) -> Tensor | None:
         """First values of what is learned beside ``weight``, stepped by an optimizer like the weight's own."""
         return None
+
+    def twin_settings(self) -> Mapping[str, Any]:
+        """In what the optimizer of what is learned differs from the weight's own, by the names in its groups."""
+        return {}
+
+    def without_gradient(self, weight: MaskedWeight, scale: float) -> None:
+        """``weight`` took no part in the loss; set the gradients of what is learned beside it, if they have any."""
+
+    def take_step(self, group: MaskGroup) -> None:
+        """The optimizer has stepped: take into each :meth:`latent` what it has made of W."""
+        for weight in group:
+            self.latent(weight).copy_(weight.value)
+
+    def before_masks(self, group: MaskGroup, step: int) -> None:
+        """:meth:`new_mask` is about to be asked for the masks with which ``group`` takes ``step``."""
 
     def masks_renewed(self, group: MaskGroup) -> None:
         """The masks of ``group`` were renewed and counted; ``self.renew`` may be called on one again."""
 
     def own_state(self) -> dict[str, Any]:
-        """What the method must remember besides weights, masks and what it learns: primitives alone."""
+        """What the method must remember besides weights, masks and what it learns: tensors and primitives alone."""
         return {}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
@@ -124,7 +144,7 @@ class LatentMethod(SparseMethod):
         for weight in group:
             self._begin(weight, weight.value.clone())
         self.group_changed(group)
-        self._renew_all(group)
+        self._renew_all(group, self.step)
 
     def _begin(self, weight: MaskedWeight, latent: Tensor) -> None:
         self._kept.latent[weight.name] = latent
@@ -139,7 +159,7 @@ class LatentMethod(SparseMethod):
         known = {own for own in self._kept.twins if own in self.run.groups}
         self._kept.twins = {own: twin for own, twin in self._kept.twins.items() if own in known}
         if learned:
-            self._kept.twins[group] = _twin_optimizer(type(self).__name__, group, learned)
+            self._kept.twins[group] = twin_optimizer(type(self).__name__, group, learned, self.twin_settings())
 
     @final
     @override
@@ -147,34 +167,35 @@ class LatentMethod(SparseMethod):
         for weight in weights:
             self._begin(weight, weight.value.clone())
         self.group_changed(group)
-        self._renew_all(group)
+        self._renew_all(group, self.step)
         group.apply_()
 
     @final
     @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
-        self._kept.finite = bool(gradients) and all_finite(gradients)
+        self._kept.finite = not gradients or all_finite(gradients)
         if self._kept.finite:
             group.not_finite_for = 0
-        elif gradients:
+        else:
             self.be_patient(group)
         scale = gradient_scale(trainer, group.optimizer)
         for weight in group:
             latent = self.latent(weight)
-            if weight.parameter.grad is not None:
+            if weight.parameter.grad is None:
+                self.without_gradient(weight, scale)
+            else:
                 self.rewrite_gradient(weight, latent, scale)
             weight.value.copy_(latent)
 
     @final
     @override
     def after_step(self, group: MaskGroup) -> None:
-        for weight in group:
-            self.latent(weight).copy_(weight.value)
+        self.take_step(group)
         if self._kept.finite:
             self._learn(group)
             before = group.mask.clone()
-            self._renew_all(group)
+            self._renew_all(group, self.step + 1)
             changed = group.count(before ^ group.mask) > 0
             self.registry.num_updates += changed
             if changed:
@@ -192,9 +213,9 @@ class LatentMethod(SparseMethod):
     @override
     def weights_written(self, weights: Sequence[MaskedWeight]) -> None:
         for weight in weights:
-            latent = self.latent(weight)
-            latent.copy_(torch.where(weight.value != self.effective(weight, latent), weight.value, latent))
-            weight.value.copy_(self.effective(weight, latent))
+            latent, value = self.latent(weight), weight.value
+            latent.copy_(torch.where(value != self.effective(weight, latent), self.written(weight, value), latent))
+            value.copy_(self.effective(weight, latent))
 
     @final
     @override
@@ -215,8 +236,7 @@ class LatentMethod(SparseMethod):
         twin = self._kept.twins.get(group)
         if twin is None:
             return
-        for own, user in zip(twin.param_groups, _masked_param_groups(group), strict=True):
-            own.update({key: value for key, value in user.items() if key != "params"})  # lr follows the schedule
+        set_like_its_user(twin, group, self.twin_settings())
         with torch.enable_grad():  # differentiable optimizers ask for it
             twin.step()
         twin.zero_grad()
@@ -228,7 +248,8 @@ class LatentMethod(SparseMethod):
         weight.recount(weight.count(weight.mask))
         weight.budget = weight.num_active
 
-    def _renew_all(self, group: MaskGroup) -> None:
+    def _renew_all(self, group: MaskGroup, step: int) -> None:
+        self.before_masks(group, step)
         for weight in group:
             weight.mask.copy_(self.new_mask(weight, self.latent(weight)))
         group.recount()
@@ -305,26 +326,3 @@ class LatentMethod(SparseMethod):
             value.copy_(learned[name])
         for twin, saved in zip(own, twins, strict=True):
             twin.load_state_dict(dict(saved))
-
-
-def _twin_optimizer(name: str, group: MaskGroup, learned: Mapping[str, nn.Parameter]) -> Optimizer:
-    """An optimizer of the class and the settings of the group's own, over what is learned beside its weights."""
-    learned_of = {id(weight.parameter): learned[weight.name] for weight in group if weight.name in learned}
-    param_groups = [
-        {**user, "params": [learned_of[id(weight)] for weight in user["params"] if id(weight) in learned_of]}
-        for user in _masked_param_groups(group)
-    ]
-    kind = type(group.optimizer)
-    try:
-        return kind(param_groups, lr=param_groups[0]["lr"])  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
-        raise MisconfigurationException(
-            f"{name} steps its thresholds, which are vectors, with an optimizer like that of the weights, but"
-            f" {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
-        ) from error
-
-
-def _masked_param_groups(group: MaskGroup) -> list[dict[str, Any]]:
-    """The parameter groups of the optimizer that hold masked weights; those that a finetuning callback adds do not."""
-    masked = {id(weight.parameter) for weight in group}
-    return [user for user in group.optimizer.param_groups if any(id(weight) in masked for weight in user["params"])]

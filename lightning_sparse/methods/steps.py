@@ -34,14 +34,32 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     run = method.last_run
     if run is None or not run.active:
         return
+    module = run.module()
+    if module is not None:
+        run.averages.notice(trainer, module, method.weights)
     for group in [group for group in run.groups if group.optimizer is optimizer]:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
+        _make_gradients_dense(method, group)
         method.before_step(trainer, group)
         if method.clears_gradients:
             run.guards[group].note_gradients()
         else:
             run.guards[group].note_weights()  # their dense values are laid in
+
+
+def _make_gradients_dense(method: Method, group: MaskGroup) -> None:
+    """Give dense gradients to weights that have sparse ones, as of ``nn.Embedding(sparse=True)``."""
+    for weight in group:
+        grad = weight.parameter.grad
+        if grad is None or grad.layout == torch.strided:
+            continue
+        if isinstance(group.optimizer, torch.optim.SparseAdam):
+            raise MisconfigurationException(
+                f"{weight.name} has sparse gradients, which {type(method).__name__} makes dense, and SparseAdam takes"
+                " no dense ones. Give the weight to another optimizer, or leave it out with exclude=."
+            )
+        weight.parameter.grad = grad.to_dense()
 
 
 def leave_out(idle: set[Optimizer], optimizer: Optimizer) -> None:

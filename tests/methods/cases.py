@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL
+from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, SRSTE, STR, Feather, FixedMask, RigL, TopKAST
 from lightning_sparse.methods.catalog import all_methods
 from lightning_sparse.modules import DyReLUPhasing
 from lightning_sparse.schedules import Cosine, Polynomial
@@ -21,6 +21,8 @@ _THRESHOLDS: dict[str, Any] = {
     "refuses": {"muon": "Muon does not take them"},
     "sparsity_under": {"adafactor": 0.01},  # its step is relative to the values, and thresholds begin at 0
 }
+_SMALLER: dict[str, Any] = {"initial": -2.7, "decay": 0.01}  # as the classifier's weights are
+_SCALARS: dict[str, Any] = {"refuses": {"muon": "Muon does not take them"}}
 
 CASES = [
     Case("gmp-uniform", GMP, {"sparsity": 0.8, **_OFTEN}),
@@ -51,6 +53,11 @@ CASES = [
     Case("east-masks", EAST, {"sparsity": 0.8, **_CYCLES, "sharing": False, "phasing": False}),
     Case("dst-alpha", DST, {"alpha": 0.03}, sparsity=0.3, **_THRESHOLDS),
     Case("dst-sparsity", DST, {"sparsity": 0.8}, sparsity=0.3, **_THRESHOLDS),
+    Case("srste", SRSTE, {"pattern": "1:4", "decay": 0.05}, conv_arguments={"pattern": "1:2"}, sparsity=0.5),
+    Case("str", STR, {"initial": -2.0, "decay": 0.05}, sparsity=0.3, conv_arguments=_SMALLER, **_SCALARS),
+    Case("topkast", TopKAST, {"sparsity": 0.8, "backward_sparsity": 0.5, "decay": 0.01}),
+    Case("topkast-erk", TopKAST, {"sparsity": 0.8, "allocation": "erk", "update_every": 3}),
+    Case("feather", Feather, {"sparsity": 0.8, "theta": 0.5, "start": 1, "stop": 7}),
     Case(
         "fixedmask",
         FixedMask,

@@ -343,7 +343,7 @@ def test_sleeping_weights_keep_their_value_and_wake_with_it(tmp_path: Path) -> N
     assert woken > 0
 
 
-def test_a_weight_that_takes_no_part_in_the_loss_keeps_its_dense_value(tmp_path: Path) -> None:
+def test_a_weight_that_takes_no_part_in_the_loss_is_left_alone_but_for_the_regulariser(tmp_path: Path) -> None:
     class Unused(ToyModel):
         def __init__(self) -> None:
             super().__init__()
@@ -354,7 +354,13 @@ def test_a_weight_that_takes_no_part_in_the_loss_keeps_its_dense_value(tmp_path:
     method = DST(0.05)
     make_trainer(tmp_path, callbacks=[method]).fit(model)
     assert torch.equal(method.latent(method.registry["unused.weight"]), before)
-    assert method.thresholds["unused.weight"].count_nonzero() == 0
+    own = torch.zeros(4, requires_grad=True)  # by autograd, as in the authors' code
+    optimizer = torch.optim.SGD([own], lr=0.1, momentum=0.9)
+    for _ in range(16):
+        optimizer.zero_grad()
+        (0.05 * torch.exp(-own).sum()).backward()
+        optimizer.step()
+    torch.testing.assert_close(method.thresholds["unused.weight"].detach(), own.detach())
 
 
 class _NaN(ToyModel):
@@ -395,7 +401,7 @@ class _LSTM(ToyModel):
 @pytest.mark.filterwarnings("ignore:DST. alpha is 3")
 @pytest.mark.parametrize(("model", "layer"), [(ToyModel, r"network\.\d\.weight"), (_LSTM, r"network\.weight_[ih]h_l0")])
 def test_a_collapsed_layer_is_reset_named_once_and_counted(model: Any, layer: str, tmp_path: Path) -> None:
-    method = DST(3.0)
+    method = DST(3.0, reset_sparsity=0.99)
     trainer = make_trainer(tmp_path, callbacks=[method], max_epochs=4)
     with pytest.warns(UserWarning, match=rf"DST: {layer} has collapsed .* at step \d+") as caught:
         trainer.fit(model())
@@ -406,6 +412,58 @@ def test_a_collapsed_layer_is_reset_named_once_and_counted(model: Any, layer: st
     assert all(weight.sparsity < 0.99 for weight in method.weights)
 
 
+@pytest.mark.filterwarnings("ignore:DST. alpha is 3")
+@pytest.mark.filterwarnings(r"ignore:DST at step \d+. network\.weight_.* no active weight left")
+def test_recurrent_layers_have_no_guard_unless_one_is_asked_for(tmp_path: Path) -> None:
+    method = DST(3.0)
+    make_trainer(tmp_path, callbacks=[method], max_epochs=4).fit(_LSTM())
+    assert sum(method.resets.values()) == 0
+    assert all(weight.sparsity > 0.99 for weight in method.weights)
+
+
+class _LoRA(nn.Module):
+    """A frozen linear layer with a low-rank adapter, B of which begins at zero."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a, self.b = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.base(inputs) + self.b(self.a(inputs))
+
+
+class _Adapted(ToyModel):
+    @staticmethod
+    def build() -> nn.Sequential:
+        return nn.Sequential(_LoRA(12, 16), nn.ReLU(), _LoRA(16, 3))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_layer_that_begins_at_zero_is_trained_in_silence(optimizer: str, tmp_path: Path) -> None:
+    method = DST(1e-4)
+    model = _Adapted(OPTIMIZERS[optimizer])
+    make_trainer(tmp_path, callbacks=[method]).fit(model)  # a warning is an error
+    for name in ("network.0.b.weight", "network.2.b.weight"):
+        assert method.latent(method.registry[name]).count_nonzero() == method.registry[name].numel
+        assert method.registry[name].sparsity < 0.9
+        assert not method.thresholds[name].isnan().any()
+
+
+def test_thresholds_of_a_layer_of_zeros_wait_for_its_first_gradient(tmp_path: Path) -> None:
+    class Unused(ToyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(4, 4)
+            nn.init.zeros_(self.unused.weight)
+
+    method = DST(0.05)
+    make_trainer(tmp_path, callbacks=[method]).fit(Unused())
+    assert float(method.thresholds["unused.weight"].detach().abs().max()) < 1e-30
+    assert method.registry["unused.weight"].sparsity == 0.0
+
+
 def zeroed(share: float) -> ToyModel:
     """The toy whose second layer has that share of zeros."""
     model = ToyModel()
@@ -414,17 +472,10 @@ def zeroed(share: float) -> ToyModel:
     return model
 
 
-@pytest.mark.filterwarnings(r"ignore:DST at step 0. network\.2\.weight has no active weight left")
-@pytest.mark.parametrize(
-    ("share", "sentence"),
-    [
-        (1.0, r"network\.2\.weight is all zero, and DST cannot wake"),
-        (127 / 128, r"0\.9922 of network\.2\.weight is zero already.* a lower alpha does not help"),
-    ],
-)
-def test_a_layer_of_zeros_is_not_said_to_have_collapsed(share: float, sentence: str, tmp_path: Path) -> None:
+def test_a_layer_of_zeros_is_not_said_to_have_collapsed(tmp_path: Path) -> None:
+    sentence = r"0\.9922 of network\.2\.weight is zero already.* a lower alpha does not help"
     with pytest.warns(UserWarning, match=sentence) as caught:
-        make_trainer(tmp_path, callbacks=[DST(1e-4)]).fit(zeroed(share))
+        make_trainer(tmp_path, callbacks=[DST(1e-4)]).fit(zeroed(127 / 128))
     assert len([warning for warning in caught if "DST: " in str(warning.message)]) == 1
 
 

@@ -24,7 +24,8 @@ METHODS_OF = {
     "digits": ("fggp",),
     **dict.fromkeys(("lenet300", "lenet5"), ("dense", "gmp", "fggp", "dst")),
     **dict.fromkeys(("lstm-a", "lstm-b", "vgg16", "wrn16-8", "wrn28-8"), ("dense", "dst")),
-    **dict.fromkeys(("resnet20", "resnet34"), ("dense", "set", "rigl", "east")),
+    "resnet20": ("dense", "set", "rigl", "east", "feather"),
+    "resnet34": ("dense", "set", "rigl", "east"),
     "resnet50": ("dense", "set", "rigl", "east", "gmp", "fggp"),
     "vgg19": ("dense", "gmp", "fggp"),
 }
@@ -128,7 +129,7 @@ class TestRecipe:
         header = recipe_path(name).read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
         assert all(line.startswith("#") for line in header)
         assert any(f"lightning-sparse fit --config {name} " in line for line in header)
-        assert any(year in " ".join(header) for year in ("2016", "2020", "2025")) or name.endswith("digits")
+        assert any(year in " ".join(header) for year in ("2016", "2020", "2023", "2025")) or name.endswith("digits")
 
     def test_is_a_file_of_the_package(self, name: str) -> None:
         assert Path(lightning_sparse.__file__).parent in recipe_path(name).parents
@@ -224,6 +225,7 @@ TRAINED = {
     "fggp-resnet50": ["--trainer.callbacks.update_every=4", "--trainer.callbacks.min_active=8"],
     "gmp-vgg19": ["--trainer.callbacks.update_every=4", "--trainer.callbacks.min_active=8"],
     "rigl-resnet34": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
+    "feather-resnet20": [],
     "set-resnet20": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
     "east-resnet20": [
         "--trainer.callbacks.update_every=3",

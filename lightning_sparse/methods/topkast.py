@@ -1,0 +1,192 @@
+r"""Top-KAST: always sparse, forward and backward.
+
+Paper:  Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020, https://arxiv.org/abs/2106.03517
+Code:   none by the authors is public.
+Differs from the paper:
+    - The gradient is computed dense, and cut to B before the optimizer steps; what is saved is the update, not time.
+    - Momentum and weight decay move nothing outside B either, whatever the optimizer; the paper trains without
+      momentum. A weight that leaves B loses its moments.
+    - Which norm the exploration penalty has could not be read; here it is half the square of the Euclidean one, so
+      that its gradient is a weight decay, larger by 1/D in B without A.
+    - Gradients that are inf or NaN change neither A nor B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast, final
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.masks.budgets import LayerAllocation, check_budget, layer_budgets
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.moments import clear_moments
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.checks import check_choice, check_count, check_sparsity, check_steps, check_strength
+from lightning_sparse.methods.latent import LatentMethod
+from lightning_sparse.methods.paper import Paper
+
+__all__ = ["TopKAST"]
+
+
+@final
+@method
+class TopKAST(LatentMethod):
+    r"""Top-K always sparse training: the largest weights are used, some more are trained, and the rest never moves.
+
+    Of each layer's :math:`N` weights, A holds the :math:`D N` and B the :math:`(D + M) N` with the largest
+    :math:`|\theta|`. The module computes with A; the optimizer moves B, by the gradient of
+
+    .. math:: J = L(\theta_A) + \frac{\lambda}{2} \sum_{i \in A} \theta_i^2
+        + \frac{\lambda}{2 D} \sum_{i \in B \setminus A} \theta_i^2
+
+    of which the first term is taken as if B were used. Weights of B that do not grow past those of A decay faster and
+    fall back; others come in their place. :math:`1 - D` is ``sparsity``, :math:`1 - D - M` is ``backward_sparsity``,
+    :math:`\lambda` is ``decay``.
+
+    Raises:
+        ValueError: An argument is out of its range, or backward_sparsity is above sparsity.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_sparse import TopKAST
+        >>> method = TopKAST(0.75, backward_sparsity=0.5)
+        >>> trainer = L.Trainer(max_steps=20, callbacks=[method], logger=False, enable_checkpointing=False,
+        ...                     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> method.registry
+        MaskRegistry(1 weights, sparsity=0.7500)
+        >>> int(method.trained["layer.weight"].sum())
+        32
+
+    References:
+        Jayakumar et al., `Top-KAST: Top-K Always Sparse Training <https://arxiv.org/abs/2106.03517>`_, NeurIPS 2020.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        authors="Jayakumar et al.",
+        title="Top-KAST: Top-K Always Sparse Training",
+        venue="NeurIPS 2020",
+        url="https://arxiv.org/abs/2106.03517",
+    )
+    needs_dense_gradients: ClassVar[bool] = True
+
+    sparsity: float = field(kw_only=False, metadata=doc("Fraction of zeros in the forward, in [0, 1)."))
+    backward_sparsity: float | None = field(
+        default=None,
+        metadata=doc(
+            "Fraction of the weights that are not trained, at most ``sparsity``. By default twice as many are trained"
+            " as are used. The paper has 0.5 with 0.8, and 0.8 with 0.9."
+        ),
+    )
+    decay: float = field(default=1e-4, metadata=doc("Strength of the exploration penalty, at least 0."))
+    allocation: LayerAllocation = field(
+        default="uniform",
+        metadata=doc('How layers share the weights of A, and those of B: ``"uniform"``, ``"er"`` or ``"erk"``.'),
+    )
+    update_every: int = field(default=1, metadata=doc("Steps between two choices of A and B, at least 1."))
+    min_active: int = field(default=0, metadata=doc("Weights that every layer uses at least."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sparsity = check_sparsity("sparsity", self.sparsity)
+        if self.backward_sparsity is None:
+            self.backward_sparsity = max(0.0, 1.0 - 2.0 * (1.0 - self.sparsity))
+        self.backward_sparsity = check_sparsity("backward_sparsity", self.backward_sparsity)
+        if self.backward_sparsity > self.sparsity:
+            raise ValueError(
+                f"backward_sparsity is {self.backward_sparsity} and sparsity is {self.sparsity}, but every weight that"
+                " is used is trained too. Give a backward_sparsity of at most sparsity."
+            )
+        self.decay = check_strength("decay", self.decay)
+        check_choice("allocation", self.allocation, LayerAllocation)
+        check_count("min_active", self.min_active)
+        check_steps("update_every", self.update_every)
+
+    @property
+    def trained(self) -> Mapping[str, Tensor]:
+        """The weights that the optimizer moves, B, by name: ``bool``, of the weight's shape; empty before training."""
+        return {} if self.last_run is None else self._own.trained
+
+    @property
+    def _own(self) -> _Own:
+        return cast("_Own", self._kept.own)
+
+    @override
+    def prepare(self) -> None:
+        super().prepare()
+        self._kept.own = _Own()
+
+    @override
+    def before_masks(self, group: MaskGroup, step: int) -> None:
+        own = self._own
+        own.due = (step - self.run.origin) % self.update_every == 0 or any(w.name not in own.trained for w in group)
+        if not own.due:
+            return
+        assert self.backward_sparsity is not None
+        check_budget(group, self.sparsity, self.min_active)
+        used = layer_budgets(group, self.sparsity, self.allocation, self.min_active, grow=True)
+        trained = layer_budgets(group, self.backward_sparsity, self.allocation, self.min_active, grow=True)
+        for weight, a, b in zip(group, used, trained, strict=True):
+            own.used[weight.name] = a
+            own.trained[weight.name] = self._largest(weight, max(a, b))
+
+    @override
+    def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
+        return self._largest(weight, self._own.used[weight.name]) if self._own.due else weight.mask
+
+    def _largest(self, weight: MaskedWeight, k: int) -> Tensor:
+        return weight.largest(self.latent(weight), k, torch.ones_like(weight.mask), key=torch.abs)
+
+    @override
+    def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
+        a, b = weight.mask, self.trained[weight.name]
+        density = max(1, weight.num_active) / weight.numel
+        pull = latent * (self.decay * scale)
+        weight.grad.add_(torch.where(a, pull, pull / density)).masked_fill_(~b, 0.0)
+
+    @override
+    def take_step(self, group: MaskGroup) -> None:
+        for weight in group:
+            still = ~self.trained[weight.name]
+            latent = self.latent(weight)
+            latent.copy_(torch.where(still, latent, weight.value))
+            clear_moments(group.optimizer, weight.parameter, still)
+
+    @override
+    def own_state(self) -> dict[str, Any]:
+        return {w.name: pack(w.layout.whole(self.trained[w.name])) for w in self.weights}
+
+    @override
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        for weight in self.weights:
+            try:
+                whole = unpack(state[weight.name], weight.shape)
+            except (KeyError, ValueError) as error:
+                raise MisconfigurationException(
+                    f"The checkpoint does not tell which weights of {weight.name} were trained. Resume from an earlier"
+                    " one."
+                ) from error
+            self._own.trained[weight.name] = weight.layout.take(whole).to(weight.mask.device)
+
+
+@dataclass
+class _Own:
+    """What Top-KAST keeps for one training.
+
+    Attributes:
+        used: The size of A, by name.
+        trained: B, by name.
+        due: Whether A is to be chosen anew.
+    """
+
+    used: dict[str, int] = field(default_factory=dict[str, int])
+    trained: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    due: bool = False

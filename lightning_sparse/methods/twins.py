@@ -1,0 +1,63 @@
+"""Optimizers of what is learned beside masked weights: of the class and the settings of the weights' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_sparse.masks.group import MaskGroup
+
+__all__ = ["set_like_its_user", "twin_optimizer"]
+
+
+def twin_optimizer(
+    name: str, group: MaskGroup, learned: Mapping[str, nn.Parameter], settings: Mapping[str, Any]
+) -> Optimizer:
+    """An optimizer like that of ``group``, over what is learned beside its weights.
+
+    Args:
+        name: Of the method, for the message of an error.
+        group: The weights.
+        learned: What is learned, by the name of the weight.
+        settings: In what the twin differs.
+
+    Returns:
+        The optimizer, with one parameter group for each of the user's that holds masked weights.
+
+    Raises:
+        MisconfigurationException: An optimizer of that class does not take what is learned.
+    """
+    learned_of = {id(weight.parameter): learned[weight.name] for weight in group if weight.name in learned}
+    param_groups = [
+        {
+            **user,
+            **settings,
+            "params": [learned_of[id(weight)] for weight in user["params"] if id(weight) in learned_of],
+        }
+        for user in _masked_param_groups(group)
+    ]
+    kind = type(group.optimizer)
+    try:
+        return kind(param_groups, lr=param_groups[0]["lr"])  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"{name} steps its thresholds, which are vectors or numbers, with an optimizer like that of the weights,"
+            f" but {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
+        ) from error
+
+
+def set_like_its_user(twin: Optimizer, group: MaskGroup, settings: Mapping[str, Any]) -> None:
+    """Give ``twin`` the settings that the optimizer of ``group`` has now: learning rates follow their schedule."""
+    for own, user in zip(twin.param_groups, _masked_param_groups(group), strict=True):
+        own.update({key: value for key, value in user.items() if key != "params"})
+        own.update(settings)
+
+
+def _masked_param_groups(group: MaskGroup) -> list[dict[str, Any]]:
+    """The parameter groups of the optimizer that hold masked weights; those that a finetuning callback adds do not."""
+    masked = {id(weight.parameter) for weight in group}
+    return [user for user in group.optimizer.param_groups if any(id(weight) in masked for weight in user["params"])]
