@@ -318,6 +318,14 @@ class GrowingMethod(ScoredMethod, ABC):
             " too."
         ),
     )
+    warm_moments: bool = field(
+        default=True,
+        metadata=doc(
+            "Whether a grown weight's second moment (Adam, RMSprop, …) begins at the square of its gradient, or the"
+            " mean of the layer's survivors where that is more. Else it begins at 0, and first steps are up to six"
+            " learning rates long."
+        ),
+    )
     stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))
     min_active: int = field(default=1, metadata=doc("Weights that every layer holds at least."))
 
@@ -342,6 +350,11 @@ class GrowingMethod(ScoredMethod, ABC):
     @override
     def replaces_step(self) -> bool:
         return self.update_replaces_step
+
+    @property
+    @override
+    def warms_moments(self) -> bool:
+        return self.warm_moments
 
     @property
     @override
