@@ -25,8 +25,8 @@ from typing_extensions import override
 
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.growing import GrowingMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.scored import GrowingMethod
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing
 from lightning_sparse.schedules import Cosine, CycleShape, Cyclic, Duration, Schedule, UpdateTimes, as_number
 

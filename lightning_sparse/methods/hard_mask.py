@@ -54,8 +54,16 @@ class HardMaskMethod(SparseMethod):
         """Whether the second moments of grown weights begin with those of their neighbours, rather than at zero."""
         return True
 
+    def waits(self, group: MaskGroup) -> bool:
+        """Whether the optimizer takes no step either while masks are still to come."""
+        return False
+
     def observe(self, weight: MaskedWeight) -> None:
         """Look at a gradient, dense and finite, before it is masked; at every step."""
+
+    def observes(self, group: MaskGroup) -> bool:
+        """Whether :meth:`observe` is to be called at this step."""
+        return type(self).observe is not HardMaskMethod.observe
 
     # What the family does.
 
@@ -87,7 +95,7 @@ class HardMaskMethod(SparseMethod):
     @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         due = self._is_due(group)
-        observes = type(self).observe is not HardMaskMethod.observe
+        observes = self.observes(group)
         before: Tensor | None = None
         if (due or observes) and self._gradients_are_usable(group, due=due):
             if observes:
@@ -100,6 +108,8 @@ class HardMaskMethod(SparseMethod):
                 weight.zero_pruned_(weight.grad)
         if before is not None and self.warms_moments:
             _warm(trainer, group, before)
+        if self.waits(group):
+            self.registry.idle_optimizers.add(group.optimizer)
 
     @final
     @override

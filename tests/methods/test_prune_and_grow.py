@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_sparse import SparseMethod
-    from lightning_sparse.methods.scored import GrowingMethod
+    from lightning_sparse.methods.growing import GrowingMethod
 
 
 class EightWeights(L.LightningModule):

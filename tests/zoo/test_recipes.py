@@ -13,8 +13,8 @@ from lightning_sparse.cli import SparseCLI
 from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
 from lightning_sparse.methods.catalog import all_methods
+from lightning_sparse.methods.growing import GrowingMethod
 from lightning_sparse.methods.scored import ScoredMethod
-from lightning_sparse.methods.scored import GrowingMethod
 from lightning_sparse.schedules import Cyclic, as_schedule
 from lightning_sparse.zoo import CIFAR10DataModule, Classifier, MNISTDataModule, list_recipes, recipe_path
 from lightning_sparse.zoo.data import InMemoryDataModule
