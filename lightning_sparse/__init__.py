@@ -5,25 +5,52 @@ from __future__ import annotations
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
-from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
+from lightning_sparse.methods import (
+    ACDC,
+    DSR,
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    SNIP,
+    FixedMask,
+    GraNet,
+    GraSP,
+    RigL,
+    SparseMethod,
+    SRigL,
+    SynFlow,
+)
 from lightning_sparse.methods.one_shot import prune
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing, share_weights, unshare_weights
 from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.reporting import report
 
 __all__ = [
+    "ACDC",
+    "DSR",
     "DST",
     "EAST",
     "FGGP",
     "GMP",
+    "MEST",
     "SET",
+    "SNFS",
+    "SNIP",
     "DyReLUPhasing",
     "FixedMask",
+    "GraNet",
+    "GraSP",
     "MaskRegistry",
     "MaskedWeight",
     "RigL",
+    "SRigL",
     "SparseMethod",
     "SparsityMonitor",
+    "SynFlow",
     "WeightSharing",
     "__version__",
     "apply_masks",

@@ -127,30 +127,34 @@ def erdos_renyi_kernel(
     return _share(scores, shapes, total, capacities, min_active)
 
 
-def proportional(weights: Sequence[float], total: int, capacities: Sequence[int]) -> list[int]:
+def proportional(
+    weights: Sequence[float], total: int, capacities: Sequence[int], minima: Sequence[int] | None = None
+) -> list[int]:
     """``total`` in proportion to ``weights``; what has no room in one goes to the others, in the same proportion.
 
     Args:
         weights: One for each layer, at least 0; where all are 0 they count as equal.
         total: What is shared out, an integer.
         capacities: The most that each may get.
+        minima: The least; 0 by default.
 
     Returns:
         An integer for each; they sum to ``total``.
 
     Raises:
-        ValueError: ``total`` is above the sum of the capacities.
+        ValueError: ``total`` is above the sum of the capacities, or below that of the minima.
 
     Example:
         >>> proportional([3.0, 1.0], total=8, capacities=[9, 9]), proportional([3.0, 1.0], total=8, capacities=[5, 9])
         ([6, 2], [5, 3])
     """
-    if total > sum(capacities):
-        raise ValueError(f"{total} cannot be shared out: there is room for {sum(capacities)}.")
+    low = [0] * len(weights) if minima is None else minima
+    if not sum(low) <= total <= sum(capacities):
+        raise ValueError(f"{total} cannot be shared out: {sum(low)} to {sum(capacities)} have a place.")
     # A layer with the weight 0 gets what nobody else has room for.
     least = max(weights, default=0.0) * 1e-12 or 1.0
     slopes = [max(weight, least) for weight in weights]
-    return _round(_fill(slopes, [0] * len(slopes), capacities, total), capacities, total)
+    return _round(_fill(slopes, low, capacities, total), capacities, total)
 
 
 def _fan(shape: Shape) -> int:

@@ -5,6 +5,7 @@ The training loop, with the points at which a method acts::
     fit
      ├ setup                        what cannot work is refused; no weight is touched
      ├ on_train_start               all methods plan, load and resolve; then masks are broadcast and applied
+     │  ├ on_train_batch_start      → on_batch
      │  ├ optimizer's pre-hook      the guard: did anyone write weights?
      │  ├ forward
      │  ├ on_before_backward        → on_loss       the loss, with its graph
@@ -85,6 +86,7 @@ class SparseMethod(Method):
         if batch_idx == 0 or following.is_replaced(self):
             following.follow_parameters(self, trainer, pl_module)
         holding.repair_written(self)
+        self.on_batch(batch)
 
     @final
     @override

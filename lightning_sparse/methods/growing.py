@@ -87,15 +87,15 @@ class GrowingMethod(ScoredMethod, ABC):
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
         return [
-            budget - self.exchanged(weight) if budget == weight.num_active else min(weight.num_active, budget)
+            budget - self.exchanged(weight, budget) if budget == weight.num_active else min(weight.num_active, budget)
             for weight, budget in zip(group, budgets, strict=True)
         ]
 
-    def exchanged(self, weight: MaskedWeight) -> int:
-        """How many weights of a layer an update exchanges."""
+    def exchanged(self, weight: MaskedWeight, active: int) -> int:
+        """How many of its ``active`` weights a layer exchanges at an update."""
         assert isinstance(self.drop_fraction, Schedule)
-        k = share(self.drop_fraction(self.progress), weight.num_active)
-        return k if self.regrow else min(k, weight.numel - weight.num_active)
+        k = share(self.drop_fraction(self.progress), active)
+        return k if self.regrow else min(k, weight.numel - active)
 
     @override
     def clock_starts(self, group: MaskGroup) -> None:

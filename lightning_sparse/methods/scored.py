@@ -185,7 +185,7 @@ class ScoredMethod(HardMaskMethod, ABC):
     def update_masks(self, group: MaskGroup) -> None:
         self.before_update(group)
         if self.allocation == "global":
-            self._prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
+            self.prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
         budgets = self.budgets(group)
         for weight, keep, budget in zip(group, self.kept(group, budgets), budgets, strict=True):
             weight.mask.copy_(self.new_mask(weight, keep, budget))
@@ -199,7 +199,9 @@ class ScoredMethod(HardMaskMethod, ABC):
     def after_update(self, group: MaskGroup) -> None:
         """The masks of ``group`` are chosen."""
 
-    def _prune_together(self, group: MaskGroup, n: int) -> None:
+    @final
+    def prune_together(self, group: MaskGroup, n: int) -> None:
+        """Prune ``n`` weights of all layers together, as :meth:`dropped` says."""
         if n > 0:
             group.mask &= ~self.dropped(group, self._prunable(group), n)
             left = group.num_active - n

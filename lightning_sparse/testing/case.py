@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_sparse.masks import select_weights
+from lightning_sparse.methods.at_initialization import AtInitialization
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.modules import DyReLUPhasing
@@ -76,7 +77,8 @@ class Case:
     @property
     def is_gradual(self) -> bool:
         """Whether it is a method of gradual pruning."""
-        return issubclass(self.method, ScoredMethod) and not self.method.grows
+        at_once = issubclass(self.method, AtInitialization)
+        return issubclass(self.method, ScoredMethod) and not self.method.grows and not at_once
 
     @property
     def is_hard(self) -> bool:
