@@ -49,9 +49,9 @@ _KEEP_ZEROS = frozenset(
 )
 
 
-# What optimizers call a running average, sum or maximum of squared gradients: exp_avg_sq and max_exp_avg_sq (the Adams),
-# square_avg (RMSprop, Adadelta), sum (Adagrad), variance (Adafactor), exp_avg_var (AdaBelief), nu, second_moment.
-# Adamax's exp_inf, a running maximum of magnitudes, stands for their root.
+# What optimizers call a running average, sum or maximum of squared gradients: exp_avg_sq and max_exp_avg_sq (Adam and
+# others), square_avg (RMSprop, Adadelta), sum (Adagrad), variance (Adafactor), exp_avg_var (AdaBelief), nu,
+# second_moment. Adamax's exp_inf, a running maximum of magnitudes, stands for their root.
 _SECOND_MOMENT = re.compile(r"(^|_)(sq|square|squares|sum|var|variance|second|nu|inf)(_|$)")
 _ROOT = re.compile(r"(^|_)inf(_|$)")
 
@@ -98,8 +98,8 @@ def is_second_moment(key: str) -> bool:
     """Whether a tensor of an optimizer's state, by its name, divides the steps: a second moment, or its root.
 
     Example:
-        >>> [key for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "exp_inf") if is_second_moment(key)]
-        ['exp_avg_sq', 'square_avg', 'exp_inf']
+        >>> [is_second_moment(key) for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")]
+        [False, True, False, True]
     """
     return _SECOND_MOMENT.search(key) is not None
 

@@ -30,7 +30,8 @@ class HardMaskMethod(SparseMethod):
 
     An update happens before the optimizer's step, on its gradients, which are the mean over accumulated batches and
     processes. Weights just pruned become zero, weights just grown are zero, and the optimizer's moments of both are
-    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that is not finite waits for the next step.
+    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that is
+    not finite waits for the next step.
     """
 
     # What a method implements.
@@ -53,6 +54,9 @@ class HardMaskMethod(SparseMethod):
     def warms_moments(self) -> bool:
         """Whether the second moments of grown weights begin with those of their neighbours, rather than at zero."""
         return True
+
+    def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        """Change the gradients of all that the optimizer of ``group`` steps, before the pruned ones become zero."""
 
     def waits(self, group: MaskGroup) -> bool:
         """Whether the optimizer takes no step either while masks are still to come."""
@@ -103,6 +107,7 @@ class HardMaskMethod(SparseMethod):
                     self.observe(weight)
             if due:
                 before = self._update(group)
+        self.before_masking(trainer, group)
         for weight in group:
             if weight.parameter.grad is not None and weight.num_active < weight.numel:
                 weight.zero_pruned_(weight.grad)
