@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import field
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.masks.budgets import budget_of
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.scored import Allocation, ScoredMethod
 from lightning_sparse.schedules import Duration, Schedule, UpdateTimes
 
-__all__ = ["AtInitialization"]
+__all__ = ["AtInitialization", "Watched"]
+
+
+@dataclass
+class Watched:
+    """What is seen until weights are pruned.
+
+    Attributes:
+        seen: How many steps with finite gradients there were, by parameter name.
+        batch: The latest batch.
+        tensors: Tensors by parameter name; they are not kept in checkpoints.
+    """
+
+    seen: dict[str, int] = field(default_factory=dict[str, int])
+    batch: Any = None
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @method
@@ -53,6 +71,15 @@ class AtInitialization(ScoredMethod, ABC):
         super().__post_init__()
 
     @property
+    def watched(self) -> Watched:
+        """What was seen in this training."""
+        return cast("Watched", self.run.own)
+
+    @override
+    def prepare(self) -> None:
+        self.run.own = Watched()
+
+    @property
     def steps_watched(self) -> int:
         """How many steps are looked at before weights are pruned."""
         return self.batches
@@ -75,6 +102,15 @@ class AtInitialization(ScoredMethod, ABC):
         return pending and group.num_active > budget_of(group, self.sparsity(1.0))
 
     @override
+    def observe(self, weight: MaskedWeight) -> None:
+        self.watched.seen[weight.name] = self.watched.seen.get(weight.name, 0) + 1
+
+    @override
+    def is_ready(self, group: MaskGroup) -> bool:
+        seen = self.watched.seen
+        return not self.is_pending(group) or all(seen.get(w.name, 0) + 1 >= self.steps_watched for w in group)
+
+    @override
     def waits(self, group: MaskGroup) -> bool:
         if not self.is_pending(group):
             return False
@@ -91,6 +127,15 @@ class AtInitialization(ScoredMethod, ABC):
 
     @override
     def after_update(self, group: MaskGroup) -> None:
-        for tensors in self.run.memory.values():
+        for tensors in (*self.run.memory.values(), self.watched.tensors):
             for weight in group:
                 tensors.pop(weight.name, None)
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        return super().method_state() | {"seen": dict(self.watched.seen)}
+
+    @override
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        super().load_method_state(state)
+        self.watched.seen = dict(state.get("seen", {}))

@@ -32,6 +32,7 @@ from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -151,6 +152,11 @@ class SparseMethod(Method):
     @final
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.last_run is None or self.last_run.trainer() is not trainer:
+            rank_zero_warn(
+                f"{type(self).__name__} had no batch to train on, so no weight was masked. Look at the data loader, at"
+                " limit_train_batches, and whether max_epochs or max_steps were reached before."
+            )
         begin.leave(self, trainer, pl_module)
 
     @final

@@ -77,19 +77,26 @@ class GraSP(AtInitialization):
     def steps_watched(self) -> int:
         return 2 * self.batches
 
-    @property
-    def _has_gradient(self) -> bool:
+    def _has_gradient(self, weight: MaskedWeight) -> bool:
         """Whether g is complete, and its product with the Hessian is looked for."""
-        return self.step - self.run.origin >= self.batches
+        return self.watched.seen.get(weight.name, 0) >= self.batches
 
     @override
     def observe(self, weight: MaskedWeight) -> None:
-        if not self._has_gradient:
+        if self._has_gradient(weight):
+            self.memory(weight, "product").add_(self.watched.tensors[weight.name])
+        else:
             self.memory(weight, "gradient").add_(weight.grad)
+        super().observe(weight)
+
+    @override
+    def waits(self, group: MaskGroup) -> bool:
+        self.watched.tensors.clear()  # used by now, or of a step whose gradients were not finite
+        return super().waits(group)
 
     @override
     def on_loss(self, group: MaskGroup, loss: Tensor) -> None:
-        if not self._has_gradient or not self.is_pending(group):
+        if not (self.is_pending(group) and all(self._has_gradient(weight) for weight in self.weights)):
             return
         weights = self.weights
         try:
@@ -106,8 +113,8 @@ class GraSP(AtInitialization):
                 " SynFlow, which need no second derivative."
             ) from error
         for weight, its in zip(group, second, strict=True):
-            if its is not None:
-                self.memory(weight, "product").add_(its)
+            before = self.watched.tensors.get(weight.name, torch.zeros_like(weight.value))
+            self.watched.tensors[weight.name] = before if its is None else before + its.detach()
 
     @override
     def before_update(self, group: MaskGroup) -> None:

@@ -58,6 +58,10 @@ class HardMaskMethod(SparseMethod):
     def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         """Change the gradients of all that the optimizer of ``group`` steps, before the pruned ones become zero."""
 
+    def is_ready(self, group: MaskGroup) -> bool:
+        """Whether an update that is due can come at this step, after :meth:`observe`; the same in every process."""
+        return True
+
     def waits(self, group: MaskGroup) -> bool:
         """Whether the optimizer takes no step either while masks are still to come."""
         return False
@@ -153,7 +157,7 @@ class HardMaskMethod(SparseMethod):
     def _is_due(self, group: MaskGroup) -> bool:
         times = self.run.timetable
         latest = None if times is None else times.latest(self.step)
-        return latest is not None and latest > group.updated_at
+        return latest is not None and latest > group.updated_at and self.is_ready(group)
 
     def _gradients_are_usable(self, group: MaskGroup, *, due: bool) -> bool:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]

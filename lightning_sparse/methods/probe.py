@@ -60,7 +60,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
                 " return tensors."
             ) from error
         return {
-            weight.name: torch.zeros_like(weight.value) if flow is None else weight.value * weight.layout.local(flow)
+            weight.name: torch.zeros_like(weight.value) if flow is None else (weight.value * flow).abs_()
             for weight, flow in zip(weights, flows, strict=True)
         }
 

@@ -67,6 +67,7 @@ class SNIP(AtInitialization):
 
     @override
     def observe(self, weight: MaskedWeight) -> None:
+        super().observe(weight)
         self.memory(weight, "gradient").add_(weight.grad)
 
     @override

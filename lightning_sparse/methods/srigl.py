@@ -115,8 +115,10 @@ class SRigL(GrowingMethod):
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
-        left = [min(weight.num_active, budget) for weight, budget in zip(group, budgets, strict=True)]
-        return [its_left - self.exchanged(weight, its_left) for weight, its_left in zip(group, left, strict=True)]
+        return [
+            min(budget, weight.num_active - self.exchanged(weight, weight.num_active))
+            for weight, budget in zip(group, budgets, strict=True)
+        ]
 
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:

@@ -12,8 +12,8 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast, final
+from dataclasses import field
+from typing import Any, ClassVar, final
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -31,14 +31,6 @@ from lightning_sparse.schedules import Exponential
 __all__ = ["SynFlow"]
 
 
-@dataclass
-class _Probe:
-    """The first batch, and the scores of an iteration by name."""
-
-    batch: Any = None
-    scores: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-
 @final
 @method
 class SynFlow(AtInitialization):
@@ -51,6 +43,9 @@ class SynFlow(AtInitialization):
 
     are pruned, until :math:`\lfloor N (1 - s)^{k / n} \rfloor` are left. What flows into a neuron flows out of it, so that
     no layer collapses before the others. :math:`n` is ``iterations``.
+
+    That holds for linear layers, convolutions, ReLUs and BatchNorm; where a mean is subtracted (LayerNorm) flows cancel,
+    and their magnitudes are ranked.
 
     It is computed in evaluation mode and leaves nothing behind: weights, buffers, statistics of BatchNorm and random
     generators are as before. No step is taken on the first batch, which gives nothing but its shape.
@@ -91,26 +86,19 @@ class SynFlow(AtInitialization):
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations!r}; give an int of at least 1.")
 
-    @property
-    def _probe(self) -> _Probe:
-        return cast("_Probe", self.run.own)
-
-    @override
-    def prepare(self) -> None:
-        self.run.own = _Probe()
-
     @override
     def on_batch(self, batch: Any) -> None:
-        self._probe.batch = batch if any(self.is_pending(group) for group in self.groups) else None
+        self.watched.batch = batch if any(self.is_pending(group) for group in self.groups) else None
 
     @override
     def before_update(self, group: MaskGroup) -> None:
         module, final = self.run.module(), self.sparsity_now
-        assert module is not None
-        inputs = inputs_of(module, self._probe.batch)
+        if not self.is_pending(group) or module is None:
+            return
+        inputs = inputs_of(module, self.watched.batch)
         iterations = self.iterations if self.allocation == "global" else 1
         for iteration in range(1, iterations + 1):
-            its = self._probe.scores = synaptic_flow(module, inputs, self.weights)
+            its = self.watched.tensors = synaptic_flow(module, inputs, self.weights)
             if not all(bool(scores.isfinite().all()) for scores in its.values()):
                 raise MisconfigurationException(
                     "SynFlow's scores are inf or NaN: the sum of what flows through the magnitudes of"
@@ -122,9 +110,5 @@ class SynFlow(AtInitialization):
                 self.prune_together(group, group.num_active - max(left, budget_of(group, final)))
 
     @override
-    def after_update(self, group: MaskGroup) -> None:
-        self._probe.scores = {}
-
-    @override
     def drop_scores(self, weight: MaskedWeight) -> Tensor:
-        return self._probe.scores[weight.name]
+        return self.watched.tensors[weight.name]

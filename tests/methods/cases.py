@@ -72,7 +72,7 @@ CASES = [
     Case(
         "granet-layer", GraNet, {"sparsity": Polynomial(0.5, 0.8), "allocation": "erk", "update_every": 2, "stop": 11}
     ),
-    Case("acdc", ACDC, {"sparsity": 0.8, "update_every": 2, "start": 1, "last_dense": 7, "stop": 11}),
+    Case("acdc", ACDC, {"sparsity": 0.8, "min_active": 4, "update_every": 2, "start": 1, "last_dense": 7, "stop": 11}),
     Case("mest", MEST, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
     Case("mest-soft", MEST, {"sparsity": 0.8, "soft": True, "update_every": 2, "stop": 11}),
     Case("snfs", SNFS, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
