@@ -205,7 +205,6 @@ class HardMaskMethod(SparseMethod):
 
 def _warm(trainer: pl.Trainer, group: MaskGroup, before: Tensor) -> None:
     """Warm the moments of what was pruned ``before`` and is active now; gradients are masked already."""
-    if group.count(group.mask & ~before):
-        seen = as_stepped_on(trainer, group.optimizer)
-        for weight, was in zip(group, group.split(before), strict=True):
-            warm_moments(group.optimizer, weight.parameter, weight.mask & ~was, weight.mask & was, seen(weight.grad))
+    seen = as_stepped_on(trainer, group.optimizer)
+    for weight, was in zip(group, group.split(before), strict=True):
+        warm_moments(group.optimizer, weight.parameter, weight.mask & ~was, weight.mask & was, seen(weight.grad))

@@ -255,6 +255,11 @@ class ScoredMethod(HardMaskMethod, ABC):
         return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
 
     @property
+    @override
+    def warms_moments(self) -> bool:
+        return self.grows
+
+    @property
     def regrows(self) -> bool:
         """Whether a weight that the update has just pruned may be grown by it."""
         return True

@@ -27,15 +27,12 @@ def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
     layers = [weight for weight in group if weight.parameter.grad is not None and weight.num_active]
     if not layers:
         return []
-    ratios = torch.stack([_norm(weight.grad * weight.mask) / _norm(weight.value) for weight in layers]).tolist()
-    names = [weight.name for weight, ratio in zip(layers, ratios, strict=True) if ratio < _LEAST]
-    return [] if names and _has_zero_gains(module) else names
+    ratios = [_norm(weight.grad * weight.mask) / _norm(weight.value) for weight in layers]
+    gains = [parameter.any() for name, parameter in module.named_parameters() if not name.endswith("bias")]
+    # One transfer from the device: the ratios, and whether every gain has something in it.
+    *found, all_live = torch.stack([*ratios, torch.stack(gains).all().float()]).tolist()
+    return [weight.name for weight, ratio in zip(layers, found, strict=True) if ratio < _LEAST] if all_live else []
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return tensor.norm(dtype=torch.float32)
-
-
-def _has_zero_gains(module: nn.Module) -> bool:
-    gains = (parameter for name, parameter in module.named_parameters() if not name.endswith("bias"))
-    return any(not bool(parameter.any()) for parameter in gains)
+    return tensor.norm(dtype=torch.promote_types(tensor.dtype, torch.float32)).float()

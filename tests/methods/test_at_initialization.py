@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lightning_sparse import GMP, SNIP, GraSP, SynFlow
@@ -156,22 +157,16 @@ def test_grasp_computes_the_hessians_product_with_the_gradient(tmp_path: Path) -
 
 
 def test_a_loss_without_a_second_derivative_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, value: Tensor) -> Tensor:
-            return value.clone()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return grad
-
-    class Model(ToyModel):
+    class Attention(ToyModel):
         def forward(self, inputs: Tensor) -> Tensor:
-            return Once.apply(super().forward(inputs))  # type: ignore[no-any-return,no-untyped-call]
+            first, *others = self.network.children()
+            words = first(inputs).view(-1, 1, 4, 4)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                mixed = nn.functional.scaled_dot_product_attention(words, words, words)
+            return nn.Sequential(*others)(mixed.flatten(1))  # type: ignore[no-any-return]
 
     with pytest.raises(MisconfigurationException, match=r"GraSP needs the second derivative.*take SNIP or SynFlow"):
-        make_trainer(tmp_path, callbacks=[GraSP(0.5)]).fit(Model())
+        make_trainer(tmp_path, callbacks=[GraSP(0.5)]).fit(Attention())
 
 
 # SynFlow
