@@ -26,8 +26,8 @@ METHODS_OF = {
     **dict.fromkeys(("lenet300", "lenet5"), ("dense", "gmp", "fggp", "dst")),
     **dict.fromkeys(("lstm-a", "lstm-b", "vgg16", "wrn16-8", "wrn28-8"), ("dense", "dst")),
     **dict.fromkeys(("resnet20", "resnet34"), ("dense", "set", "rigl", "east")),
-    "resnet50": ("dense", "set", "rigl", "east", "gmp", "fggp"),
-    "vgg19": ("dense", "gmp", "fggp"),
+    "resnet50": ("dense", "set", "rigl", "east", "gmp", "fggp", "granet", "snip", "grasp", "synflow"),
+    "vgg19": ("dense", "gmp", "fggp", "granet", "snip", "grasp", "synflow"),
 }
 NAMES = {f"{method}-{network}" for network, methods in METHODS_OF.items() for method in methods}
 TINY = [
@@ -129,7 +129,7 @@ class TestRecipe:
         header = recipe_path(name).read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
         assert all(line.startswith("#") for line in header)
         assert any(f"lightning-sparse fit --config {name} " in line for line in header)
-        assert any(year in " ".join(header) for year in ("2016", "2020", "2025")) or name.endswith("digits")
+        assert any(year in " ".join(header) for year in ("2016", "2020", "2021", "2025")) or name.endswith("digits")
 
     def test_is_a_file_of_the_package(self, name: str) -> None:
         assert Path(lightning_sparse.__file__).parent in recipe_path(name).parents
@@ -174,6 +174,10 @@ CIFAR = {
     "rigl-resnet34": ([250, 128, 0.1, 0.9, 1e-4, True], [125, 187], 1.0),
     "dense-resnet50": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
     "gmp-vgg19": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
+    **dict.fromkeys(
+        ("granet-vgg19", "snip-resnet50", "grasp-vgg19", "synflow-resnet50"),
+        ([160, 128, 0.1, 0.9, 5e-4, True], [80, 120], None),
+    ),
 }
 
 
@@ -226,6 +230,10 @@ TRAINED = {
     "gmp-vgg19": ["--trainer.callbacks.update_every=4", "--trainer.callbacks.min_active=8"],
     "rigl-resnet34": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
     "set-resnet20": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
+    "granet-resnet50": ["--trainer.callbacks.update_every=10"],
+    "snip-vgg19": ["--trainer.callbacks.min_active=8"],
+    "grasp-resnet50": ["--trainer.callbacks.min_active=8"],
+    "synflow-vgg19": ["--trainer.callbacks.min_active=8", "--trainer.callbacks.iterations=10"],
     "east-resnet20": [
         "--trainer.callbacks.update_every=3",
         "--trainer.callbacks.cycle_update_every=1",
