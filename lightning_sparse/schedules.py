@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
+
+from lightning_sparse.timetable import Duration, Timetable, UpdateTimes
 
 __all__ = [
     "Constant",
     "Cosine",
     "Cyclic",
+    "Duration",
     "Exponential",
     "Linear",
     "Polynomial",
     "Schedule",
+    "Steps",
     "Timetable",
     "UpdateTimes",
     "as_number",
     "as_schedule",
     "check_fraction",
 ]
-
-Duration = int | float
-"""``int``: a number of optimizer steps. ``float`` in [0, 1]: a fraction of training."""
-
 
 CycleShape = Literal["cosine", "triangular"]
 """How density rises and falls within a cycle."""
@@ -239,6 +240,40 @@ class Cyclic(_OfNumbers):
         return max(0.0, self.sparsity - (min(1.0, self.multiplier * low) - low) * wave)  # no rounding error below 0
 
 
+@dataclass(frozen=True)
+class Steps(Schedule):
+    """``values[0]`` at first, and ``values[i]`` from the progress ``at[i - 1]`` on.
+
+    Args:
+        values: The values, one more than there are times.
+        at: When the next value begins, rising, in [0, 1].
+
+    Raises:
+        ValueError: There are not as many values as that, or times fall or leave [0, 1].
+
+    Example:
+        >>> [Steps((0.2, 0.1, 0.0), at=(0.5, 0.75))(p) for p in (0.0, 0.5, 0.7, 1.0)]
+        [0.2, 0.1, 0.1, 0.0]
+    """
+
+    values: Sequence[float]
+    at: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name in ("values", "at"):
+            object.__setattr__(self, name, tuple(as_number(value) for value in getattr(self, name)))
+        if len(self.values) != len(self.at) + 1:
+            raise ValueError(
+                f"{self} has {len(self.values)} values and {len(self.at)} times; give one value more than times, such"
+                " as Steps((0.2, 0.1, 0.0), at=(0.5, 0.75))."
+            )
+        if list(self.at) != sorted(self.at) or not all(0.0 <= time <= 1.0 for time in self.at):
+            raise ValueError(f"{self}: the times are to rise within [0, 1].")
+
+    def __call__(self, progress: float) -> float:  # noqa: D102
+        return self.values[sum(time <= progress for time in self.at)]
+
+
 def as_schedule(value: float | Schedule) -> Schedule:
     """A number as the schedule that is always that number; a schedule as it is.
 
@@ -270,150 +305,6 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
             hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
             where = "" if isinstance(schedule, Constant) else f" at progress {percent / 100:.2f} of {schedule}"
             raise ValueError(f"{name} is {value:g}{where}, but it is a fraction in {allowed}.{hint}")
-
-
-@dataclass(frozen=True)
-class UpdateTimes:
-    """When masks are updated: every so often from ``start`` to ``stop``, and at ``stop`` itself.
-
-    Args:
-        every: Time between updates, at least one step.
-        start: Time of the first update.
-        stop: Time of the last update.
-        least: Steps that there are between updates at least, where ``every`` is a fraction.
-        before: Times of updates before ``start``, at another pace.
-
-    Raises:
-        ValueError: A duration is negative, a fraction is above 1, or ``stop`` comes before ``start``.
-
-    Example:
-        >>> UpdateTimes(every=0.1, start=0, stop=0.75).resolve(total_steps=100)
-        Timetable(every=10, start=0, stop=75, before=None)
-    """
-
-    every: Duration
-    start: Duration = 0
-    stop: Duration = 1.0
-    least: int = 1
-    before: UpdateTimes | None = None
-
-    def __post_init__(self) -> None:
-        for name, duration in (("update_every", self.every), ("start", self.start), ("stop", self.stop)):
-            _check_duration(name, duration)
-        if self.every == 0:
-            raise ValueError("update_every is 0; give at least 1 step, or a fraction of training above 0.")
-        if type(self.start) is type(self.stop) and self.start > self.stop:
-            raise ValueError(f"start ({self.start}) comes after stop ({self.stop}); give a stop of at least start.")
-
-    @property
-    def needs_total_steps(self) -> bool:
-        """Whether a duration is a fraction of training."""
-        own = any(isinstance(duration, float) for duration in (self.every, self.start, self.stop))
-        return own or (self.before is not None and self.before.needs_total_steps)
-
-    @property
-    def _fractions(self) -> str:
-        """The arguments that are fractions of training, as a user of a method has given them."""
-        own = {"start": self.start, "stop": self.stop, "update_every": self.every}
-        times = own if self.before is None else own | {"cycle_update_every": self.before.every}
-        *others, last = [f"{name}={value}" for name, value in times.items() if isinstance(value, float)]
-        return f"{', '.join(others)} and {last} are" if others else f"{last} is"
-
-    def resolve(self, total_steps: float) -> Timetable:
-        """The times in steps, for a training of ``total_steps`` optimizer steps (``inf`` where it has no known end).
-
-        Raises:
-            ValueError: A fraction of a training without known end is asked for, or ``stop`` comes before ``start``.
-        """
-        if self.needs_total_steps and math.isinf(total_steps):
-            raise ValueError(
-                f"{self._fractions} in fractions of training, but the Trainer has no known end (max_epochs=-1 without"
-                " max_steps, or a data loader without length). Set max_epochs or max_steps, or give an int, which is a"
-                " number of optimizer steps."
-            )
-        start, stop = _steps(self.start, total_steps), _steps(self.stop, total_steps)
-        if isinstance(self.stop, float):
-            stop = min(stop, int(total_steps) - 1)  # the last step that exists
-        if isinstance(self.start, float):
-            start = min(start, int(total_steps) - 1)
-        if start > stop:
-            raise ValueError(
-                f"Updates start at step {start}, after they stop at {stop}, in {total_steps:g} steps. Give an earlier"
-                " start or a later stop, or both in the same unit."
-            )
-        every = self.every if isinstance(self.every, int) else max(self.least, _steps(self.every, total_steps))
-        before = None if self.before is None else self.before.resolve(total_steps)
-        return Timetable(every=every, start=start, stop=stop, before=before)
-
-
-# Steps; in less, two updates may be all that is meant.
-_A_WHILE = 5
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """:class:`UpdateTimes` in optimizer steps. Step ``t`` is the one after ``t`` completed steps.
-
-    Example:
-        >>> times = Timetable(every=10, start=5, stop=28)
-        >>> [times.latest(step) for step in (4, 5, 14, 15, 27, 28, 99)]
-        [None, 5, 5, 15, 25, 28, 28]
-    """
-
-    every: int
-    start: int
-    stop: int
-    before: Timetable | None = None
-
-    @property
-    def first(self) -> int:
-        """The time of the first update."""
-        return self.start if self.before is None else self.before.first
-
-    @property
-    def only_at_its_ends(self) -> bool:
-        """Whether no update comes between the first time and the last, although there is time between them."""
-        return self.before is None and _A_WHILE <= self.stop - self.start < self.every
-
-    def shifted(self, by: int) -> Timetable:
-        """The same times, ``by`` steps later.
-
-        Example:
-            >>> Timetable(every=10, start=0, stop=75).shifted(16)
-            Timetable(every=10, start=16, stop=91, before=None)
-        """
-        before = None if self.before is None else self.before.shifted(by)
-        return Timetable(every=self.every, start=self.start + by, stop=self.stop + by, before=before)
-
-    def latest(self, step: int) -> int | None:
-        """The latest time of an update up to ``step``, or ``None`` before the first."""
-        if step < self.start:
-            return None if self.before is None else self.before.latest(step)
-        if step >= self.stop:
-            return self.stop
-        return step - (step - self.start) % self.every
-
-    def progress(self, step: int) -> float:
-        """How far ``step`` is from the first update to the last, in [0, 1]."""
-        if step >= self.stop:
-            return 1.0
-        if step <= self.first:
-            return 0.0
-        return (step - self.first) / (self.stop - self.first)
-
-
-def _check_duration(name: str, duration: Duration) -> None:
-    if isinstance(duration, bool) or not isinstance(duration, int | float):
-        raise ValueError(f"{name} is {duration!r}; give an int (optimizer steps) or a float (fraction of training).")
-    if duration < 0 or (isinstance(duration, float) and not duration <= 1.0):
-        raise ValueError(
-            f"{name} is {duration!r}; give an int of at least 0 (optimizer steps) or a float in [0, 1] (fraction of"
-            " training)."
-        )
-
-
-def _steps(duration: Duration, total_steps: float) -> int:
-    return duration if isinstance(duration, int) else round(duration * total_steps)
 
 
 def as_number(value: Any) -> Any:

@@ -16,7 +16,15 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-__all__ = ["erdos_renyi", "erdos_renyi_kernel", "largest_feasible_sparsity", "num_active", "share", "uniform"]
+__all__ = [
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    "largest_feasible_sparsity",
+    "num_active",
+    "proportional",
+    "share",
+    "uniform",
+]
 
 Shape = Sequence[int]
 
@@ -38,18 +46,22 @@ def num_active(sparsity: float, numel: int) -> int:
     return math.floor((1 - Fraction(str(float(sparsity)))) * numel)
 
 
-def share(rate: float, numel: int) -> int:
+def share(rate: float, numel: int, *, up: bool = False) -> int:
     r"""A rate of ``numel`` weights: :math:`\lfloor r\, n \rfloor`, the rate taken as the decimal that is written.
 
     Args:
         rate: Fraction in [0, 1].
         numel: Number of weights.
+        up: Whether to round up: :math:`\lceil r\, n \rceil`.
 
     Example:
         >>> share(0.29, 100), int(0.29 * 100)
         (29, 28)
+        >>> share(0.005, 12), share(0.005, 12, up=True)
+        (0, 1)
     """
-    return math.floor(Fraction(str(float(rate))) * numel)
+    exact = Fraction(str(float(rate))) * numel
+    return math.ceil(exact) if up else math.floor(exact)
 
 
 def largest_feasible_sparsity(least: int, numel: int) -> str:
@@ -129,6 +141,36 @@ def erdos_renyi_kernel(
     """
     scores = [sum(shape) / math.prod(shape) for shape in shapes]
     return _share(scores, shapes, total, capacities, min_active, copies)
+
+
+def proportional(
+    weights: Sequence[float], total: int, capacities: Sequence[int], minima: Sequence[int] | None = None
+) -> list[int]:
+    """``total`` in proportion to ``weights``; what has no room in one goes to the others, in the same proportion.
+
+    Args:
+        weights: One for each layer, at least 0; where all are 0 they count as equal.
+        total: What is shared out, an integer.
+        capacities: The most that each may get.
+        minima: The least; 0 by default.
+
+    Returns:
+        An integer for each; they sum to ``total``.
+
+    Raises:
+        ValueError: ``total`` is above the sum of the capacities, or below that of the minima.
+
+    Example:
+        >>> proportional([3.0, 1.0], total=8, capacities=[9, 9]), proportional([3.0, 1.0], total=8, capacities=[5, 9])
+        ([6, 2], [5, 3])
+    """
+    low = [0] * len(weights) if minima is None else minima
+    if not sum(low) <= total <= sum(capacities):
+        raise ValueError(f"{total} cannot be shared out: {sum(low)} to {sum(capacities)} have a place.")
+    # A layer with the weight 0 gets what nobody else has room for.
+    least = max(weights, default=0.0) * 1e-12 or 1.0
+    slopes = [max(weight, least) for weight in weights]
+    return _round(_fill(slopes, low, capacities, total), capacities, total)
 
 
 def _fan(shape: Shape) -> int:

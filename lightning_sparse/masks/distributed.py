@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.masks.group import MaskGroup
 
-__all__ = ["agree_to_begin", "broadcast_", "check_weights_agree", "masks_agree", "vote", "world_size"]
+__all__ = ["agree_to_begin", "broadcast_", "check_weights_agree", "masks_agree", "mean_", "vote", "world_size"]
 
 
 def world_size() -> int:
@@ -25,6 +25,14 @@ def broadcast_(mask: Tensor) -> None:
     """Give every process the mask of rank 0: one flat transfer, a byte a weight."""
     if world_size() > 1:
         dist.broadcast(mask.view(torch.uint8), src=0)
+
+
+def mean_(tensors: Sequence[Tensor]) -> None:
+    """Make each tensor its mean over all processes. A collective."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor.div_(world_size())
 
 
 def agree_to_begin(settings: Mapping[str, str], error: Exception | None) -> None:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.functional.masks import zero_pruned_
+from lightning_sparse.trainer import clips_gradients
 
-__all__ = ["all_finite", "clear_moments", "gradient_scale", "keeps_zeros", "skipped_step"]
+__all__ = [
+    "all_finite",
+    "as_stepped_on",
+    "clear_moments",
+    "gradient_scale",
+    "is_second_moment",
+    "keeps_zeros",
+    "skipped_step",
+    "warm_moments",
+]
 
 # With zero weight, zero gradient and cleared moments these leave a weight exactly zero: their arithmetic is element
 # by element, and every term is a product with one of the three. tests/masks/test_optimizer_state.py shows it for each.
@@ -35,6 +47,13 @@ _KEEP_ZEROS = frozenset(
     )
     if hasattr(torch.optim, name)
 )
+
+
+# What optimizers call a running average, sum or maximum of squared gradients: exp_avg_sq and max_exp_avg_sq (Adam and
+# others), square_avg (RMSprop, Adadelta), sum (Adagrad), variance (Adafactor), exp_avg_var (AdaBelief), nu,
+# second_moment. Adamax's exp_inf, a running maximum of magnitudes, stands for their root.
+_SECOND_MOMENT = re.compile(r"(^|_)(sq|square|squares|sum|var|variance|second|nu|inf)(_|$)")
+_ROOT = re.compile(r"(^|_)inf(_|$)")
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
@@ -75,6 +94,46 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor
                 zero_pruned_(value, unchanged)
 
 
+def is_second_moment(key: str) -> bool:
+    """Whether a tensor of an optimizer's state, by its name, divides the steps: a second moment, or its root.
+
+    Example:
+        >>> [is_second_moment(key) for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")]
+        [False, True, False, True]
+    """
+    return _SECOND_MOMENT.search(key) is not None
+
+
+@torch.no_grad()
+def warm_moments(
+    optimizer: Optimizer, parameter: nn.Parameter, grown: Tensor, survivors: Tensor, gradient: Tensor
+) -> None:
+    r"""Let the steps of weights that were just grown be as long as those of their neighbours.
+
+    With cleared moments under the step count that a whole tensor shares, the first step of a grown weight under Adam is
+    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` learning rates long, 3.2 by default, and those after it are up to twice
+    that; survivors move 0.15. Instead
+
+    .. math:: v = \max\bigl(g^2,\ \overline{v}_{\text{survivors}}\bigr)
+
+    in every second moment of the shape of the parameter. First moments stay cleared.
+
+    Args:
+        optimizer: Any torch optimizer; one without second moments is left alone.
+        parameter: One of its parameters.
+        grown: ``bool``, the shape of the parameter: what was just grown, with cleared moments.
+        survivors: ``bool``: what was active before, and is.
+        gradient: Of the parameter, as the optimizer sees it; zeros where it is not known.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and is_second_moment(key):
+            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            mean = torch.where(survivors, wide, 0.0).sum() / survivors.sum().clamp(min=1)
+            own = gradient.to(wide.dtype)
+            own = own.abs() if _ROOT.search(key) else own.square()
+            value.copy_(torch.where(grown, torch.maximum(own, mean), wide))
+
+
 def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
     return next(
         float(group["lr"]) for group in optimizer.param_groups if any(other is parameter for other in group["params"])
@@ -105,3 +164,19 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return float(scaler.get_scale())
+
+
+def as_stepped_on(trainer: pl.Trainer, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
+    """What becomes of a gradient until ``optimizer`` steps on it: it is unscaled, or clipped by the Trainer.
+
+    To be called when the gradients are those that will be clipped.
+    """
+    limit, scale = trainer.gradient_clip_val, gradient_scale(trainer, optimizer)
+    if not limit or not clips_gradients(trainer):
+        return lambda gradient: gradient / scale
+    if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        return lambda gradient: gradient.clamp(-limit, limit)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch.stack([gradient.norm() for gradient in gradients])
+    factor = (limit / (norms.norm() + 1e-6)).clamp(max=1.0)
+    return lambda gradient: gradient * factor

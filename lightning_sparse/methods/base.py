@@ -5,6 +5,7 @@ The training loop, with the points at which a method acts::
     fit
      ├ setup                        what cannot work is refused; no weight is touched
      ├ on_train_start               all methods plan, load and resolve; then masks are broadcast and applied
+     │  ├ on_train_batch_start      → on_batch
      │  ├ optimizer's pre-hook      the guard: did anyone write weights?
      │  ├ forward
      │  ├ on_before_backward        → on_loss       the loss, with its graph
@@ -31,6 +32,7 @@ from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -85,6 +87,7 @@ class SparseMethod(Method):
         if batch_idx == 0 or following.is_replaced(self):
             following.follow_parameters(self, trainer, pl_module)
         holding.repair_written(self)
+        self.on_batch(batch)
 
     @final
     @override
@@ -150,6 +153,11 @@ class SparseMethod(Method):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         holding.look_at_all(self, trainer, pl_module)
+        if self.last_run is None or self.last_run.trainer() is not trainer:
+            rank_zero_warn(
+                f"{type(self).__name__} had no batch to train on, so no weight was masked. Look at the data loader, at"
+                " limit_train_batches, and whether max_epochs or max_steps were reached before."
+            )
         begin.leave(self, pl_module)
 
     @final

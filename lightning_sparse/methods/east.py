@@ -11,6 +11,10 @@ Differs from the authors' code, or is chosen where paper and code say nothing ce
       and no layer is sparser than a hundredth of the density asks for.
     - Weights that sharing saves are counted by the modules that use them; the code's current density counts copies and
       its target does not.
+    - The authors clip the norm of the dense gradient, which on ResNets is 10 to 1000 times that of the masked one at
+      first. ``gradient_clip_val`` of the Trainer clips the masked one; ``clip_dense_norm`` is the authors' way.
+    - A Dynamic ReLU that is not phased out yet (β = 1) is whole; one of the files that the authors have published
+      computes a plain ReLU there.
 """
 
 from __future__ import annotations
@@ -20,13 +24,16 @@ from dataclasses import field
 from typing import ClassVar, final
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.moments import gradient_scale
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.growing import GrowingMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.scored import GrowingMethod
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing
 from lightning_sparse.schedules import Cosine, CycleShape, Cyclic, Duration, Schedule, UpdateTimes, as_number
 
@@ -44,13 +51,16 @@ class EAST(GrowingMethod):
       of weights is spread over fewer places; see :class:`~lightning_sparse.modules.WeightSharing`.
     - **Cyclic sparsity**: before the usual exchange begins, density rises to ``multiplier`` times its value and falls
       back, ``cycles`` times; see :class:`~lightning_sparse.schedules.Cyclic`. Weights are grown by the dense gradient
-      and pruned by magnitude, to exact budgets for each layer.
+      and pruned by magnitude, to exact budgets for each layer; while cycles last, by what the budgets ask for alone.
+
+    After the cycles an exchange takes :math:`\lceil p_t n \rceil` of a layer's :math:`n` active weights, :math:`p_t`
+    being ``drop_fraction``.
 
     The parts are callbacks and a schedule of their own and work with the other methods too: for example
     ``[FGGP(0.99), DyReLUPhasing()]`` or ``RigL(Cyclic(0.99))``.
 
     The authors train with SGD (Nesterov 0.9, learning rate 0.1, a tenth of it after 1/2 and 3/4, weight decay 1e-4),
-    batch 128, 250 epochs, and clip the gradients' norm to 1.
+    batch 128, 250 epochs, and clip the gradients' norm to 1, that of pruned weights included (``clip_dense_norm=1.0``).
 
     To find the channels of each ReLU, phasing takes a first training batch, which a data set that can be iterated over
     only once has lost when training begins; a module's ``example_input_array`` avoids this.
@@ -81,6 +91,7 @@ class EAST(GrowingMethod):
         url="https://arxiv.org/abs/2411.13545",
     )
     needs_dense_gradients: ClassVar[bool] = True
+    rounds_up: ClassVar[bool] = True
 
     sparsity: float | Schedule = field(
         kw_only=False,
@@ -111,6 +122,13 @@ class EAST(GrowingMethod):
     sharing: bool | WeightSharing | None = field(
         default=True, metadata=doc("Whether weights are shared; or the callback, to set its arguments.")
     )
+    clip_dense_norm: float | None = field(
+        default=None,
+        metadata=doc(
+            "To what the norm of all gradients of an optimizer, those of pruned weights included, is clipped, above 0;"
+            " instead of the Trainer's ``gradient_clip_val``, which comes after the masks."
+        ),
+    )
     drop_fraction: float | Schedule = field(
         default=Cosine(0.5, 0.005),
         metadata=doc("Fraction of a layer's active weights that an exchange drops, or a schedule of it."),
@@ -130,6 +148,9 @@ class EAST(GrowingMethod):
             cycle = (self.cycles, self.cycle_length, self.cycle_growth, self.multiplier, self.cycle_shape)
             self.sparsity = Cyclic(_checked_number("sparsity", self.sparsity), *cycle)
         super().__post_init__()
+        limit = self.clip_dense_norm = as_number(self.clip_dense_norm)
+        if limit is not None and (isinstance(limit, bool) or not (isinstance(limit, int | float) and limit > 0)):
+            raise ValueError(f"clip_dense_norm is {limit!r}; give a norm above 0, or None not to clip.")
         self.phasing = DyReLUPhasing(seed=self.seed) if self.phasing is True else self.phasing or None
         self.sharing = WeightSharing(seed=self.seed) if self.sharing is True else self.sharing or None
 
@@ -148,6 +169,25 @@ class EAST(GrowingMethod):
     @override
     def companions(self) -> list[pl.Callback]:
         return [part for part in (self.sharing, self.phasing) if isinstance(part, pl.Callback)]
+
+    @override
+    def exchanged(self, weight: MaskedWeight, active: int) -> int:
+        return 0 if self._is_cycling else super().exchanged(weight, active)
+
+    @property
+    def _is_cycling(self) -> bool:
+        """Whether this update belongs to the cycles, the one that ends them included."""
+        times = self.run.timetable
+        latest = None if times is None else times.latest(self.step)
+        return times is not None and times.before is not None and latest is not None and latest <= times.start
+
+    @override
+    def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        super().before_masking(trainer, group)
+        if self.clip_dense_norm is not None:
+            parameters = [parameter for its in group.optimizer.param_groups for parameter in its["params"]]
+            limit = self.clip_dense_norm * gradient_scale(trainer, group.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:

@@ -3,7 +3,10 @@
 Paper:  Zhu, Bezek & Goksel, "Fixed-Rate Gradient-First Gradual Pruning", SCIA 2025, https://arxiv.org/abs/2411.05500
 Code:   https://github.com/LingkaiZhu1999/NetworkPruning (the paper's text was not at hand; this follows the code)
 Differs from the authors' code:
-    - An update acts before the optimizer's step rather than right after it; the gradients are the same.
+    - An update acts before the optimizer's step, and ranks that step's gradients and the weights before it; there right
+      after it, so that an update at the same count of steps comes one step earlier.
+    - ⌊N d⌋ weights are left; there ⌈N d⌉.
+    - The ablations anneal from the first update to ``stop``; there over all of training.
     - The gradient is the one that the optimizer sees: the mean over accumulated batches and processes.
     - The pool holds at least as many weights as are pruned; the authors' code fails where it does not.
     - The authors leave the first convolution dense and count it, and biases, in the sparsity. Here sparsity is that

@@ -9,11 +9,12 @@ from typing import Any, final
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.masks.distributed import broadcast_, vote
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.moments import all_finite, clear_moments, keeps_zeros
+from lightning_sparse.masks.moments import all_finite, as_stepped_on, clear_moments, keeps_zeros, warm_moments
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
@@ -29,7 +30,8 @@ class HardMaskMethod(SparseMethod):
 
     An update happens before the optimizer's step, on its gradients, which are the mean over accumulated batches and
     processes. Weights just pruned become zero, weights just grown are zero, and the optimizer's moments of both are
-    cleared. An update that meets a gradient that is not finite waits for the next step.
+    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that
+    is not finite waits for the next step.
     """
 
     # What a method implements.
@@ -48,8 +50,28 @@ class HardMaskMethod(SparseMethod):
         """Whether the optimizer takes no step where masks are updated."""
         return False
 
+    @property
+    def warms_moments(self) -> bool:
+        """Whether the second moments of grown weights begin with those of their neighbours, rather than at zero."""
+        return True
+
+    def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        """Change the gradients of all that the optimizer of ``group`` steps, before the pruned ones become zero."""
+
+    def is_ready(self, group: MaskGroup) -> bool:
+        """Whether an update that is due can come at this step, after :meth:`observe`; the same in every process."""
+        return True
+
+    def waits(self, group: MaskGroup) -> bool:
+        """Whether the optimizer takes no step either while masks are still to come."""
+        return False
+
     def observe(self, weight: MaskedWeight) -> None:
         """Look at a gradient, dense and finite, before it is masked; at every step."""
+
+    def observes(self, group: MaskGroup) -> bool:
+        """Whether :meth:`observe` is to be called at this step."""
+        return type(self).observe is not HardMaskMethod.observe
 
     # What the family does.
 
@@ -84,16 +106,22 @@ class HardMaskMethod(SparseMethod):
     @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         due = self._is_due(group)
-        observes = type(self).observe is not HardMaskMethod.observe
+        observes = self.observes(group)
+        before: Tensor | None = None
         if (due or observes) and self._gradients_are_usable(group, due=due):
             if observes:
                 for weight in group:
                     self.observe(weight)
             if due:
-                self._update(group)
+                before = self._update(group)
+        self.before_masking(trainer, group)
         for weight in group:
             if weight.parameter.grad is not None and weight.num_active < weight.numel:
                 weight.zero_pruned_(weight.grad)
+        if before is not None and self.warms_moments:
+            _warm(trainer, group, before)
+        if self.waits(group):
+            self.registry.idle_optimizers.add(group.optimizer)
 
     @final
     @override
@@ -113,7 +141,8 @@ class HardMaskMethod(SparseMethod):
             weight.apply_()
 
     @final
-    def _update(self, group: MaskGroup) -> None:
+    def _update(self, group: MaskGroup) -> Tensor | None:
+        """Let masks change; return those before, or None where none has."""
         before = group.mask.clone()
         try:
             self.update_masks(group)
@@ -124,17 +153,19 @@ class HardMaskMethod(SparseMethod):
         broadcast_(group.mask)
         group.updated_at = self.step
         changed = before ^ group.mask
-        if group.count(changed):
-            for weight, its_changed in zip(group, group.split(changed), strict=True):
-                clear_moments(group.optimizer, weight.parameter, its_changed)
-            holding.masks_changed(self, group)
-            if self.replaces_step:
-                self.registry.idle_optimizers.add(group.optimizer)
+        if not group.count(changed):
+            return None
+        for weight, its_changed in zip(group, group.split(changed), strict=True):
+            clear_moments(group.optimizer, weight.parameter, its_changed)
+        holding.masks_changed(self, group)
+        if self.replaces_step:
+            self.registry.idle_optimizers.add(group.optimizer)
+        return before
 
     def _is_due(self, group: MaskGroup) -> bool:
         times = self.run.timetable
         latest = None if times is None else times.latest(self.step)
-        return latest is not None and latest > group.updated_at
+        return latest is not None and latest > group.updated_at and self.is_ready(group)
 
     def _gradients_are_usable(self, group: MaskGroup, *, due: bool) -> bool:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
@@ -149,7 +180,7 @@ class HardMaskMethod(SparseMethod):
     # What a method remembers of each weight.
 
     @final
-    def memory(self, weight: MaskedWeight, name: str) -> torch.Tensor:
+    def memory(self, weight: MaskedWeight, name: str) -> Tensor:
         """A tensor shaped like ``weight.value`` that is kept in checkpoints; zero at first."""
         tensors = self.run.memory.setdefault(name, {})
         if weight.name not in tensors:
@@ -178,3 +209,10 @@ class HardMaskMethod(SparseMethod):
             # This training is longer or shorter than planned.
             for group in run.groups:
                 group.updated_at = min(group.updated_at, times.stop - 1)
+
+
+def _warm(trainer: pl.Trainer, group: MaskGroup, before: Tensor) -> None:
+    """Warm the moments of what was pruned ``before`` and is active now; gradients are masked already."""
+    seen = as_stepped_on(trainer, group.optimizer)
+    for weight, was in zip(group, group.split(before), strict=True):
+        warm_moments(group.optimizer, weight.parameter, weight.mask & ~was, weight.mask & was, seen(weight.grad))

@@ -128,6 +128,9 @@ class Method(pl.Callback, ABC):
         """A new training begins with masks of an earlier one; say when ``group`` was last updated."""
         group.updated_at = self.step - 1
 
+    def on_batch(self, batch: Any) -> None:
+        """Look at a batch before training_step does; on the device of the module."""
+
     def on_loss(self, group: MaskGroup, loss: Tensor) -> None:
         """Look at the loss of a batch before its backward; gradients are recorded."""
 

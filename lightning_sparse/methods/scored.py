@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.allocation import share
 from lightning_sparse.functional.selection import Scores
 from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, layer_budgets
 from lightning_sparse.masks.group import MaskGroup
@@ -26,7 +25,6 @@ from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.schedules import (
-    Cosine,
     Duration,
     Polynomial,
     Schedule,
@@ -36,7 +34,7 @@ from lightning_sparse.schedules import (
     check_fraction,
 )
 
-__all__ = ["Allocation", "GrowingMethod", "ScoredMethod"]
+__all__ = ["Allocation", "ScoredMethod"]
 
 Allocation = Literal["global", "uniform", "er", "erk"]
 """How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
@@ -136,7 +134,7 @@ class ScoredMethod(HardMaskMethod, ABC):
     def budgets(self, group: MaskGroup) -> list[int]:
         """The active weights that each layer has after this update."""
         if self.allocation == "global":
-            return [weight.num_active for weight in group]
+            return self._budgets_together(group)
         if self.grows and group.num_active == budget_of(group, self.sparsity_now) and not self._shaped:
             return [weight.num_active for weight in group]
         shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
@@ -188,17 +186,23 @@ class ScoredMethod(HardMaskMethod, ABC):
     def update_masks(self, group: MaskGroup) -> None:
         self.before_update(group)
         if self.allocation == "global":
-            self._prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
+            self.prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
         budgets = self.budgets(group)
         for weight, keep, budget in zip(group, self.kept(group, budgets), budgets, strict=True):
-            self._update_layer(weight, keep, budget)
+            weight.mask.copy_(self.new_mask(weight, keep, budget))
             weight.budget = budget
         check_met(group)
+        self.after_update(group)
 
     def before_update(self, group: MaskGroup) -> None:
         """An update is about to choose the masks of ``group``."""
 
-    def _prune_together(self, group: MaskGroup, n: int) -> None:
+    def after_update(self, group: MaskGroup) -> None:
+        """The masks of ``group`` are chosen."""
+
+    @final
+    def prune_together(self, group: MaskGroup, n: int) -> None:
+        """Prune ``n`` weights of all layers together, as :meth:`dropped` says."""
         if n > 0:
             group.mask &= ~self.dropped(group, self._prunable(group), n)
             left = group.num_active - n
@@ -210,6 +214,18 @@ class ScoredMethod(HardMaskMethod, ABC):
                     " rate, or clip gradients."
                 )
 
+    def _budgets_together(self, group: MaskGroup) -> list[int]:
+        """What is active and, where the schedule falls, the largest of all scores of growth."""
+        active = [weight.num_active for weight in group]
+        n = budget_of(group, self.sparsity_now) - sum(active)
+        if not self.grows or n <= 0:
+            return active
+        if n == group.numel - sum(active):
+            return [weight.numel for weight in group]
+        grown = group.smallest(group.flat(self.grow_scores), n, ~group.mask, key=lambda part: part.abs().neg())
+        parts = zip(group, group.split(grown), active, strict=True)
+        return [its_active + weight.count(its_grown) for weight, its_grown, its_active in parts]
+
     def _prunable(self, group: MaskGroup) -> Tensor:
         """The active weights but for the ``min_active`` largest of each layer."""
         if self.min_active == 0:
@@ -219,16 +235,16 @@ class ScoredMethod(HardMaskMethod, ABC):
         ]
         return group.mask & ~group.flatten(kept)
 
-    def _update_layer(self, weight: MaskedWeight, keep: int, budget: int) -> None:
+    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
+        """The mask of a layer after this update: pruned to ``keep`` weights, grown to ``budget``."""
         kept = self._pruned_to(weight, keep)
-        if budget > keep:
-            free = torch.ones_like(kept) if self.regrows else kept | ~weight.mask
-            if self._shaped:
-                scores = self.grow_scores(weight).abs().masked_fill(kept, torch.inf)
-                kept = self.shape.largest(weight, scores, budget, free)
-            else:
-                kept = kept | weight.largest(self.grow_scores(weight), budget - keep, free & ~kept, key=torch.abs)
-        weight.mask.copy_(kept)
+        if budget <= keep:
+            return kept
+        free = torch.ones_like(kept) if self.regrows else kept | ~weight.mask
+        if self._shaped:
+            scores = self.grow_scores(weight).abs().masked_fill(kept, torch.inf)
+            return self.shape.largest(weight, scores, budget, free)
+        return kept | weight.largest(self.grow_scores(weight), budget - keep, free & ~kept, key=torch.abs)
 
     def _pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
         n = weight.num_active - keep
@@ -238,6 +254,11 @@ class ScoredMethod(HardMaskMethod, ABC):
             return weight.mask & ~self.dropped(weight, weight.mask, n)
         feasible = self.shape.feasible(weight, keep, weight.mask)
         return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
+
+    @property
+    @override
+    def warms_moments(self) -> bool:
+        return self.grows
 
     @property
     def regrows(self) -> bool:
@@ -294,71 +315,6 @@ class ScoredMethod(HardMaskMethod, ABC):
                     " stop."
                 )
                 return
-
-
-@method
-class GrowingMethod(ScoredMethod, ABC):
-    """A scored method that, at an update of a layer whose budget stays, exchanges active weights for others."""
-
-    drop_fraction: float | Schedule = field(
-        default=0.3,
-        metadata=doc(
-            "Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a"
-            " cosine; or a schedule of it."
-        ),
-    )
-    regrow: bool = field(
-        default=True,
-        metadata=doc("Whether a weight that the update has just pruned may be grown by it; its value is then kept."),
-    )
-    update_replaces_step: bool = field(
-        default=False,
-        metadata=doc(
-            "Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and"
-            " neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait"
-            " too."
-        ),
-    )
-    stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))
-    min_active: int = field(default=1, metadata=doc("Weights that every layer holds at least."))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("drop_fraction", as_schedule(self.drop_fraction), below_one=False)
-        if not isinstance(self.drop_fraction, Schedule):
-            self.drop_fraction = Cosine(self.drop_fraction, 0.0)
-        if self.update_replaces_step and self.update_every == 1:
-            raise ValueError(
-                "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
-                " update_every of 10 steps or more, or update_replaces_step=False."
-            )
-
-    @property
-    @override
-    def replaces_step(self) -> bool:
-        return self.update_replaces_step
-
-    @property
-    @override
-    def regrows(self) -> bool:
-        return self.regrow
-
-    @override
-    def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
-        return [
-            budget - self.exchanged(weight) if budget == weight.num_active else min(weight.num_active, budget)
-            for weight, budget in zip(group, budgets, strict=True)
-        ]
-
-    def exchanged(self, weight: MaskedWeight) -> int:
-        """How many weights of a layer an update exchanges."""
-        assert isinstance(self.drop_fraction, Schedule)
-        k = share(self.drop_fraction(self.progress), weight.num_active)
-        return k if self.regrow else min(k, weight.numel - weight.num_active)
-
-    @override
-    def clock_starts(self, group: MaskGroup) -> None:
-        group.updated_at = self.step  # the first exchange comes after a first stretch of training
 
 
 def _check_never_falls(schedule: Schedule) -> None:

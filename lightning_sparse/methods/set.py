@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import ClassVar, final
 
 from lightning_sparse.methods.card import method
+from lightning_sparse.methods.growing import GrowingMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.scored import GrowingMethod
 
 __all__ = ["SET"]
 

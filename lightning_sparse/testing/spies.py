@@ -42,11 +42,11 @@ class MaskWatch(L.Callback):
                 "weights": {weight.name: weight.parameter.detach().clone() for weight in self.method.weights},
                 "grads": {weight.name: weight.grad.clone() for weight in self.method.weights},
                 "moments": {
-                    weight.name: [
-                        value.clone()
-                        for value in optimizer.state.get(weight.parameter, {}).values()
+                    weight.name: {
+                        key: value.clone()
+                        for key, value in optimizer.state.get(weight.parameter, {}).items()
                         if isinstance(value, Tensor) and value.shape == weight.shape
-                    ]
+                    }
                     for weight in self.method.weights
                 },
             }

@@ -7,7 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, SRSTE, STR, Feather, FixedMask, RigL, TopKAST
+from lightning_sparse.methods import (
+    ACDC,
+    DSR,
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    SNIP,
+    SRSTE,
+    STR,
+    Feather,
+    FixedMask,
+    GraNet,
+    GraSP,
+    RigL,
+    SRigL,
+    SynFlow,
+    TopKAST,
+)
 from lightning_sparse.methods.catalog import all_methods
 from lightning_sparse.modules import DyReLUPhasing
 from lightning_sparse.schedules import Cosine, Polynomial
@@ -51,6 +72,20 @@ CASES = [
     ),
     Case("east", EAST, {"sparsity": 0.8, **_CYCLES, "sharing": False, "phasing": DyReLUPhasing(2, 5)}),
     Case("east-masks", EAST, {"sparsity": 0.8, **_CYCLES, "sharing": False, "phasing": False}),
+    Case("granet", GraNet, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
+    Case(
+        "granet-layer", GraNet, {"sparsity": Polynomial(0.5, 0.8), "allocation": "erk", "update_every": 2, "stop": 11}
+    ),
+    Case("acdc", ACDC, {"sparsity": 0.8, "min_active": 4, "update_every": 2, "start": 1, "last_dense": 7, "stop": 11}),
+    Case("mest", MEST, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
+    Case("mest-soft", MEST, {"sparsity": 0.8, "soft": True, "update_every": 2, "stop": 11}),
+    Case("snfs", SNFS, {"sparsity": 0.8, "update_every": 2, "stop": 11}),
+    Case("dsr", DSR, {"sparsity": 0.8, "threshold": 0.05, "update_every": 2, "stop": 11}),
+    Case("srigl", SRigL, {"sparsity": 0.75, "update_every": 2, "stop": 11}, sparsity=0.7),
+    Case("snip", SNIP, {"sparsity": 0.8}, moves=False, gradual=False),
+    Case("snip-batches", SNIP, {"sparsity": 0.8, "batches": 3, "allocation": "erk"}, moves=False, gradual=False),
+    Case("grasp", GraSP, {"sparsity": 0.8}, moves=False, gradual=False),
+    Case("synflow", SynFlow, {"sparsity": 0.8, "iterations": 10}, moves=False, gradual=False),
     Case("dst-alpha", DST, {"alpha": 0.03}, sparsity=0.3, **_THRESHOLDS),
     Case("dst-sparsity", DST, {"sparsity": 0.8}, sparsity=0.3, **_THRESHOLDS),
     Case("srste", SRSTE, {"pattern": "1:4", "decay": 0.05}, conv_arguments={"pattern": "1:2"}, sparsity=0.5),

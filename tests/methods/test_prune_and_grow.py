@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning_sparse.modules import share_weights
 from lightning_sparse.schedules import Constant, Cyclic, Linear
 from lightning_sparse.zoo import ResNet34, ResNet50
 from tests.helpers import ConvToy, ToyModel, make_trainer
+from tests.methods.hand import layers, prepared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_sparse import SparseMethod
-    from lightning_sparse.methods.scored import GrowingMethod
+    from lightning_sparse.methods.growing import GrowingMethod
 
 
 class EightWeights(L.LightningModule):
@@ -166,9 +168,9 @@ def test_cyclic_budgets_are_exact_in_every_layer(shape: Any, tmp_path: Path) -> 
     make_trainer(tmp_path, callbacks=[rigl, counts]).fit(ConvToy())
     shapes = [weight.shape for weight in rigl.weights]
     numel = sum(math.prod(shape) for shape in shapes)
-    for step, layers in enumerate(counts.layers[1:], start=0):
+    for step, counted in enumerate(counts.layers[1:], start=0):
         expected = erdos_renyi_kernel(shapes, num_active(cyclic(min(1.0, step / 10)), numel), min_active=1)
-        assert layers == expected, step
+        assert counted == expected, step
 
 
 def test_east_begins_and_ends_each_cycle_at_its_sparsity(tmp_path: Path) -> None:
@@ -195,7 +197,129 @@ def test_east_exchanges_when_its_cycles_are_over(tmp_path: Path) -> None:
     assert {16, 20, 24} <= after <= {16, 20, 24, 28, 32, 36}  # as the fraction falls, fewer than one weight is due
 
 
-def test_east_without_cycles_is_rigl_in_itops_settings(tmp_path: Path) -> None:
+def masks_of_each_step(east: EAST, root: Path, **settings: Any) -> list[Tensor]:
+    masks: list[Tensor] = []
+
+    class Look(L.Callback):
+        def on_before_zero_grad(self, *_: Any) -> None:
+            masks.append(east.groups[0].mask.clone())
+
+    make_trainer(root, callbacks=[east, Look()], **settings).fit(ToyModel())
+    return masks
+
+
+def test_within_cycles_masks_move_by_what_budgets_ask_for_alone(tmp_path: Path) -> None:
+    # Cycles that ask for nothing: as many weights in their middle as at their ends.
+    east = EAST(0.9, multiplier=1.0, cycle_update_every=1, update_every=4, phasing=False, sharing=False)
+    masks = masks_of_each_step(east, tmp_path, max_epochs=5)
+    changed = [step for step in range(39) if not torch.equal(masks[step], masks[step + 1])]
+    assert changed
+    assert min(changed) > 16  # where the cycles end
+    # In cycles that rise and fall, a layer that grows prunes nothing, and one that shrinks grows nothing.
+    east = EAST(0.9, cycle_update_every=1, update_every=4, phasing=False, sharing=False)
+    masks = masks_of_each_step(east, tmp_path, max_epochs=5)
+    for before, after in pairwise(masks[:18]):
+        for was, its in zip(before.split([192, 128, 24]), after.split([192, 128, 24]), strict=True):
+            assert not ((was & ~its).any() and (its & ~was).any())
+
+
+def test_an_exchange_of_east_takes_at_least_one_weight_of_each_layer() -> None:
+    east = EAST(0.9, cycles=0, drop_fraction=Constant(0.005), update_every=1, stop=1, phasing=False, sharing=False)
+    group = layers([[0.9, 0.1, 0.0, 0.0]], [[1, 1, 0, 0]], [[0, 0, 1, 2]])  # ⌈.005 · 2⌉ = 1
+    prepared(east, group)
+    assert east.kept(group, [2]) == [1]
+    assert RigL(0.9).exchanged(group[0], 2) == 0  # which rounds down
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, [0.6, 0.0]), (0.5, [0.3, 0.0]), (2.0, [0.6, 0.0])])
+def test_the_dense_norm_of_gradients_can_be_clipped(limit: float | None, expected: list[float], tmp_path: Path) -> None:
+    # g = (.6, .8), of norm 1, and only the first is active: to .5 it is halved, though its own norm is .6.
+    east = EAST(0.5, cycles=0, phasing=False, sharing=False, stop=1.0, clip_dense_norm=limit)
+    seen: list[list[float]] = []
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+            seen.append(east.weights[0].grad.flatten()[:2].tolist())
+
+    begin = Begin(east, [1.0, 0, 1.0, 1.0, 1.0, 0, 0, 0], [1, 0, 1, 1, 1, 0, 0, 0])
+    model = EightWeights([0.6, 0.8, *[0.0] * 6])
+    make_trainer(tmp_path, callbacks=[east, begin, Look()], max_epochs=1).fit(model)
+    assert seen[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, True, "1"])
+def test_a_dense_norm_that_is_none_is_refused(limit: Any) -> None:
+    with pytest.raises(ValueError, match=r"clip_dense_norm is .*; give a norm above 0, or None not to clip"):
+        EAST(0.9, clip_dense_norm=limit)
+
+
+# The scale of sparse initial weights.
+
+
+def test_initial_weights_are_scaled_by_the_root_of_their_density_once(tmp_path: Path) -> None:
+    plain, model = ToyModel(), ToyModel()
+    rigl = RigL(0.75, allocation="uniform", update_every=10, initial_scale="density")
+    first: dict[str, Tensor] = {}
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            first.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.max_epochs == 2:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    make_trainer(tmp_path, callbacks=[rigl, Look()]).fit(model)
+    for name, value in plain.state_dict().items():
+        kept = first[name] != 0
+        assert torch.equal(first[name][kept], (2.0 if name in rigl.registry else 1.0) * value[kept])  # 1 / √¼
+    # Neither resumed nor trained on are weights scaled again.
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    for again, path in ((model, None), (ToyModel(), tmp_path / "last.ckpt")):
+        method = RigL(0.75, allocation="uniform", update_every=10, initial_scale="density")
+        make_trainer(tmp_path, callbacks=[method, Look()], max_epochs=4).fit(again, ckpt_path=path)
+        for name, value in trained.items():
+            assert torch.equal(first[name], value), name
+
+
+def test_an_initial_scale_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="initial_scale is 'unit'; it is one of 'none', 'density'"):
+        SET(0.9, initial_scale="unit")  # type: ignore[arg-type]
+
+
+class Deep(L.LightningModule):
+    """Linear layers and ReLUs without normalisation, through which little comes when they are sparse."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        L.seed_everything(0, verbose=False)
+        parts = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.ReLU())]
+        self.network = nn.Sequential(*parts, nn.Linear(64, 3))
+        self.gain = nn.Parameter(torch.full((1,), gain))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.gain * self.network(batch), torch.zeros(len(batch), dtype=torch.long))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.randn(32, 64), batch_size=16)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_network_through_which_no_gradient_comes_is_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"nearly no gradient comes to network\.0\.weight.*initial_scale=.density"):
+        make_trainer(tmp_path, callbacks=[SET(0.95)], max_epochs=1).fit(Deep())
+
+
+def test_a_gain_that_begins_at_zero_is_meant_and_so_is_a_scale(tmp_path: Path) -> None:
+    make_trainer(tmp_path, callbacks=[SET(0.95)], max_epochs=1).fit(Deep(gain=0.0))
+    make_trainer(tmp_path, callbacks=[SET(0.8, initial_scale="density")], max_epochs=1).fit(Deep())
+
+
+def test_east_without_cycles_is_rigl_in_itops_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RigL, "rounds_up", True)  # as ITOP's code does
+
     def final(method: GrowingMethod) -> dict[str, Tensor]:
         model = ToyModel()
         make_trainer(tmp_path, callbacks=[method]).fit(model)

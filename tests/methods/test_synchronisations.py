@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_sparse import DST, EAST, FGGP, GMP, SET, RigL, SparseMethod
+from lightning_sparse import DSR, DST, EAST, FGGP, GMP, MEST, SET, SNFS, GraNet, RigL, SparseMethod
 from lightning_sparse.functional import masks
 from lightning_sparse.functional.selection import kth_smallest, largest, smallest
 from lightning_sparse.schedules import Constant
@@ -34,6 +34,11 @@ METHODS: dict[str, Callable[[], SparseMethod]] = {
     "rigl": lambda: RigL(0.9, **EVERY_STEP, update_replaces_step=False),
     "rigl-without-regrowth": lambda: RigL(0.9, **EVERY_STEP, update_replaces_step=False, regrow=False),
     "east": lambda: EAST(0.9, **EVERY_STEP, cycles=0, phasing=False, sharing=False),
+    "granet": lambda: GraNet(0.9, **EVERY_STEP),
+    "mest": lambda: MEST(0.9, **EVERY_STEP),
+    "mest-soft": lambda: MEST(0.9, **EVERY_STEP, soft=True),
+    "snfs": lambda: SNFS(0.9, **EVERY_STEP),
+    "dsr": lambda: DSR(0.9, **EVERY_STEP),
     "dst": lambda: DST(1e-4),
 }
 AT_MOST = 6
@@ -123,10 +128,11 @@ def waits_of(make: Callable[[], SparseMethod], layers: int) -> list[int]:
         enable_model_summary=False,
     )
     trainer.fit(Layers(layers))
-    assert method.registry.num_updates >= STEPS - 2 or isinstance(method, DST)
+    assert method.registry.num_updates >= STEPS // 2 or isinstance(method, DST)
     return counted.of_steps
 
 
+@pytest.mark.filterwarnings("ignore:.*nearly no gradient comes")  # through twelve such layers
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("name", METHODS)
 def test_an_update_waits_as_often_with_twelve_layers_as_with_three(name: str) -> None:

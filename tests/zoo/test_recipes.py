@@ -13,7 +13,8 @@ from lightning_sparse.cli import SparseCLI
 from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
 from lightning_sparse.methods.catalog import all_methods
-from lightning_sparse.methods.scored import GrowingMethod, ScoredMethod
+from lightning_sparse.methods.growing import GrowingMethod
+from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.schedules import Cyclic, as_schedule
 from lightning_sparse.zoo import CIFAR10DataModule, Classifier, MNISTDataModule, list_recipes, recipe_path
 from lightning_sparse.zoo.data import InMemoryDataModule
@@ -26,8 +27,8 @@ METHODS_OF = {
     **dict.fromkeys(("lstm-a", "lstm-b", "vgg16", "wrn16-8", "wrn28-8"), ("dense", "dst")),
     "resnet20": ("dense", "set", "rigl", "east", "feather"),
     "resnet34": ("dense", "set", "rigl", "east"),
-    "resnet50": ("dense", "set", "rigl", "east", "gmp", "fggp"),
-    "vgg19": ("dense", "gmp", "fggp"),
+    "resnet50": ("dense", "set", "rigl", "east", "gmp", "fggp", "granet", "snip", "grasp", "synflow"),
+    "vgg19": ("dense", "gmp", "fggp", "granet", "snip", "grasp", "synflow"),
 }
 NAMES = {f"{method}-{network}" for network, methods in METHODS_OF.items() for method in methods}
 TINY = [
@@ -130,6 +131,7 @@ class TestRecipe:
         assert all(line.startswith("#") for line in header)
         assert any(f"lightning-sparse fit --config {name} " in line for line in header)
         assert any(year in " ".join(header) for year in ("2016", "2020", "2023", "2025")) or name.endswith("digits")
+        assert any(year in " ".join(header) for year in ("2016", "2020", "2021", "2025")) or name.endswith("digits")
 
     def test_is_a_file_of_the_package(self, name: str) -> None:
         assert Path(lightning_sparse.__file__).parent in recipe_path(name).parents
@@ -174,6 +176,10 @@ CIFAR = {
     "rigl-resnet34": ([250, 128, 0.1, 0.9, 1e-4, True], [125, 187], 1.0),
     "dense-resnet50": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
     "gmp-vgg19": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
+    **dict.fromkeys(
+        ("granet-vgg19", "snip-resnet50", "grasp-vgg19", "synflow-resnet50"),
+        ([160, 128, 0.1, 0.9, 5e-4, True], [80, 120], None),
+    ),
 }
 
 
@@ -227,6 +233,10 @@ TRAINED = {
     "rigl-resnet34": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
     "feather-resnet20": [],
     "set-resnet20": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
+    "granet-resnet50": ["--trainer.callbacks.update_every=10"],
+    "snip-vgg19": ["--trainer.callbacks.min_active=8"],
+    "grasp-resnet50": ["--trainer.callbacks.min_active=8"],
+    "synflow-vgg19": ["--trainer.callbacks.min_active=8", "--trainer.callbacks.iterations=10"],
     "east-resnet20": [
         "--trainer.callbacks.update_every=3",
         "--trainer.callbacks.cycle_update_every=1",

@@ -1,0 +1,141 @@
+"""Methods that prune at initialization: once, before the first step, on real batches; then what is left is trained."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.masks.budgets import budget_of
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.scored import Allocation, ScoredMethod
+from lightning_sparse.schedules import Duration, Schedule, UpdateTimes
+
+__all__ = ["AtInitialization", "Watched"]
+
+
+@dataclass
+class Watched:
+    """What is seen until weights are pruned.
+
+    Attributes:
+        seen: How many steps with finite gradients there were, by parameter name.
+        batch: The latest batch.
+        tensors: Tensors by parameter name; they are not kept in checkpoints.
+    """
+
+    seen: dict[str, int] = field(default_factory=dict[str, int])
+    batch: Any = None
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@method
+class AtInitialization(ScoredMethod, ABC):
+    """A scored method that prunes once, as training begins.
+
+    The Trainer's own first batches and the module's own loss give the gradients: the optimizer takes no step on them,
+    and then the one update comes. Where another method's masks are there, what they have left is pruned further.
+    """
+
+    sparsity: float | Schedule = field(
+        kw_only=False, metadata=doc("Sparsity, a number in [0, 1), of the masked weights together.")
+    )
+    allocation: Allocation = field(
+        default="global", metadata=doc('Which weights are ranked together: all (``"global"``), or those of a layer.')
+    )
+    batches: int = field(
+        default=1,
+        metadata=doc("Optimizer steps, none of which is taken, whose gradients are added up to one, at least 1."),
+    )
+    # What would say when, has nothing to say here.
+    update_every: Duration = field(default=1, init=False)
+    start: Duration = field(default=0, init=False)
+    stop: Duration = field(default=0, init=False)
+
+    grows: ClassVar[bool] = False
+    begins_dense: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, Schedule):
+            raise ValueError(
+                f"sparsity is {self.sparsity}, but {type(self).__name__} prunes once: give a number in [0, 1)."
+            )
+        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
+            raise ValueError(f"batches is {self.batches!r}; give a number of optimizer steps, an int of at least 1.")
+        super().__post_init__()
+
+    @property
+    def watched(self) -> Watched:
+        """What was seen in this training."""
+        return cast("Watched", self.run.own)
+
+    @override
+    def prepare(self) -> None:
+        self.run.own = Watched()
+
+    @property
+    def steps_watched(self) -> int:
+        """How many steps are looked at before weights are pruned."""
+        return self.batches
+
+    @property
+    @override
+    def times(self) -> UpdateTimes:
+        return UpdateTimes(every=1, start=self.steps_watched - 1, stop=self.steps_watched - 1)
+
+    @property
+    @override
+    def replaces_step(self) -> bool:
+        return True
+
+    def is_pending(self, group: MaskGroup) -> bool:
+        """Whether the weights of ``group`` are still to be pruned."""
+        assert isinstance(self.sparsity, Schedule)
+        times = self.run.timetable
+        pending = times is not None and group.updated_at < times.stop
+        return pending and group.num_active > budget_of(group, self.sparsity(1.0))
+
+    @override
+    def observe(self, weight: MaskedWeight) -> None:
+        self.watched.seen[weight.name] = self.watched.seen.get(weight.name, 0) + 1
+
+    @override
+    def is_ready(self, group: MaskGroup) -> bool:
+        seen = self.watched.seen
+        return not self.is_pending(group) or all(seen.get(w.name, 0) + 1 >= self.steps_watched for w in group)
+
+    @override
+    def waits(self, group: MaskGroup) -> bool:
+        if not self.is_pending(group):
+            return False
+        if all(weight.parameter.grad is None for weight in group):
+            self.warn_once(
+                "no masked weight got a gradient, so masks wait, and the optimizer with them. Let training_step return"
+                " a loss that depends on the weights"
+            )
+        return True
+
+    @override
+    def observes(self, group: MaskGroup) -> bool:
+        return super().observes(group) and self.is_pending(group)
+
+    @override
+    def after_update(self, group: MaskGroup) -> None:
+        for tensors in (*self.run.memory.values(), self.watched.tensors):
+            for weight in group:
+                tensors.pop(weight.name, None)
+
+    @override
+    def method_state(self) -> dict[str, Any]:
+        return super().method_state() | {"seen": dict(self.watched.seen)}
+
+    @override
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        super().load_method_state(state)
+        self.watched.seen = dict(state.get("seen", {}))

@@ -1,0 +1,130 @@
+"""GraSP: gradient signal preservation.
+
+Paper:  Wang, Zhang & Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020,
+        https://arxiv.org/abs/2002.07376
+Code:   https://github.com/alecwangcq/GraSP
+Differs from the authors' code:
+    - The loss is the module's own; there the logits are divided by a temperature of 200 before.
+    - The gradient and its product with the Hessian come from batches that follow each other, as the Trainer's loader
+      gives them; there from the same samples, ten of each class on CIFAR-10.
+    - Weights are as the module has initialized them; there linear layers are initialized anew (Xavier).
+    - The batches are seen by the dense network as in training: statistics of BatchNorm take note of them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.masks.distributed import mean_
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.methods.at_initialization import AtInitialization
+from lightning_sparse.methods.card import method
+from lightning_sparse.methods.paper import Paper
+
+__all__ = ["GraSP"]
+
+
+@final
+@method
+class GraSP(AtInitialization):
+    r"""Gradient signal preservation: at initialization, weights without which gradients flow best go for good.
+
+    To remove a weight changes the squared norm of the gradient, to first order, by its score times a positive number,
+
+    .. math:: S = -\,w \odot (H g), \qquad g = \nabla L, \quad H = \nabla^2 L .
+
+    Of all layers together the weights with the highest :math:`S` are pruned, until
+    :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. :math:`g` comes from the first ``batches`` batches,
+    and :math:`H g` from as many more; no step is taken on either. :math:`H g` is the gradient of
+    :math:`\langle \nabla L,\, g \rangle` with :math:`g` held fixed: a second derivative of the loss.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        MisconfigurationException: The loss has no second derivative.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_sparse import GraSP
+        >>> from lightning_sparse.zoo import Classifier, DigitsDataModule, LeNet300100
+        >>> grasp = GraSP(sparsity=0.9)
+        >>> trainer = L.Trainer(max_steps=20, callbacks=[grasp], logger=False, enable_checkpointing=False,
+        ...                     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(Classifier(LeNet300100(in_features=64)), DigitsDataModule())
+        >>> grasp.registry
+        MaskRegistry(3 weights, sparsity=0.9000)
+
+    References:
+        Wang, Zhang & Grosse, `Picking Winning Tickets Before Training by Preserving Gradient Flow
+        <https://arxiv.org/abs/2002.07376>`_, ICLR 2020.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        authors="Wang, Zhang & Grosse",
+        title="Picking Winning Tickets Before Training by Preserving Gradient Flow",
+        venue="ICLR 2020",
+        url="https://arxiv.org/abs/2002.07376",
+    )
+    needs_dense_gradients: ClassVar[bool] = True
+
+    @property
+    @override
+    def steps_watched(self) -> int:
+        return 2 * self.batches
+
+    def _has_gradient(self, weight: MaskedWeight) -> bool:
+        """Whether g is complete, and its product with the Hessian is looked for."""
+        return self.watched.seen.get(weight.name, 0) >= self.batches
+
+    @override
+    def observe(self, weight: MaskedWeight) -> None:
+        if self._has_gradient(weight):
+            self.memory(weight, "product").add_(self.watched.tensors[weight.name])
+        else:
+            self.memory(weight, "gradient").add_(weight.grad)
+        super().observe(weight)
+
+    @override
+    def waits(self, group: MaskGroup) -> bool:
+        self.watched.tensors.clear()  # used by now, or of a step whose gradients were not finite
+        return super().waits(group)
+
+    @override
+    def on_loss(self, group: MaskGroup, loss: Tensor) -> None:
+        if not (self.is_pending(group) and all(self._has_gradient(weight) for weight in self.weights)):
+            return
+        weights = self.weights
+        try:
+            first = torch.autograd.grad(loss, [w.parameter for w in weights], create_graph=True, allow_unused=True)
+            pairs = zip(weights, first, strict=True)
+            slope = sum((self.memory(w, "gradient") * g).sum() for w, g in pairs if g is not None)
+            assert isinstance(slope, Tensor)
+            second = torch.autograd.grad(slope, [w.parameter for w in group], retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise MisconfigurationException(
+                "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
+                f" {str(error).splitlines()[0]} Compute attention without fused kernels"
+                " (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)) and do not compile the module, or take SNIP or"
+                " SynFlow, which need no second derivative."
+            ) from error
+        for weight, its in zip(group, second, strict=True):
+            before = self.watched.tensors.get(weight.name, torch.zeros_like(weight.value))
+            self.watched.tensors[weight.name] = before if its is None else before + its.detach()
+
+    @override
+    def before_update(self, group: MaskGroup) -> None:
+        mean_([self.memory(weight, "product") for weight in group])
+
+    @override
+    def drop_scores(self, weight: MaskedWeight) -> Tensor:
+        return weight.value * self.memory(weight, "product")
+
+    @override
+    def dropped(self, pool: MaskedWeight | MaskPool, among: Tensor, n: int) -> Tensor:
+        # The highest S = −w ⊙ (H g) go: the smallest w ⊙ (H g), with their signs.
+        return pool.smallest(self.ranked(pool, self.drop_scores), n, among)

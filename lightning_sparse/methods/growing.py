@@ -1,0 +1,149 @@
+"""Methods that exchange weights: at an update active ones are pruned, and as many others are grown."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import field
+from typing import ClassVar, Literal
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from lightning_sparse.functional.allocation import share
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.checks import check_choice
+from lightning_sparse.methods.scored import ScoredMethod
+from lightning_sparse.methods.vanishing import vanished
+from lightning_sparse.schedules import Cosine, Duration, Schedule, UpdateTimes, as_schedule, check_fraction
+
+__all__ = ["GrowingMethod", "InitialScale"]
+
+InitialScale = Literal["none", "density"]
+"""What the initial weights that masks leave are multiplied by: nothing, or one over the root of their density."""
+
+
+@method
+class GrowingMethod(ScoredMethod, ABC):
+    """A scored method that, at an update of a layer whose budget stays, exchanges active weights for others.
+
+    Attributes:
+        rounds_up: Whether a fraction of a layer's weights that is no integer is rounded up, rather than down.
+    """
+
+    drop_fraction: float | Schedule = field(
+        default=0.3,
+        metadata=doc(
+            "Fraction of a layer's active weights that an update exchanges, in [0, 1], annealed to 0 along a"
+            " cosine; or a schedule of it."
+        ),
+    )
+    regrow: bool = field(
+        default=True,
+        metadata=doc("Whether a weight that the update has just pruned may be grown by it; its value is then kept."),
+    )
+    update_replaces_step: bool = field(
+        default=False,
+        metadata=doc(
+            "Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and"
+            " neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait"
+            " too."
+        ),
+    )
+    warm_moments: bool = field(
+        default=True,
+        metadata=doc(
+            "Whether a grown weight's second moment (Adam, RMSprop, …) begins at the square of its gradient, or the"
+            " mean of the layer's survivors where that is more. Else it begins at 0, and first steps are up to six"
+            " learning rates long."
+        ),
+    )
+    initial_scale: InitialScale = field(
+        default="none",
+        metadata=doc(
+            'What the weights that masks leave are multiplied by as training begins: ``"density"`` by 1/√(1 − s) in a'
+            " layer of sparsity s, which gives its outputs the variance that they had when it was dense. It helps"
+            " sparse networks without normalisation."
+        ),
+    )
+    stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))
+    min_active: int = field(default=1, metadata=doc("Weights that every layer holds at least."))
+
+    rounds_up: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("initial_scale", self.initial_scale, InitialScale)
+        check_fraction("drop_fraction", as_schedule(self.drop_fraction), below_one=False)
+        if not isinstance(self.drop_fraction, Schedule):
+            self.drop_fraction = Cosine(self.drop_fraction, 0.0)
+        if self.update_replaces_step and self.update_every == 1:
+            raise ValueError(
+                "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
+                " update_every of 10 steps or more, or update_replaces_step=False."
+            )
+
+    @property
+    @override
+    def times(self) -> UpdateTimes:
+        # What has just been grown needs steps to grow in.
+        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
+
+    @property
+    @override
+    def replaces_step(self) -> bool:
+        return self.update_replaces_step
+
+    @property
+    @override
+    def warms_moments(self) -> bool:
+        return self.warm_moments
+
+    @property
+    @override
+    def regrows(self) -> bool:
+        return self.regrow
+
+    @override
+    def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
+        return [
+            budget - self.exchanged(weight, budget) if budget == weight.num_active else min(weight.num_active, budget)
+            for weight, budget in zip(group, budgets, strict=True)
+        ]
+
+    def exchanged(self, weight: MaskedWeight, active: int) -> int:
+        """How many of its ``active`` weights a layer exchanges at an update."""
+        assert isinstance(self.drop_fraction, Schedule)
+        k = share(self.drop_fraction(self.progress), active, up=self.rounds_up)
+        return k if self.regrow else min(k, weight.numel - active)
+
+    @override
+    def clock_starts(self, group: MaskGroup) -> None:
+        group.updated_at = self.step  # the first exchange comes after a first stretch of training
+
+    @override
+    def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
+        run, module = self.run, self.run.module()
+        if self.step == run.origin and run.beginning.state is None and module is not None:
+            names = vanished(module, group)
+            if names:
+                scale = "" if self.initial_scale == "density" else ' give initial_scale="density",'
+                self.warn_once(
+                    f"nearly no gradient comes to {', '.join(names)} through such sparse layers, and what it is will"
+                    f" hardly change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
+                )
+
+    @override
+    def masks_are_on(self) -> None:
+        super().masks_are_on()
+        run = self.run
+        begins = run.beginning.state is None and not self.inherited
+        if begins and self.initial_scale == "density":
+            for group in run.groups:
+                for weight in group:
+                    if 0 < weight.num_active < weight.numel:
+                        weight.value.mul_(math.sqrt(weight.numel / weight.num_active))
+                run.guards[group].note_weights()

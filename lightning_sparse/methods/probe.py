@@ -1,0 +1,103 @@
+"""What flows through a module from an input of ones, and how it is asked without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_sparse.masks.weight import MaskedWeight
+
+__all__ = ["inputs_of", "synaptic_flow", "untouched"]
+
+
+def inputs_of(module: pl.LightningModule, batch: Any) -> Any:
+    """What the forward of ``module`` takes: its ``example_input_array``, or else what comes first in a batch."""
+    example = module.example_input_array
+    if example is not None:
+        return example
+    return batch[0] if isinstance(batch, list | tuple) and batch else batch
+
+
+def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[MaskedWeight]) -> dict[str, Tensor]:
+    r"""Compute :math:`|w| \odot \partial R / \partial |w|`, R being the sum of the outputs for an input of ones.
+
+    Args:
+        module: Stays as it is, to the bit.
+        inputs: A tensor, or a tuple or mapping of arguments, of which floating-point tensors are taken as ones.
+        weights: Those that are asked for; what their masks prune counts as zero.
+
+    Returns:
+        The scores by name, none of them negative, shaped like the weights.
+
+    Raises:
+        MisconfigurationException: The module cannot compute on such inputs.
+    """
+    numbers = next(module.parameters())
+    ones = tree_map(lambda part: _ones(part, numbers), inputs)
+    parameters = [weight.parameter for weight in weights]
+    with untouched(module):
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.detach().abs_()
+        for weight in weights:
+            weight.value.mul_(weight.mask)
+        try:
+            with torch.enable_grad(), torch.autocast(numbers.device.type, enabled=False):
+                outputs = _call(module, ones)
+                total = cast("Tensor", sum(out.sum() for out in tree_flatten(outputs)[0] if _is_number(out)))
+                flows = torch.autograd.grad(total, parameters, allow_unused=True)
+        except Exception as error:  # whatever a user's code may raise
+            raise MisconfigurationException(
+                f"SynFlow computes {type(module).__name__}.forward on ones, which raised {error!r}. Set"
+                " self.example_input_array in its __init__ to what forward takes, a batch of two or so, and let it"
+                " return tensors."
+            ) from error
+        return {
+            weight.name: torch.zeros_like(weight.value) if flow is None else (weight.value * flow).abs_()
+            for weight, flow in zip(weights, flows, strict=True)
+        }
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, which in the end is as before: parameters, buffers, modes and random generators."""
+    tensors = [*module.parameters(), *module.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    modes = {child: child.training for child in module.modules()}
+    try:
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            module.eval()
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _call(module: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def _ones(part: Any, numbers: Tensor) -> Any:
+    if not isinstance(part, Tensor):
+        return part
+    return (
+        torch.ones_like(part, dtype=numbers.dtype, device=numbers.device)
+        if _is_number(part)
+        else part.to(numbers.device)
+    )
+
+
+def _is_number(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()

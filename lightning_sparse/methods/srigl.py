@@ -1,0 +1,157 @@
+"""SRigL: structured RigL, with the same fan-in for every neuron.
+
+Paper:  Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, https://arxiv.org/abs/2305.02299
+Code:   https://github.com/calgaryml/condensed-sparsity
+Differs from the authors' code:
+    - Where a neuron has more kept weights than its fan-in, the largest stay; there those at the first places.
+    - A neuron that was ablated comes back once enough of the largest gradients are its own.
+    - Masks begin with the same fan-in everywhere, at random, and weights as the module has initialized them; there
+      weights are drawn anew for the sparse fan-in (see ``initial_scale``).
+    - The authors update every 100 steps on CIFAR-10, and every 800 on ImageNet; here every hundredth of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import ClassVar, cast, final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_sparse.functional.selection import largest
+from lightning_sparse.masks.budgets import layer_budgets
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.patterns import ConstantFanIn, Pattern
+from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.methods.card import doc, method
+from lightning_sparse.methods.growing import GrowingMethod
+from lightning_sparse.methods.paper import Paper
+from lightning_sparse.schedules import Constant, check_fraction
+
+__all__ = ["SRigL"]
+
+
+@final
+@method
+class SRigL(GrowingMethod):
+    r"""Structured RigL: every neuron has the same number of active inputs, and neurons that matter little go wholly.
+
+    At an update, in each layer of :math:`n` active weights, with :math:`k = \lfloor f(t)\, n \rfloor` as in
+    :class:`RigL`,
+
+    1. salient are the :math:`n - k` largest :math:`|w|`, and of the other weights the :math:`k` with the largest
+       :math:`|\partial L / \partial w|`;
+    2. neurons with fewer than :math:`\max(1, \gamma\, F)` salient weights are ablated, :math:`F` being the fan-in until
+       now: never more than leave room for the budget, and none of the last layer;
+    3. the budget gives the neurons that are left a new fan-in, the same for all;
+    4. each of them keeps its salient weights by magnitude, the largest first, and fills up its fan-in where
+       :math:`|\partial L / \partial w|` is largest, at zero.
+
+    :math:`\gamma` is ``ablation``. Such layers can be stored and computed as dense matrices of
+    :math:`\text{neurons} \times F` weights with the places of their inputs. A budget that is no multiple of the neurons
+    is rounded down.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_sparse import SRigL
+        >>> srigl = SRigL(sparsity=0.75)
+        >>> trainer = L.Trainer(max_steps=40, callbacks=[srigl], logger=False, enable_checkpointing=False,
+        ...                     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> srigl.registry["layer.weight"].mask.sum(dim=1)
+        tensor([8, 8])
+
+    References:
+        Lasby et al., `Dynamic Sparse Training with Structured Sparsity <https://arxiv.org/abs/2305.02299>`_, ICLR 2024.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        authors="Lasby et al.",
+        title="Dynamic Sparse Training with Structured Sparsity",
+        venue="ICLR 2024",
+        url="https://arxiv.org/abs/2305.02299",
+    )
+    needs_dense_gradients: ClassVar[bool] = True
+
+    pattern: Pattern | str = field(default=ConstantFanIn(), init=False)
+    ablation: float = field(
+        default=0.3,
+        metadata=doc("γ, in [0, 1]: neurons with fewer salient weights than that share of the fan-in go; 0 for none."),
+    )
+    update_replaces_step: bool = field(
+        default=True, metadata=doc("Whether the optimizer takes no step where masks change, as in :class:`RigL`.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("ablation", Constant(self.ablation), below_one=False)
+        if self.allocation == "global":
+            raise ValueError("allocation is 'global', but fan-ins are those of a layer. Give 'uniform', 'er' or 'erk'.")
+
+    @property
+    def _alive(self) -> dict[str, Tensor]:
+        """The weights of the neurons that this update leaves, as a mask, by name."""
+        return cast("dict[str, Tensor]", self.run.own)
+
+    @override
+    def prepare(self) -> None:
+        self.run.own = {}
+
+    @override
+    def budgets(self, group: MaskGroup) -> list[int]:
+        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
+        for weight, budget in zip(group, shares, strict=True):
+            self._alive[weight.name] = self._neurons_left(weight, budget)
+        return [
+            self.shape.feasible(weight, budget, self._alive[weight.name])
+            for weight, budget in zip(group, shares, strict=True)
+        ]
+
+    @override
+    def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
+        return [
+            min(budget, weight.num_active - self.exchanged(weight, weight.num_active))
+            for weight, budget in zip(group, budgets, strict=True)
+        ]
+
+    @override
+    def grow_scores(self, weight: MaskedWeight) -> Tensor:
+        return weight.grad
+
+    @override
+    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
+        alive = self._alive[weight.name]
+        kept = weight.largest(weight.value, keep, weight.mask, key=torch.abs) & alive
+        # All kept weights come before all others: those by magnitude, these by gradient.
+        ranked = torch.where(kept, 2.0 + _to_one(weight.value), _to_one(weight.grad))
+        free = alive if self.regrows else alive & (kept | ~weight.mask)
+        return self.shape.largest(weight, ranked, budget, free)
+
+    def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:
+        """The mask of all weights of the neurons that are not ablated."""
+        every = torch.ones_like(weight.mask)
+        if weight is self.weights[-1] or not self.ablation:
+            return every
+        k = self.exchanged(weight, weight.num_active)
+        top = weight.largest(weight.value, weight.num_active - k, weight.mask, key=torch.abs)
+        wanted = weight.largest(weight.grad, k, ~top, key=torch.abs)
+        salient = weight.rows(top | wanted).sum(dim=1)
+        fan_in = weight.num_active / max(1, weight.count(weight.rows(weight.mask).any(dim=1)))
+        alive = salient >= max(1.0, self.ablation * fan_in)
+        row = weight.rows(every)
+        needed = -(-budget // row.shape[1])
+        if weight.count(alive) < needed:
+            alive = largest(salient.double(), needed, torch.ones_like(alive))
+        return weight.from_rows(alive.unsqueeze(1).expand_as(row).contiguous())
+
+
+def _to_one(scores: Tensor) -> Tensor:
+    """Magnitudes in [0, 1], in their order."""
+    magnitudes = scores.abs().double()
+    return magnitudes / magnitudes.max().clamp(min=torch.finfo(torch.float64).tiny)
