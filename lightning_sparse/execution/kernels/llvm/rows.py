@@ -1,0 +1,177 @@
+"""Chains of linear layers as one program: features are laid beside each other, and stay so from layer to layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sparse.execution.formats import PackedWeight, balanced_blocks
+from lightning_sparse.execution.kernels.llvm.compiler import Library
+from lightning_sparse.execution.kernels.llvm.emitter import LANES_OF_A_LINE
+from lightning_sparse.execution.kernels.llvm.layouts import TRANSPOSE
+from lightning_sparse.execution.kernels.llvm.offsets import OFFSETS, TILE_VECTORS
+from lightning_sparse.execution.kernels.llvm.program import Port, Program, aligned, bits_of
+from lightning_sparse.execution.kernels.llvm.vectors import VECTORS_16, VECTORS_32
+
+__all__ = ["LinearStep", "RowChain"]
+
+PANEL = 64
+"""Columns of a batch that go through all layers together: four cache lines a feature."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LinearStep:
+    """One linear layer: ``clamp(weight @ x + bias)``.
+
+    Args:
+        weight: (outputs, inputs).
+        bias: (outputs,).
+        low: Lower bound of the results; 0 for a ReLU.
+        high: Upper bound of the results.
+    """
+
+    weight: PackedWeight
+    bias: Any
+    low: float = -np.inf
+    high: float = np.inf
+    offsets: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    def offsets_at(self, pitch: int) -> Any:
+        """Return the offset of each weight's input where features are ``pitch`` elements apart."""
+        if pitch not in self.offsets:
+            self.offsets[pitch] = self.weight.columns * np.int32(pitch)
+        return self.offsets[pitch]
+
+
+class _Panel:
+    """A program for up to ``pitch`` columns: transpose, all layers, transpose back."""
+
+    def __init__(self, library: Library, steps: list[LinearStep], pitch: int, threads: int) -> None:
+        self.program = program = Program(library, threads)
+        dtype = steps[0].weight.values.dtype
+        features = [steps[0].weight.num_columns, *(step.weight.num_rows for step in steps)]
+        buffers = [program.hold(aligned((max(1, count), pitch), dtype)) for count in features]
+        lanes = library.lanes
+        enter = program.add(
+            TRANSPOSE, -(-features[0] // lanes),
+            x=0, y=buffers[0], rows=0, columns=features[0], x_stride=features[0], y_stride=pitch, x_padded=0, y_padded=1,
+        )  # fmt: skip
+        for step, x, y in zip(steps, buffers, buffers[1:], strict=False):
+            _add_step(program, step, x, y, pitch)
+        leave = program.add(
+            TRANSPOSE, -(-pitch // lanes),
+            x=buffers[-1], y=0, rows=features[-1], columns=0, x_stride=pitch, y_stride=features[-1], x_padded=1, y_padded=0,
+        )  # fmt: skip
+        self.x = program.port(enter, TRANSPOSE, "x")
+        self.y = program.port(leave, TRANSPOSE, "y")
+        self.counts = [program.port(enter, TRANSPOSE, "rows"), program.port(leave, TRANSPOSE, "columns")]
+        program.seal()
+
+    def run(self, x: int, y: int, count: int) -> None:
+        """Compute ``count`` rows, from one address to another."""
+        program = self.program
+        program.set(self.x, x)
+        program.set(self.y, y)
+        for port in self.counts:
+            program.set(port, count)
+        program.run()
+
+
+def _add_step(program: Program, step: LinearStep, x: int, y: int, pitch: int) -> None:
+    lanes = program.library.lanes
+    vectors = pitch // lanes
+    tiles = [(start, start, min(TILE_VECTORS, vectors - start // lanes)) for start in range(0, pitch, TILE_VECTORS * lanes)]
+    blocks = balanced_blocks(step.weight.rows, program.threads)
+    integers = np.int32 if step.weight.values.itemsize == 4 else np.int64
+    program.add(
+        OFFSETS, len(tiles) * program.threads,
+        x=x, y=y, residual=0,
+        rows=program.hold(step.weight.rows), offsets=program.hold(step.offsets_at(pitch)),
+        values=program.hold(step.weight.values), bias=program.hold(step.bias),
+        keep=program.hold(np.full(pitch, -1, integers)), tiles=program.hold(np.array(tiles, np.int64)),
+        blocks=program.hold(blocks), num_blocks=program.threads, plane=pitch,
+        low=bits_of(step.low), high=bits_of(step.high),
+    )  # fmt: skip
+
+
+class _Single:
+    """A program for one column, which is a vector from the first layer to the last."""
+
+    def __init__(self, library: Library, steps: list[LinearStep], threads: int) -> None:
+        self.program = program = Program(library, threads)
+        dtype = steps[0].weight.values.dtype
+        between = [program.hold(aligned((max(1, step.weight.num_rows),), dtype)) for step in steps[:-1]]
+        numbers: list[tuple[int, Any]] = []
+        for step, x, y in zip(steps, [0, *between], [*between, 0], strict=True):
+            numbers.append(self._add(step, x, y))
+        self.x: Port = program.port(*numbers[0], "x")
+        self.y: Port = program.port(*numbers[-1], "y")
+        program.seal()
+
+    def _add(self, step: LinearStep, x: int, y: int) -> tuple[int, Any]:
+        program = self.program
+        sell = step.weight.sell(program.library.lanes)
+        kernel = VECTORS_16 if sell.columns.dtype == np.uint16 else VECTORS_32
+        number = program.add(
+            kernel, len(sell.slices) - 1,
+            x=x, y=y, slices=program.hold(sell.slices), columns=program.hold(sell.columns),
+            values=program.hold(sell.values), bias=program.hold(sell.arranged(step.bias)),
+            order=program.hold(sell.order), low=bits_of(step.low), high=bits_of(step.high),
+        )  # fmt: skip
+        return number, kernel
+
+    def run(self, x: int, y: int, count: int) -> None:
+        """Compute one row, from one address to another."""
+        self.program.set(self.x, x)
+        self.program.set(self.y, y)
+        self.program.run()
+
+
+@final
+class RowChain:
+    """A chain of linear layers on rows of a batch.
+
+    Args:
+        library: The kernels.
+        steps: The layers, at least one; the outputs of each are the inputs of the next.
+        threads: How many threads compute.
+    """
+
+    def __init__(self, library: Library, steps: list[LinearStep], threads: int) -> None:
+        self.library = library
+        self.steps = steps
+        self.threads = threads
+        self.in_features = steps[0].weight.num_columns
+        self.out_features = steps[-1].weight.num_rows
+        self._plans: dict[int, _Panel | _Single] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the last layer's outputs (rows, out_features) of contiguous rows (rows, in_features)."""
+        count = x.shape[0]
+        y = torch.empty(count, self.out_features, dtype=x.dtype)
+        if count == 0 or self.out_features == 0:
+            return y
+        source, target, size = x.data_ptr(), y.data_ptr(), x.element_size()
+        if count == 1:
+            self._plan(1).run(source, target, 1)
+            return y
+        for start in range(0, count, PANEL):
+            length = min(PANEL, count - start)
+            plan = self._plan(min(PANEL, -(-length // LANES_OF_A_LINE) * LANES_OF_A_LINE))
+            plan.run(source + start * self.in_features * size, target + start * self.out_features * size, length)
+        return y
+
+    def _plan(self, pitch: int) -> _Panel | _Single:
+        if pitch not in self._plans:
+            single = pitch == 1
+            self._plans[pitch] = (
+                _Single(self.library, self.steps, self.threads)
+                if single
+                else _Panel(self.library, self.steps, pitch, self.threads)
+            )
+        return self._plans[pitch]
