@@ -177,7 +177,7 @@ def pack(weight: Tensor) -> PackedWeight:
 
 
 def balanced_blocks(rows: Integers, num_blocks: int) -> Integers:
-    """Divide rows into blocks of about equally many weights.
+    """Divide rows into blocks of about equal cost, to which a row adds four weights and those it has.
 
     Args:
         rows: int64, where each row begins, and where the last ends: (rows + 1,).
@@ -189,9 +189,8 @@ def balanced_blocks(rows: Integers, num_blocks: int) -> Integers:
     Example:
         >>> import numpy as np
         >>> balanced_blocks(np.array([0, 6, 7, 8, 9, 10, 11, 12]), num_blocks=2).tolist()
-        [0, 1, 7]
+        [0, 3, 7]
     """
-    # A row costs something even if it is empty.
     cost = rows + 4 * np.arange(len(rows))
     bounds = np.searchsorted(cost, cost[-1] * np.arange(1, num_blocks) / num_blocks)
     return np.concatenate([[0], bounds, [len(rows) - 1]]).astype(np.int64)

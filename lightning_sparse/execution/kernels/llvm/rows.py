@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse.execution.formats import PackedWeight, balanced_blocks
+from lightning_sparse.execution.formats import balanced_blocks
 from lightning_sparse.execution.kernels.llvm.compiler import Library
 from lightning_sparse.execution.kernels.llvm.emitter import LANES_OF_A_LINE
 from lightning_sparse.execution.kernels.llvm.layouts import TRANSPOSE
 from lightning_sparse.execution.kernels.llvm.offsets import OFFSETS, TILE_VECTORS
 from lightning_sparse.execution.kernels.llvm.program import Port, Program, aligned, bits_of
 from lightning_sparse.execution.kernels.llvm.vectors import VECTORS_16, VECTORS_32
+from lightning_sparse.execution.kernels.steps import LinearStep
 
-__all__ = ["LinearStep", "RowChain"]
+__all__ = ["RowChain"]
 
 PANEL = 64
 """Columns of a batch that go through all layers together: four cache lines a feature."""
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class LinearStep:
-    """One linear layer: ``clamp(weight @ x + bias)``.
-
-    Args:
-        weight: (outputs, inputs).
-        bias: (outputs,).
-        low: Lower bound of the results; 0 for a ReLU.
-        high: Upper bound of the results.
-    """
-
-    weight: PackedWeight
-    bias: Any
-    low: float = -np.inf
-    high: float = np.inf
-    offsets: dict[int, Any] = field(default_factory=dict[int, Any])
-
-    def offsets_at(self, pitch: int) -> Any:
-        """Return the offset of each weight's input where features are ``pitch`` elements apart."""
-        if pitch not in self.offsets:
-            self.offsets[pitch] = self.weight.columns * np.int32(pitch)
-        return self.offsets[pitch]
 
 
 class _Panel:
@@ -91,7 +66,7 @@ def _add_step(program: Program, step: LinearStep, x: int, y: int, pitch: int) ->
     program.add(
         OFFSETS, len(tiles) * program.threads,
         x=x, y=y, residual=0,
-        rows=program.hold(step.weight.rows), offsets=program.hold(step.offsets_at(pitch)),
+        rows=program.hold(step.weight.rows), offsets=program.hold(step.weight.columns * np.int32(pitch)),
         values=program.hold(step.weight.values), bias=program.hold(step.bias),
         keep=program.hold(np.full(pitch, -1, integers)), tiles=program.hold(np.array(tiles, np.int64)),
         blocks=program.hold(blocks), num_blocks=program.threads, plane=pitch,
