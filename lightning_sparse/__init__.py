@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
+from lightning_sparse.execution import accelerate
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
 from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing, share_weights, unshare_weights
@@ -25,6 +26,7 @@ __all__ = [
     "SparsityMonitor",
     "WeightSharing",
     "__version__",
+    "accelerate",
     "apply_masks",
     "functional",
     "load_masks",

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from lightning_sparse.execution.accelerate import accelerate
+from lightning_sparse.execution.accelerated import AcceleratedModule, StaleWeights
 from lightning_sparse.execution.conv import SparseConv2d
 from lightning_sparse.execution.linear import SparseLinear
+from lightning_sparse.execution.report import AccelerationReport, LayerChoice
 
-__all__ = ["SparseConv2d", "SparseLinear"]
+__all__ = [
+    "AcceleratedModule",
+    "AccelerationReport",
+    "LayerChoice",
+    "SparseConv2d",
+    "SparseLinear",
+    "StaleWeights",
+    "accelerate",
+]

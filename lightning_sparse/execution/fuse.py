@@ -7,6 +7,7 @@ activations become one :class:`SparseLinear`. What cannot be executed sparsely, 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -147,7 +148,7 @@ def _replace_part(graph_module: fx.GraphModule, part: list[fx.Node], threads: in
         value = call
         if len(outputs) > 1:
             with graph.inserting_after(after):
-                value = after = graph.call_function(lambda values, index: values[index], (call, number))
+                value = after = graph.call_function(operator.getitem, (call, number))
         shape = shape_of(node)
         if _is_mean(node) and shape is not None and len(shape) == 2:
             with graph.inserting_after(after):
@@ -300,11 +301,3 @@ def _new_name(graph_module: fx.GraphModule, prefix: str, module: nn.Module) -> s
     graph_module.add_submodule(name, module)
     return name
 
-
-def sparse_reason(module: nn.Module, kernels: str) -> str | None:
-    """Return why a layer cannot be executed sparsely; ``None`` if it can."""
-    if type(module) is nn.Linear:
-        return None
-    if type(module) is nn.Conv2d:
-        return why_dense(module, kernels)
-    return "it is neither nn.Linear nor nn.Conv2d"

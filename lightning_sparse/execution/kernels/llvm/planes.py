@@ -58,11 +58,24 @@ class PlaneNetwork:
         images = tensors[0].shape[0]
         whole = self._plan(sizes, 1)
         results = [torch.empty(images, *whole.shapes[name], dtype=tensors[0].dtype) for name in self.outputs]
-        group = max(1, min(images, GROUP_BYTES // whole.bytes_of_an_image))
+        group = self._group(sizes, images)
         for start in range(0, images, group):
             plan = self._plan(sizes, min(group, images - start))
             plan.run([tensor[start] for tensor in tensors], [result[start] for result in results])
         return results
+
+    def compute_again(self, x: Tensor) -> None:
+        """Do as a call does, but for laying images out before and after: what a layer costs among others."""
+        size: Shape = (x.shape[1], x.shape[2], x.shape[3])
+        group = self._group([size], x.shape[0])
+        for start in range(0, x.shape[0], group):
+            program = self._plan((size,), min(group, x.shape[0] - start)).program
+            with program.only((OFFSETS, PHASES, LARGEST)):
+                program.run()
+
+    def _group(self, sizes: Sequence[Shape], images: int) -> int:
+        """How many images go through the network together."""
+        return max(1, min(images, GROUP_BYTES // self._plan(tuple(sizes), 1).bytes_of_an_image))
 
     def _plan(self, sizes: tuple[Shape, ...], images: int) -> _Plan:
         key = (*sizes, images)

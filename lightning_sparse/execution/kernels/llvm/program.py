@@ -7,6 +7,8 @@ import os
 import struct
 import sys
 import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -100,7 +102,20 @@ class Program:
         if self.threads == 1:
             self.library.run(self._address, 0)
         else:
-            team(self.library, self.threads).run(self._words, len(self._instructions))
+            team(self.library, self.threads).run(self._job[0], self._job[1])
+
+    @contextmanager
+    def only(self, kernels: Collection[Kernel]) -> Iterator[None]:
+        """Run no other kernels for a while; they must be neighbours in the program."""
+        addresses = {self.library.addresses[kernel.name] for kernel in kernels}
+        chosen = [number for number, words in enumerate(self._instructions) if words[0] in addresses]
+        before = self._job[0], self._job[1]
+        self._job[0] += chosen[0] * INSTRUCTION_WORDS * 8
+        self._job[1] = chosen[-1] + 1 - chosen[0]
+        try:
+            yield
+        finally:
+            self._job[0], self._job[1] = before
 
 
 @final
@@ -127,10 +142,10 @@ class Team:
         for number in range(1, threads):
             threading.Thread(target=self._work, args=(number,), daemon=True, name="lightning_sparse").start()
 
-    def run(self, words: Any, num_instructions: int) -> None:
-        """Run a program on all threads and return when all are done."""
+    def run(self, program: int, num_instructions: int) -> None:
+        """Run a program, given by its address, on all threads, and return when all are done."""
         with self._lock:
-            self._at[0], self._at[1] = ctypes.addressof(words), num_instructions
+            self._at[0], self._at[1] = program, num_instructions
             self._at[JOBS_GIVEN] += 1
             for number in range(1, len(self._asleep)):
                 if self._asleep[number]:

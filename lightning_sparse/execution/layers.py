@@ -1,0 +1,169 @@
+"""The layers of a module that could be executed sparsely: which they are, and how long each takes both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes, why_dense
+from lightning_sparse.execution.kernels import KernelsUnavailable
+from lightning_sparse.execution.linear import SparseLinear
+from lightning_sparse.execution.report import LayerChoice
+from lightning_sparse.execution.timing import compare
+
+__all__ = ["InputSpec", "input_specs", "layers_with_zeros", "reason_to_stay_dense", "sparse_layer", "time_layer"]
+
+LEAST_GAIN = 1.1
+"""A layer is swapped if it was so many times faster."""
+
+SECONDS = 0.015
+"""Timing of a layer takes about so long, in each of its forms."""
+
+
+@final
+@dataclass(frozen=True)
+class InputSpec:
+    """What a layer was given on the example: shape, type, and whether channels lay last in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor) -> InputSpec:
+        """Describe a tensor."""
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(x.shape), x.dtype, last)
+
+    def random(self) -> Tensor:
+        """Return noise of this description; zeros, where it is of integers."""
+        if not self.dtype.is_floating_point:
+            return torch.zeros(self.shape, dtype=self.dtype)
+        x = torch.randn(self.shape, dtype=self.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
+def input_specs(module: nn.Module, call: Any) -> dict[str, InputSpec]:
+    """Return what each submodule is given in a call, if its first argument is a tensor.
+
+    Args:
+        module: What is called.
+        call: Calls it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> input_specs(network, lambda: network(torch.zeros(2, 4)))["1"].shape
+        (2, 3)
+    """
+    specs: dict[str, InputSpec] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and isinstance(inputs[0], Tensor):
+                specs.setdefault(name, InputSpec.of(inputs[0]))
+
+        return hook
+
+    handles = [child.register_forward_pre_hook(note(name)) for name, child in module.named_modules() if name]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return specs
+
+
+def layers_with_zeros(module: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
+    """Yield linear layers and convolutions: name, layer, fraction of zeros."""
+    for name, layer in module.named_modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(weight, Tensor):
+            readable = weight.layout is torch.strided and weight.device.type != "meta" and weight.numel()
+            yield name, layer, 1 - int(torch.count_nonzero(weight)) / weight.numel() if readable else 0.0
+
+
+def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
+    """Return why a layer cannot be executed sparsely; ``None`` if it can.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> reason_to_stay_dense(nn.Linear(4, 3, dtype=torch.bfloat16), "llvm")
+        'its weight is torch.bfloat16; sparse kernels compute in float32 and float64'
+    """
+    weight: Any = layer.weight
+    if hasattr(layer, "parametrizations"):
+        return "its weight is parametrized; remove the parametrization first"
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return f"{type(layer).__name__} has no sparse form"
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"its weight is {weight.dtype}; sparse kernels compute in float32 and float64"
+    if layer.bias is not None and layer.bias.dtype != weight.dtype:
+        return "its bias is of another type than its weight"
+    if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        return "it has hooks, which a sparse layer would not call"
+    return why_dense(layer, kernels) if isinstance(layer, nn.Conv2d) else None
+
+
+def sparse_layer(layer: nn.Module, kernels: str, threads: int) -> SparseLinear | SparseConv2d:
+    """Return the sparse form of one layer."""
+    if isinstance(layer, nn.Conv2d):
+        return SparseConv2d(layer, kernels=kernels, threads=threads)
+    assert isinstance(layer, nn.Linear)
+    return SparseLinear.of(layer, kernels=kernels, threads=threads)
+
+
+def time_layer(
+    name: str, layer: nn.Module, sparsity: float, spec: InputSpec | None, *, kernels: str, threads: int, inside: bool
+) -> LayerChoice:
+    """Time a layer both ways and choose.
+
+    Args:
+        name: Of the layer.
+        layer: Dense.
+        sparsity: Fraction of its weights that are zero.
+        spec: What it is given on the example; ``None`` if it is not called.
+        kernels: What executes it sparsely.
+        threads: How many threads compute.
+        inside: Whether its neighbours are sparse too, so that images need not be laid out for it alone.
+    """
+    weight: Any = layer.weight
+    shape = tuple(weight.shape)
+    reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example does not call it")
+    if reason or spec is None:
+        return LayerChoice(name, shape, sparsity, sparse=False, reason=reason or "")
+    try:
+        sparse = sparse_layer(layer, kernels, threads)
+        x = spec.random()
+        sparse(x)
+    except (KernelsUnavailable, ValueError, RuntimeError) as error:  # torch without MKL has no sparse product
+        return LayerChoice(name, shape, sparsity, sparse=False, reason=str(error))
+    call = _inner_call(sparse, x) if inside else None
+    seconds = compare({"dense": lambda: layer(x), "sparse": call or (lambda: sparse(x))}, budget=SECONDS)
+    chosen = seconds["dense"] >= LEAST_GAIN * seconds["sparse"]
+    return LayerChoice(
+        name,
+        shape,
+        sparsity,
+        chosen,
+        seconds["dense"],
+        seconds["sparse"],
+        "" if chosen else f"sparse is not {LEAST_GAIN} times as fast",
+    )
+
+
+def _inner_call(sparse: SparseLinear | SparseConv2d, x: Tensor) -> Any:
+    """What a convolution computes, without laying images out before and after."""
+    if not isinstance(sparse, SparseConv2d) or not isinstance(sparse.inner, SparsePlanes) or x.dim() != 4:
+        return None
+    planes = sparse.inner
+    images = x.contiguous()
+    planes(images)
+    compute = getattr(planes.network, "compute_again", None)
+    return None if compute is None else lambda: compute(images)
