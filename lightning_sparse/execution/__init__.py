@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_sparse.execution.accelerate import accelerate
-from lightning_sparse.execution.accelerated import AcceleratedModule, StaleWeights
+from lightning_sparse.execution.accelerated import AcceleratedModule, StaleWeightsError
 from lightning_sparse.execution.conv import SparseConv2d
 from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import AccelerationReport, LayerChoice
@@ -14,6 +14,6 @@ __all__ = [
     "LayerChoice",
     "SparseConv2d",
     "SparseLinear",
-    "StaleWeights",
+    "StaleWeightsError",
     "accelerate",
 ]

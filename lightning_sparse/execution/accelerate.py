@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe, frozen_copy
-from lightning_sparse.execution.kernels import KernelsUnavailable, available_kernels, default_kernels
+from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import InputSpec, input_specs, layers_with_zeros, time_layer
 from lightning_sparse.execution.report import AccelerationReport, LayerChoice
 from lightning_sparse.execution.timing import compare, num_threads
-from lightning_sparse.execution.tracing import Untraceable, trace
+from lightning_sparse.execution.tracing import UntraceableError, trace
 
 __all__ = ["accelerate"]
 
@@ -97,8 +97,8 @@ class _Call:
         call = cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
         if not any(isinstance(value, Tensor) for value in call.args):
             raise ValueError(
-                f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of keyword"
-                " arguments, as the module is called."
+                f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
+                " keyword arguments, as the module is called."
             )
         return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
 
@@ -148,8 +148,8 @@ class _Acceleration:
         except Exception as error:  # whatever the user's module raises when its input does not fit
             shapes = ", ".join(str(shape) for shape in self.call.shapes) or "none"
             raise ValueError(
-                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}: {error} Give it what the"
-                " module is called with."
+                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}: {error} Give it what"
+                " the module is called with."
             ) from error
 
     def _recipes(self) -> list[Recipe]:
@@ -197,9 +197,9 @@ class _Acceleration:
         """Return a graph of the network, or the network itself where it cannot be traced."""
         try:
             if self.call.kwargs:
-                raise Untraceable("The example has keyword arguments.")
+                raise UntraceableError("The example has keyword arguments.")
             return trace(own, self.call.args), True
-        except Untraceable as error:
+        except UntraceableError as error:
             if not any("one by one" in note for note in self.notes):
                 self.notes.append(f"Layers are replaced one by one: {error}".splitlines()[0])
             return own, False
@@ -207,9 +207,7 @@ class _Acceleration:
     def _time(self, network: nn.Module, specs: Mapping[str, InputSpec], *, inside: bool) -> list[LayerChoice]:
         """Time every layer that has zeros, and among convolutions in a graph those without, too."""
         return [
-            time_layer(
-                name, layer, share, specs.get(name), kernels=self.kernels, threads=self.threads, inside=inside
-            )
+            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=self.threads, inside=inside)
             for name, layer, share in layers_with_zeros(network)
             if share or (inside and isinstance(layer, nn.Conv2d))
         ]
@@ -311,7 +309,7 @@ def _checked_kernels(kernels: str | None) -> str:
     if kernels is None:
         return default_kernels()
     if kernels not in available_kernels():
-        raise KernelsUnavailable(
+        raise KernelsUnavailableError(
             f"kernels is {kernels!r}; installed are {', '.join(available_kernels())}. The kernels 'llvm' come with"
             " pip install 'lightning-sparse[fast]'."
         )
@@ -324,6 +322,6 @@ def _check_devices(module: nn.Module) -> None:
     devices = sorted({parameter.device.type for parameter in module.parameters()} - {"cpu"})
     if devices:
         raise ValueError(
-            f"The module is on {', '.join(devices)}; sparse kernels are for CPUs. Give a copy on the CPU; for 2:4 sparsity"
-            " on a GPU see lightning_sparse.execution.semi_structured."
+            f"The module is on {', '.join(devices)}; sparse kernels are for CPUs. Give a copy on the CPU; for 2:4"
+            " sparsity on a GPU see lightning_sparse.execution.semi_structured."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
 from lightning_sparse.execution.linear import refuse_gradients
 from lightning_sparse.execution.report import AccelerationReport
-from lightning_sparse.execution.tracing import Untraceable, trace
+from lightning_sparse.execution.tracing import UntraceableError, trace
 
-__all__ = ["AcceleratedModule", "Recipe", "StaleWeights", "frozen_copy"]
+__all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError", "frozen_copy"]
 
 
-class StaleWeights(RuntimeError):
+class StaleWeightsError(RuntimeError):
     """The module that was accelerated has other weights now."""
 
 
@@ -51,7 +51,7 @@ class Recipe:
 
     Args:
         layers: Names of the layers that are executed sparsely.
-        traced: Whether the whole network is one graph, in which layers are fused; layers are replaced one by one if not.
+        traced: Whether the network is one graph, in which layers are fused; layers are replaced one by one if not.
         kernels: What executes them.
         threads: How many threads compute.
         arguments: What the module is called with, by position.
@@ -97,7 +97,7 @@ class Recipe:
                 try:
                     root.set_submodule(name, self._fused(name, child))
                     done.add(name)
-                except Untraceable:
+                except UntraceableError:
                     continue
         return root
 
@@ -111,7 +111,7 @@ class AcceleratedModule(nn.Module):
     """A module for inference that computes what another does, faster where that was measured.
 
     It holds the module that it was made of, and copies of weights. ``state_dict`` is that of the other module; copying
-    and pickling keep both. Weights written after it was made are noticed: it raises :class:`StaleWeights` until
+    and pickling keep both. Weights written after it was made are noticed: it raises :class:`StaleWeightsError` until
     ``refresh`` is called.
 
     Args:
@@ -147,7 +147,7 @@ class AcceleratedModule(nn.Module):
         """Return what the module would.
 
         Raises:
-            StaleWeights: The module's weights were written since.
+            StaleWeightsError: The module's weights were written since.
             ValueError: An input requires a gradient, or is of a type or size that a sparse layer does not take.
         """
         for held, name, tensor, version, address in self._watched:
@@ -220,8 +220,8 @@ class AcceleratedModule(nn.Module):
         moved = fn(probe[:0] if probe.dim() else probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise ValueError(
-                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the module that it was"
-                " made of, and accelerate that."
+                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the module that it"
+                " was made of, and accelerate that."
             )
         return self
 
@@ -254,10 +254,10 @@ class AcceleratedModule(nn.Module):
             for held in (module._parameters, module._buffers):  # the only way to notice that one was replaced
                 for name, tensor in held.items():
                     if tensor is not None and not tensor.is_inference() and type(tensor) in (Tensor, nn.Parameter):
-                        self._watched.append((held, name, tensor, cast("int", tensor._version), tensor.data_ptr()))
+                        self._watched.append((held, name, tensor, tensor._version, tensor.data_ptr()))
 
     def _refuse_stale(self, name: str) -> NoReturn:
-        raise StaleWeights(
+        raise StaleWeightsError(
             f"{name!r} of the module that was accelerated has been written since. Call refresh() to take its weights as"
             " they are, or accelerate it anew if its zeros are others."
         )

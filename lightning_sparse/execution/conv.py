@@ -195,5 +195,5 @@ class SparseConv2d(nn.Module):
         else:
             # Channels are features, pixels are rows: for one image both ways are views.
             y = self.inner(images.permute(0, 2, 3, 1).reshape(-1, self.in_channels))
-            y = y.reshape(len(images), *images.shape[2:], -1).permute(0, 3, 1, 2)
+            y = y.reshape(len(images), *images.shape[2:], self.inner.out_features).permute(0, 3, 1, 2)
         return y if x.dim() == 4 else y[0]

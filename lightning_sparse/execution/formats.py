@@ -111,9 +111,7 @@ class PackedWeight:
         order = np.argsort(self.columns, kind="stable")
         counts = np.bincount(self.columns, minlength=self.num_columns)
         outputs = np.repeat(np.arange(self.num_rows, dtype=np.int32), np.diff(self.rows))
-        return PackedWeight(
-            (self.num_columns, self.num_rows), _starts(counts), outputs[order], self.values[order]
-        )
+        return PackedWeight((self.num_columns, self.num_rows), _starts(counts), outputs[order], self.values[order])
 
     def sell(self, lanes: int) -> Sell:
         """Return the weight in slices of ``lanes`` rows.

@@ -1,7 +1,7 @@
 """Puts sparse layers into a graph, each with what follows it: parts of the network that stay in their own layout.
 
-Neighbouring convolutions, activations, additions and poolings become one :class:`SparsePlanes`; linear layers with their
-activations become one :class:`SparseLinear`. What cannot be executed sparsely, or shall not, is left to torch.
+Neighbouring convolutions, activations, additions and poolings become one :class:`SparsePlanes`; linear layers with
+their activations become one :class:`SparseLinear`. What cannot be executed sparsely, or shall not, is left to torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_sparse.execution.conv import SparsePlanes, conv_step, why_dense
+from lightning_sparse.execution.conv import SparsePlanes, conv_step
 from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels.steps import ConvStep, LinearStep, MeanStep, PlaneStep, PoolStep
 from lightning_sparse.execution.linear import SparseLinear, linear_step
@@ -111,7 +111,9 @@ def _pool_of(node: fx.Node, part: list[fx.Node]) -> PoolStep | None:
         settings["stride"] = settings["stride"] or settings["kernel_size"]
     else:
         return None
-    kernel, stride, padding, dilation = (_pair(settings[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
+    kernel, stride, padding, dilation = (
+        _pair(settings[name]) for name in ("kernel_size", "stride", "padding", "dilation")
+    )
     fits = plain and dilation == (1, 1) and stride in ((1, 1), (2, 2))
     if not fits or (padding != (0, 0) and not _never_negative(node.all_input_nodes[0], part)):
         return None
@@ -136,9 +138,7 @@ def _replace_part(graph_module: fx.GraphModule, part: list[fx.Node], threads: in
     outputs = [node for node in part if any(user not in inside for user in node.users)]
     inputs = list(dict.fromkeys(x for node in part for x in node.all_input_nodes if x not in inside))
     steps, dtype = _steps_of(part, {node.name for node in outputs})
-    module = SparsePlanes(
-        steps, [x.name for x in inputs], [y.name for y in outputs], dtype=dtype, threads=threads
-    )
+    module = SparsePlanes(steps, [x.name for x in inputs], [y.name for y in outputs], dtype=dtype, threads=threads)
     name = _new_name(graph_module, "sparse_planes", module)
     graph = graph_module.graph
     with graph.inserting_after(part[-1]):
@@ -300,4 +300,3 @@ def _new_name(graph_module: fx.GraphModule, prefix: str, module: nn.Module) -> s
     name = next(f"{prefix}_{number}" for number in range(len(taken) + 1) if f"{prefix}_{number}" not in taken)
     graph_module.add_submodule(name, module)
     return name
-

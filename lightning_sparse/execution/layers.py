@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes, why_dense
-from lightning_sparse.execution.kernels import KernelsUnavailable
+from lightning_sparse.execution.kernels import KernelsUnavailableError
 from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import LayerChoice
 from lightning_sparse.execution.timing import compare
@@ -104,7 +104,8 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
         return f"{type(layer).__name__} has no sparse form"
     if weight.dtype not in (torch.float32, torch.float64):
         return f"its weight is {weight.dtype}; sparse kernels compute in float32 and float64"
-    if layer.bias is not None and layer.bias.dtype != weight.dtype:
+    bias: Any = layer.bias
+    if bias is not None and bias.dtype != weight.dtype:
         return "its bias is of another type than its weight"
     if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
         return "it has hooks, which a sparse layer would not call"
@@ -142,7 +143,7 @@ def time_layer(
         sparse = sparse_layer(layer, kernels, threads)
         x = spec.random()
         sparse(x)
-    except (KernelsUnavailable, ValueError, RuntimeError) as error:  # torch without MKL has no sparse product
+    except (KernelsUnavailableError, ValueError, RuntimeError) as error:  # torch without MKL has no sparse product
         return LayerChoice(name, shape, sparsity, sparse=False, reason=str(error))
     call = _inner_call(sparse, x) if inside else None
     seconds = compare({"dense": lambda: layer(x), "sparse": call or (lambda: sparse(x))}, budget=SECONDS)

@@ -42,7 +42,7 @@ def linear_step(weight: Tensor, bias: Tensor | None, low: float = -math.inf, hig
 
 @final
 class SparseLinear(nn.Module):
-    r"""Linear layers whose zeros cost nothing, for inference on a CPU: :math:`y = \mathrm{clamp}(W x + b)`, one after another.
+    r"""Linear layers whose zeros cost nothing, one after another: :math:`y = \mathrm{clamp}(W x + b)`, for inference.
 
     Of a batch of one the weights are read row by row; of larger batches features are laid beside each other, 64
     columns at a time, and stay so from layer to layer.
@@ -114,7 +114,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) of inputs (..., in_features)."""
         refuse_gradients(x)
-        rows = x.reshape(x.shape[0], -1) if self.flatten and x.dim() > 1 else x
+        rows = x.flatten(1) if self.flatten and x.dim() > 1 else x
         if rows.shape[-1:] != (self.in_features,) or x.dtype != self.dtype or x.device.type != "cpu":
             self._refuse(x)
         if rows.dim() == 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["compare", "num_threads"]
 
 
 @contextmanager
-def num_threads(threads: int) -> Iterator[None]:
+def num_threads(threads: int) -> Generator[None]:
     """Let torch compute with so many threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -13,10 +13,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-__all__ = ["Untraceable", "bounds_of", "is_addition", "module_of", "shape_of", "trace"]
+__all__ = ["UntraceableError", "bounds_of", "is_addition", "module_of", "shape_of", "trace"]
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """torch.fx cannot follow a module, or the graph would not do as the module does."""
 
 
@@ -28,13 +28,13 @@ def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
         example: Positional arguments of a call.
 
     Raises:
-        Untraceable: torch.fx cannot follow the module, or the graph fails on the example.
+        UntraceableError: torch.fx cannot follow the module, or the graph fails on the example.
     """
     try:
         graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_defaults(module, example)))
         ShapeProp(graph_module).propagate(*example)
     except Exception as error:  # torch.fx raises whatever a module raises when it is given a Proxy
-        raise Untraceable(f"torch.fx cannot follow {type(module).__name__}: {error}") from error
+        raise UntraceableError(f"torch.fx cannot follow {type(module).__name__}: {error}") from error
     _refuse_shared_changes(graph_module)
     _remove_what_does_nothing(graph_module)
     _fold_batch_norms(graph_module)
@@ -56,7 +56,7 @@ def _defaults(module: nn.Module, example: tuple[Any, ...]) -> dict[str, Any] | N
     """Arguments that the example leaves at their defaults, which are constants of the graph."""
     parameters = list(inspect.signature(module.forward).parameters.values())[len(example) :]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise Untraceable(f"{type(module).__name__}.forward takes any arguments.")
+        raise UntraceableError(f"{type(module).__name__}.forward takes any arguments.")
     return {parameter.name: parameter.default for parameter in parameters} or None
 
 
@@ -70,7 +70,7 @@ def module_of(node: fx.Node) -> nn.Module | None:
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
     """Return the shape of a node's value on the example, if it is one tensor."""
-    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    meta: Any = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
     return tuple(meta.shape) if hasattr(meta, "shape") else None
 
 
@@ -111,7 +111,7 @@ def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         inplace = node.target in INPLACE or node.kwargs.get("inplace") or getattr(module_of(node), "inplace", False)
         if inplace and node.all_input_nodes and len(node.all_input_nodes[0].users) > 1:
-            raise Untraceable(f"{node.name} changes a value in place that other layers read too.")
+            raise UntraceableError(f"{node.name} changes a value in place that other layers read too.")
 
 
 def _remove_what_does_nothing(graph_module: fx.GraphModule) -> None:
@@ -149,4 +149,3 @@ def _fusion(layer: nn.Module | None, norm: Any, shape: tuple[int, ...] | None) -
     if type(layer) is nn.Linear and isinstance(norm, nn.BatchNorm1d) and shape is not None and len(shape) == 2:
         return lambda: fuse_linear_bn_eval(layer, norm)
     return None
-

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lightning_sparse.execution.kernels.steps import LinearStep, PlaneStep
 
-__all__ = ["Chain", "KernelsUnavailable", "Planes", "available_kernels", "chain", "default_kernels", "planes"]
+__all__ = ["Chain", "KernelsUnavailableError", "Planes", "available_kernels", "chain", "default_kernels", "planes"]
 
 
-class KernelsUnavailable(ValueError):
+class KernelsUnavailableError(ValueError):
     """Kernels were asked for that are not installed here, or for what they do not compute."""
 
 
@@ -75,7 +75,7 @@ def chain(steps: Sequence[LinearStep], *, kernels: str, threads: int) -> Chain:
         threads: How many threads compute, where the kernels divide work themselves. torch takes its own number.
 
     Raises:
-        KernelsUnavailable: The kernels are not installed, or do not compute in the weights' type.
+        KernelsUnavailableError: The kernels are not installed, or do not compute in the weights' type.
     """
     _check(kernels, steps[0].weight.values.dtype.name)
     if kernels == "llvm":
@@ -94,7 +94,7 @@ def planes(
     """Return what computes a network of convolutions, with the kernels ``llvm``.
 
     Raises:
-        KernelsUnavailable: llvmlite is not installed, or the type is none that its kernels compute in.
+        KernelsUnavailableError: llvmlite is not installed, or the type is none that its kernels compute in.
     """
     _check("llvm", str(dtype).removeprefix("torch."))
     from lightning_sparse.execution.kernels.llvm.compiler import library
@@ -105,12 +105,12 @@ def planes(
 
 def _check(kernels: str, dtype: str) -> None:
     if kernels not in available_kernels():
-        raise KernelsUnavailable(
+        raise KernelsUnavailableError(
             f"The kernels {kernels!r} were asked for; installed are {', '.join(available_kernels())}. The kernels"
             " 'llvm' come with pip install 'lightning-sparse[fast]'."
         )
     if dtype not in ("float32", "float64"):
-        raise KernelsUnavailable(
+        raise KernelsUnavailableError(
             f"The weights are {dtype}; sparse kernels compute in float32 and float64. Convert the module with .float(),"
             " or leave it dense."
         )

@@ -1,8 +1,8 @@
 """The kernels that need nothing but torch: compressed sparse rows times feature-major activations.
 
-``F.linear(x, csr)`` is several times slower than this: the product wants the features of a batch beside each other. So
-the input is transposed once, unless it comes from such a layer, and the result is a transposed view, whose strides carry
-the layout to the next layer.
+``F.linear(x, csr)`` is several times slower than this: the product wants the features of a batch beside each other.
+So the input is transposed once, unless it comes from such a layer, and the result is a transposed view, whose strides
+carry the layout to the next layer.
 """
 
 from __future__ import annotations

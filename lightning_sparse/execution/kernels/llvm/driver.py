@@ -29,9 +29,9 @@ from llvmlite import ir
 from lightning_sparse.execution.kernels.llvm.emitter import I32, I64, POINTER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
-__all__ = ["INSTRUCTION_WORDS", "JOB_WORDS", "JOBS_GIVEN", "NUM_THREADS", "emit_driver"]
+__all__ = ["INSTRUCTION_WORDS", "JOBS_GIVEN", "JOB_WORDS", "NUM_THREADS", "emit_driver"]
 
 INSTRUCTION_WORDS = 24
 JOB_WORDS = 32
@@ -76,7 +76,7 @@ class _Words:
 
 
 @contextmanager
-def _counted(build: ir.IRBuilder, stop: Any) -> Iterator[Any]:
+def _counted(build: ir.IRBuilder, stop: Any) -> Generator[Any]:
     """Run what follows for 0, 1, ..., stop - 1."""
     with build.goto_entry_block():
         counter = build.alloca(I64)
@@ -149,9 +149,7 @@ def _emit_work(module: ir.Module, run: ir.Function, pause: Any) -> None:
     build.ret(known)
 
 
-def _emit_spin(
-    build: ir.IRBuilder, job: _Words, place: int, old: Any, pause: Any, patience: Any | None = None
-) -> None:
+def _emit_spin(build: ir.IRBuilder, job: _Words, place: int, old: Any, pause: Any, patience: Any | None = None) -> None:
     """Wait until a word differs from ``old``, or for ``patience`` looks at it; without patience, yield the core."""
     with build.goto_entry_block():
         counter = build.alloca(I64)

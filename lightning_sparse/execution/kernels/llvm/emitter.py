@@ -7,7 +7,7 @@ thread works on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -157,7 +157,8 @@ class Emitter:
 
     def multiply_add(self, factor: Any, other: Any, addend: Any) -> Any:
         """Return ``factor * other + addend``, fused where the machine can."""
-        return self.build.fadd(self.build.fmul(factor, other, flags=CONTRACT), addend, flags=CONTRACT)
+        build: Any = self.build  # typeshed does not know of flags
+        return build.fadd(build.fmul(factor, other, flags=CONTRACT), addend, flags=CONTRACT)
 
     def clamp(self, value: Any, low: Any, high: Any) -> Any:
         """Return values within [low, high]; NaN stays NaN, as in torch."""
@@ -187,7 +188,7 @@ class Emitter:
         return self.build.select(self.build.icmp_signed("<", first, second), first, second)
 
     @contextmanager
-    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
+    def loop(self, start: Any, stop: Any, step: int = 1) -> Generator[Any]:
         """Run what follows for ``start``, ``start + step``, ..., while a whole step fits below ``stop``.
 
         The value is the loop's index; how far it came is in the variable that :meth:`counting` yields.
@@ -196,7 +197,7 @@ class Emitter:
             yield index
 
     @contextmanager
-    def counting(self, start: Any, stop: Any, step: int = 1) -> Iterator[tuple[Any, Any]]:
+    def counting(self, start: Any, stop: Any, step: int = 1) -> Generator[tuple[Any, Any]]:
         """Do as :meth:`loop`, and give the counter's variable too, for a second loop over what is left."""
         counter = self.variable(start)
         head, body, done = (self.build.append_basic_block(name) for name in ("head", "body", "done"))

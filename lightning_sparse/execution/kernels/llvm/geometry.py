@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, final
 
 import numpy as np
@@ -61,7 +62,7 @@ class Geometry:
 
     @property
     def plane(self) -> int:
-        """Entries from one channel to the next: an odd number of cache lines, so that channels spread over the cache."""
+        """Entries from one channel to the next: an odd number of cache lines, which spreads channels over the cache."""
         end = self.front + self.images * self.image + self.border * (self.pitch + 1)
         return _odd_lines(end + LANES_OF_A_LINE)
 
@@ -96,7 +97,7 @@ def _shares(vectors: int) -> list[tuple[int, int]]:
     """Divide vectors evenly among as few tiles as possible: first vector and number."""
     tiles = -(-vectors // TILE_VECTORS)
     bounds = [vectors * tile // tiles for tile in range(tiles + 1)]
-    return [(first, last - first) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [(first, last - first) for first, last in pairwise(bounds)]
 
 
 def shapes_of(steps: Sequence[PlaneStep], inputs: dict[str, Shape]) -> dict[str, Shape]:

@@ -13,9 +13,9 @@ from lightning_sparse.execution.kernels.llvm.emitter import I64, Emitter, Kernel
 
 __all__ = ["PAD", "PHASES", "TRANSPOSE", "UNPAD"]
 
-# y[j][i] = x[i][j] for i < rows and j < columns. Items: blocks of as many columns as a vector has lanes. Where rows of x
-# are longer than ``columns`` (x_padded), whole vectors are read at their end; where those of y are (y_padded), the last
-# row of x is written on until y's vector is full: what lies there is read, but never used.
+# y[j][i] = x[i][j] for i < rows and j < columns. Items: blocks of as many columns as a vector has lanes. Where rows of
+# x are longer than ``columns`` (x_padded), whole vectors are read at their end; where those of y are (y_padded), the
+# last row of x is written on until y's vector is full: what lies there is read, but never used.
 TRANSPOSE_LAYOUT = Layout(("x", "y", "rows", "columns", "x_stride", "y_stride", "x_padded", "y_padded"))
 
 
@@ -96,8 +96,8 @@ def _emit_copy(emit: Emitter, source: Any, target: Any, count: Any) -> None:
         emit.build.store(emit.load(source, place), emit.at(target, place))
 
 
-# y[channel * 4 + phase][i][j] = x[channel][2i + a][2j + b] with phase = 2a + b. Items: channels. ``x`` is the address of
-# the first entry of the padding. Whole vectors are written, so a row may spill into the next, which is written later.
+# y[channel * 4 + phase][i][j] = x[channel][2i + a][2j + b] with phase = 2a + b. Items: channels. ``x`` is the address
+# of the first entry of the padding. Whole vectors are written, so a row may spill into the next, written later.
 PHASES_LAYOUT = Layout(
     ("x", "y", "images", "height", "width", "x_plane", "x_image", "x_pitch", "y_plane", "y_image", "y_pitch", "wanted")
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, final
@@ -50,18 +51,20 @@ class PlaneNetwork:
         self.inputs = list(inputs)
         self.outputs = list(outputs)
         self.threads = threads
+        self._lock = threading.Lock()  # one call at a time: programs have their buffers
         self._plans: OrderedDict[tuple[Shape | int, ...], _Plan] = OrderedDict()
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """Return the outputs for contiguous images (N, C, H, W)."""
         sizes: tuple[Shape, ...] = tuple((t.shape[1], t.shape[2], t.shape[3]) for t in tensors)
         images = tensors[0].shape[0]
-        whole = self._plan(sizes, 1)
-        results = [torch.empty(images, *whole.shapes[name], dtype=tensors[0].dtype) for name in self.outputs]
-        group = self._group(sizes, images)
-        for start in range(0, images, group):
-            plan = self._plan(sizes, min(group, images - start))
-            plan.run([tensor[start] for tensor in tensors], [result[start] for result in results])
+        with self._lock:
+            whole = self._plan(sizes, 1)
+            results = [torch.empty(images, *whole.shapes[name], dtype=tensors[0].dtype) for name in self.outputs]
+            group = self._group(sizes, images)
+            for start in range(0, images, group):
+                plan = self._plan(sizes, min(group, images - start))
+                plan.run([tensor[start] for tensor in tensors], [result[start] for result in results])
         return results
 
     def compute_again(self, x: Tensor) -> None:
@@ -112,7 +115,9 @@ class _Plan:
         """Bytes of the largest input and output of a layer."""
         size = self.dtype.itemsize
         planes = {name: self.shapes[name][0] * geometry.image for name, geometry in self.geometry.items()}
-        return max(1, max(size * (planes[step.x] + planes.get(step.y, 0)) for step in self.network.steps) // self.images)
+        return max(
+            1, max(size * (planes[step.x] + planes.get(step.y, 0)) for step in self.network.steps) // self.images
+        )
 
     def run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Compute a group of images, from their first on."""

@@ -74,8 +74,9 @@ def _emit_window(emit: Emitter, x: Any, stride: Any) -> Any:
             second = emit.load_vector(emit.at(address, emit.integer(emit.elements.lanes)))
             b.store(emit.shuffle(first, second, range(0, 2 * emit.elements.lanes, 2)), value)
         new, old = emit.get(value, kind), emit.get(found, kind)
-        # NaN is larger than all, as in torch: "not <=" holds for it.
-        b.store(b.select(b.fcmp_unordered(">", new, old), new, old), found)
+        # NaN is larger than all, as in torch; nothing is larger than it, and so it stays.
+        larger = b.or_(b.fcmp_ordered(">", new, old), b.fcmp_unordered("uno", new, new))
+        b.store(b.select(larger, new, old), found)
     return emit.get(found, kind)
 
 

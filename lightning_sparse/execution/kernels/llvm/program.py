@@ -7,7 +7,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -105,7 +105,7 @@ class Program:
             team(self.library, self.threads).run(self._job[0], self._job[1])
 
     @contextmanager
-    def only(self, kernels: Collection[Kernel]) -> Iterator[None]:
+    def only(self, kernels: Collection[Kernel]) -> Generator[None]:
         """Run no other kernels for a while; they must be neighbours in the program."""
         addresses = {self.library.addresses[kernel.name] for kernel in kernels}
         chosen = [number for number, words in enumerate(self._instructions) if words[0] in addresses]
@@ -158,7 +158,7 @@ class Team:
         seen = 0
         while True:
             seen = self.library.work(self._address, number, seen, IDLE_SPINS)
-            # Who gives a job counts it first and looks for sleepers then; this looks for a job after it is marked as one.
+            # Who gives a job counts it, then looks for sleepers; this one marks itself as one, then looks for a job.
             self._asleep[number] = True
             if self._at[JOBS_GIVEN] == seen:
                 self._alarms[number].acquire()

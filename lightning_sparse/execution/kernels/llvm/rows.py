@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, final
 
 import numpy as np
@@ -34,13 +35,15 @@ class _Panel:
         lanes = library.lanes
         enter = program.add(
             TRANSPOSE, -(-features[0] // lanes),
-            x=0, y=buffers[0], rows=0, columns=features[0], x_stride=features[0], y_stride=pitch, x_padded=0, y_padded=1,
+            x=0, y=buffers[0], rows=0, columns=features[0], x_stride=features[0], y_stride=pitch,
+            x_padded=0, y_padded=1,
         )  # fmt: skip
         for step, x, y in zip(steps, buffers, buffers[1:], strict=False):
             _add_step(program, step, x, y, pitch)
         leave = program.add(
             TRANSPOSE, -(-pitch // lanes),
-            x=buffers[-1], y=0, rows=features[-1], columns=0, x_stride=pitch, y_stride=features[-1], x_padded=1, y_padded=0,
+            x=buffers[-1], y=0, rows=features[-1], columns=0, x_stride=pitch, y_stride=features[-1],
+            x_padded=1, y_padded=0,
         )  # fmt: skip
         self.x = program.port(enter, TRANSPOSE, "x")
         self.y = program.port(leave, TRANSPOSE, "y")
@@ -60,7 +63,9 @@ class _Panel:
 def _add_step(program: Program, step: LinearStep, x: int, y: int, pitch: int) -> None:
     lanes = program.library.lanes
     vectors = pitch // lanes
-    tiles = [(start, start, min(TILE_VECTORS, vectors - start // lanes)) for start in range(0, pitch, TILE_VECTORS * lanes)]
+    tiles = [
+        (start, start, min(TILE_VECTORS, vectors - start // lanes)) for start in range(0, pitch, TILE_VECTORS * lanes)
+    ]
     blocks = balanced_blocks(step.weight.rows, program.threads)
     integers = np.int32 if step.weight.values.itemsize == 4 else np.int64
     program.add(
@@ -123,6 +128,7 @@ class RowChain:
         self.threads = threads
         self.in_features = steps[0].weight.num_columns
         self.out_features = steps[-1].weight.num_rows
+        self._lock = threading.Lock()  # one call at a time: programs have their buffers
         self._plans: dict[int, _Panel | _Single] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -132,13 +138,14 @@ class RowChain:
         if count == 0 or self.out_features == 0:
             return y
         source, target, size = x.data_ptr(), y.data_ptr(), x.element_size()
-        if count == 1:
-            self._plan(1).run(source, target, 1)
-            return y
-        for start in range(0, count, PANEL):
-            length = min(PANEL, count - start)
-            plan = self._plan(min(PANEL, -(-length // LANES_OF_A_LINE) * LANES_OF_A_LINE))
-            plan.run(source + start * self.in_features * size, target + start * self.out_features * size, length)
+        with self._lock:
+            if count == 1:
+                self._plan(1).run(source, target, 1)
+                return y
+            for start in range(0, count, PANEL):
+                length = min(PANEL, count - start)
+                plan = self._plan(min(PANEL, -(-length // LANES_OF_A_LINE) * LANES_OF_A_LINE))
+                plan.run(source + start * self.in_features * size, target + start * self.out_features * size, length)
         return y
 
     def _plan(self, pitch: int) -> _Panel | _Single:
