@@ -1,4 +1,4 @@
-"""Imports run one way: functional, execution, schedules, masks, methods, zoo, cli. Read from the statements themselves."""
+"""Imports run one way: functional, execution, schedules, masks, methods, zoo, cli. Read from their statements."""
 
 from __future__ import annotations
 

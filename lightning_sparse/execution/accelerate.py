@@ -12,9 +12,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe, frozen_copy
+from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
+from lightning_sparse.execution.copying import frozen_copy
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
-from lightning_sparse.execution.layers import InputSpec, input_specs, layers_with_zeros, time_layer
+from lightning_sparse.execution.layers import SEMI_STRUCTURED, InputSpec, input_specs, layers_with_zeros, time_layer
 from lightning_sparse.execution.report import AccelerationReport, LayerChoice
 from lightning_sparse.execution.timing import compare, num_threads
 from lightning_sparse.execution.tracing import UntraceableError, trace
@@ -62,6 +63,9 @@ def accelerate(
         ValueError: The example is not what the module takes, the module cannot be copied, is on another device, or the
             kernels are not installed.
 
+    On a GPU of NVIDIA, linear layers in fp16 or bf16 that satisfy 2:4 are stored so instead, if that is faster; see
+    :func:`~lightning_sparse.execution.project_to_2_4`.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -75,11 +79,11 @@ def accelerate(
         ['0']
     """
     threads = _checked_threads(threads)
-    kernels = _checked_kernels(kernels)
+    device = _checked_device(module)
+    kernels = SEMI_STRUCTURED if device.startswith("cuda") else _checked_kernels(kernels)
     call = _Call.of(example_input)
-    _check_devices(module)
     with torch.no_grad(), num_threads(threads):
-        return _Acceleration(module, call, kernels, threads, seconds).result()
+        return _Acceleration(module, call, kernels, threads, seconds, device).result()
 
 
 @final
@@ -113,12 +117,13 @@ class _Call:
 class _Acceleration:
     """One call of ``accelerate``: what is known of the module, and what was found."""
 
-    def __init__(self, module: nn.Module, call: _Call, kernels: str, threads: int, seconds: float) -> None:
+    def __init__(self, module: nn.Module, call: _Call, kernels: str, threads: int, seconds: float, device: str) -> None:
         self.module = module
         self.call = call
         self.kernels = kernels
         self.threads = threads
         self.seconds = seconds
+        self.device = device
         self.dense = frozen_copy(module)
         self.notes: list[str] = []
         self.layers: dict[bool, list[LayerChoice]] = {}
@@ -133,7 +138,7 @@ class _Acceleration:
             return self._as_it_is("No layer is faster sparse on this example")
         calls: dict[str, Callable[[], Any]] = {"dense": lambda: self.call(self.dense)}
         calls |= {str(number): _calling(self.call, made) for number, made in enumerate(candidates)}
-        times = compare(calls, budget=self.seconds, rounds=11)
+        times = compare(calls, budget=self.seconds, rounds=11, device=self.device)
         fast, best = min((times[str(number)], made) for number, made in enumerate(candidates))
         if times["dense"] < LEAST_GAIN_OF_THE_WHOLE * fast:
             return self._as_it_is(f"The fastest that was tried takes {fast / times['dense']:.2f} of the dense time")
@@ -198,6 +203,8 @@ class _Acceleration:
         try:
             if self.call.kwargs:
                 raise UntraceableError("The example has keyword arguments.")
+            if self.kernels == SEMI_STRUCTURED:
+                raise UntraceableError("On a GPU nothing is to be fused.")
             return trace(own, self.call.args), True
         except UntraceableError as error:
             if not any("one by one" in note for note in self.notes):
@@ -316,12 +323,14 @@ def _checked_kernels(kernels: str | None) -> str:
     return kernels
 
 
-def _check_devices(module: nn.Module) -> None:
+def _checked_device(module: nn.Module) -> str:
+    """Return the one device of a module: the CPU, or a GPU of NVIDIA."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"accelerate was given {type(module).__name__}; give a torch.nn.Module.")
-    devices = sorted({parameter.device.type for parameter in module.parameters()} - {"cpu"})
-    if devices:
+    devices = sorted({str(parameter.device) for parameter in module.parameters()}) or ["cpu"]
+    if len(devices) > 1 or not devices[0].startswith(("cpu", "cuda")):
         raise ValueError(
-            f"The module is on {', '.join(devices)}; sparse kernels are for CPUs. Give a copy on the CPU; for 2:4"
-            " sparsity on a GPU see lightning_sparse.execution.semi_structured."
+            f"The module is on {', '.join(devices)}; sparse kernels are for CPUs, and 2:4 for one GPU of NVIDIA. Give a"
+            " copy on one of them."
         )
+    return devices[0]

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from lightning_sparse.execution.conv import SparsePlanes
+from lightning_sparse.execution.copying import frozen_copy
 from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
-from lightning_sparse.execution.linear import refuse_gradients
+from lightning_sparse.execution.linear import SparseLinear, refuse_gradients
 from lightning_sparse.execution.report import AccelerationReport
-from lightning_sparse.execution.tracing import UntraceableError, trace
+from lightning_sparse.execution.tracing import UntraceableError, module_of, trace
 
-__all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError", "frozen_copy"]
+__all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError"]
 
 
 class StaleWeightsError(RuntimeError):
     """The module that was accelerated has other weights now."""
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode whose parameters take no gradient.
-
-    Raises:
-        ValueError: The module cannot be copied.
-
-    Example:
-        >>> from torch import nn
-        >>> frozen_copy(nn.Linear(2, 2)).training
-        False
-    """
-    try:
-        return copy.deepcopy(module).eval().requires_grad_(False)
-    except Exception as error:  # whatever a module's own parts raise
-        raise ValueError(
-            f"{type(module).__name__} cannot be copied, which accelerate does so as not to change it: {error} If"
-            " torch.nn.utils.prune masks it, make the zeros permanent with prune.remove."
-        ) from error
 
 
 @final
@@ -79,7 +60,7 @@ class Recipe:
             own = self.shrink(own, example[0] if len(example) == 1 else example)
         if self.traced:
             graph = trace(own, self.example())
-            return fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads)
+            return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))
         return self._replace_layers(own)
 
     def _replace_layers(self, root: nn.Module) -> nn.Module:
@@ -104,6 +85,16 @@ class Recipe:
     def _fused(self, name: str, chain: nn.Module) -> nn.Module:
         graph = trace(chain, (self.inputs[name].random(),))
         return fuse(graph, lambda layer: f"{name}.{layer}" in self.layers, kernels=self.kernels, threads=self.threads)
+
+
+def _without_a_graph(graph_module: fx.GraphModule) -> nn.Module:
+    """Return the one layer that a graph consists of, or the graph."""
+    calls = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    layer = module_of(calls[0]) if len(calls) == 1 else None
+    if not isinstance(layer, (SparseLinear, SparsePlanes)) or calls[0].args != tuple(inputs):
+        return graph_module
+    return layer if calls[0] in calls[0].graph.output_node().args else graph_module
 
 
 @final
@@ -138,7 +129,7 @@ class AcceleratedModule(nn.Module):
         self.report = report
         self.recipe = recipe
         self._source = (module,)  # in a tuple, so that it is no submodule
-        self._executed = (executed if executed is not None else self._made(),)
+        self._execute(executed if executed is not None else self._made())
         self.training = False
         self._watch()
 
@@ -153,11 +144,11 @@ class AcceleratedModule(nn.Module):
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 self._refuse_stale(name)
-        if self.recipe is not None:
+        if self.recipe is not None and torch.is_grad_enabled():
             for x in args:
                 if isinstance(x, Tensor):
                     refuse_gradients(x)
-        return self._executed[0](*args, **kwargs)
+        return self._call(*args, **kwargs)
 
     def refresh(self) -> AcceleratedModule:
         """Take the module's weights as they are now; what was chosen for each layer stays. Returns itself.
@@ -175,7 +166,7 @@ class AcceleratedModule(nn.Module):
             >>> torch.allclose(fast.refresh()(x), network(x), atol=1e-5)
             True
         """
-        self._executed = (self._made(),)
+        self._execute(self._made())
         self._watch()
         return self
 
@@ -230,17 +221,24 @@ class AcceleratedModule(nn.Module):
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 self._refuse_stale(name)
-        return {name: value for name, value in self.__dict__.items() if name != "_watched"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call")}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._execute(self._executed[0])
         self._watch()
 
     @override
     def extra_repr(self) -> str:
         gain = f"{self.report.gain:.2f} times as fast on the example"
         return f"{gain}, executed as:\n{self.executed}"
+
+    def _execute(self, module: nn.Module) -> None:
+        self._executed = (module,)
+        # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
+        ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
+        self._call: Callable[..., Any] = module.forward if ours else module
 
     def _made(self) -> nn.Module:
         return self._source[0] if self.recipe is None else self.recipe.make(self._source[0])

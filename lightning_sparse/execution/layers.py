@@ -13,9 +13,21 @@ from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes, why_dens
 from lightning_sparse.execution.kernels import KernelsUnavailableError
 from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import LayerChoice
+from lightning_sparse.execution.semi_structured import semi_structured_linear, why_not_semi_structured
 from lightning_sparse.execution.timing import compare
 
-__all__ = ["InputSpec", "input_specs", "layers_with_zeros", "reason_to_stay_dense", "sparse_layer", "time_layer"]
+__all__ = [
+    "SEMI_STRUCTURED",
+    "InputSpec",
+    "input_specs",
+    "layers_with_zeros",
+    "reason_to_stay_dense",
+    "sparse_layer",
+    "time_layer",
+]
+
+SEMI_STRUCTURED = "semi_structured"
+"""The kernels of a GPU for 2:4."""
 
 LEAST_GAIN = 1.1
 """A layer is swapped if it was so many times faster."""
@@ -27,23 +39,24 @@ SECONDS = 0.015
 @final
 @dataclass(frozen=True)
 class InputSpec:
-    """What a layer was given on the example: shape, type, and whether channels lay last in memory."""
+    """What a layer was given on the example: shape, type, whether channels lay last in memory, and device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool = False
+    device: str = "cpu"
 
     @classmethod
     def of(cls, x: Tensor) -> InputSpec:
         """Describe a tensor."""
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return cls(tuple(x.shape), x.dtype, last)
+        return cls(tuple(x.shape), x.dtype, last, str(x.device))
 
     def random(self) -> Tensor:
         """Return noise of this description; zeros, where it is of integers."""
         if not self.dtype.is_floating_point:
-            return torch.zeros(self.shape, dtype=self.dtype)
-        x = torch.randn(self.shape, dtype=self.dtype)
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        x = torch.randn(self.shape, dtype=self.dtype, device=self.device)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
 
@@ -100,6 +113,10 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
     weight: Any = layer.weight
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
+    if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        return "it has hooks, which a sparse layer would not call"
+    if kernels == SEMI_STRUCTURED:
+        return why_not_semi_structured(layer)
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"{type(layer).__name__} has no sparse form"
     if weight.dtype not in (torch.float32, torch.float64):
@@ -107,16 +124,16 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
     bias: Any = layer.bias
     if bias is not None and bias.dtype != weight.dtype:
         return "its bias is of another type than its weight"
-    if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
-        return "it has hooks, which a sparse layer would not call"
     return why_dense(layer, kernels) if isinstance(layer, nn.Conv2d) else None
 
 
-def sparse_layer(layer: nn.Module, kernels: str, threads: int) -> SparseLinear | SparseConv2d:
+def sparse_layer(layer: nn.Module, kernels: str, threads: int) -> nn.Module:
     """Return the sparse form of one layer."""
     if isinstance(layer, nn.Conv2d):
         return SparseConv2d(layer, kernels=kernels, threads=threads)
     assert isinstance(layer, nn.Linear)
+    if kernels == SEMI_STRUCTURED:
+        return semi_structured_linear(layer)
     return SparseLinear.of(layer, kernels=kernels, threads=threads)
 
 
@@ -146,7 +163,8 @@ def time_layer(
     except (KernelsUnavailableError, ValueError, RuntimeError) as error:  # torch without MKL has no sparse product
         return LayerChoice(name, shape, sparsity, sparse=False, reason=str(error))
     call = _inner_call(sparse, x) if inside else None
-    seconds = compare({"dense": lambda: layer(x), "sparse": call or (lambda: sparse(x))}, budget=SECONDS)
+    calls = {"dense": lambda: layer(x), "sparse": call or (lambda: sparse(x))}
+    seconds = compare(calls, budget=SECONDS, device=spec.device)
     chosen = seconds["dense"] >= LEAST_GAIN * seconds["sparse"]
     return LayerChoice(
         name,
@@ -159,7 +177,7 @@ def time_layer(
     )
 
 
-def _inner_call(sparse: SparseLinear | SparseConv2d, x: Tensor) -> Any:
+def _inner_call(sparse: nn.Module, x: Tensor) -> Any:
     """What a convolution computes, without laying images out before and after."""
     if not isinstance(sparse, SparseConv2d) or not isinstance(sparse.inner, SparsePlanes) or x.dim() != 4:
         return None

@@ -113,14 +113,16 @@ class SparseLinear(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) of inputs (..., in_features)."""
-        refuse_gradients(x)
-        rows = x.flatten(1) if self.flatten and x.dim() > 1 else x
-        if rows.shape[-1:] != (self.in_features,) or x.dtype != self.dtype or x.device.type != "cpu":
+        if x.requires_grad:
+            refuse_gradients(x)
+        if x.dtype is not self.dtype or not x.is_cpu:
             self._refuse(x)
-        if rows.dim() == 2:
-            return self._chain(rows.contiguous() if self.kernels == "llvm" else rows)
-        flat = rows.reshape(-1, self.in_features)
-        return self._chain(flat.contiguous()).reshape(*rows.shape[:-1], self.out_features)
+        rows = x.flatten(1) if self.flatten and x.dim() > 2 else x
+        if rows.dim() == 2 and rows.shape[1] == self.in_features:  # the quick way, for small networks
+            return self._chain(rows)
+        if rows.shape[-1:] != (self.in_features,):
+            self._refuse(x)
+        return self._chain(rows.reshape(-1, self.in_features)).reshape(*rows.shape[:-1], self.out_features)
 
     @override
     def extra_repr(self) -> str:

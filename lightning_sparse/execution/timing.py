@@ -23,7 +23,9 @@ def num_threads(threads: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def compare(calls: Mapping[str, Callable[[], Any]], *, budget: float = 0.03, rounds: int = 10) -> dict[str, float]:
+def compare(
+    calls: Mapping[str, Callable[[], Any]], *, budget: float = 0.03, rounds: int = 10, device: str = "cpu"
+) -> dict[str, float]:
     """Return the seconds that each call takes, from runs that alternate.
 
     Each is the least over rounds of the mean of a few calls. What else a machine does can only slow a call down, and in
@@ -33,26 +35,35 @@ def compare(calls: Mapping[str, Callable[[], Any]], *, budget: float = 0.03, rou
         calls: By name, what is timed.
         budget: Seconds that each may take altogether, about; each is called ``rounds`` times and twice at least.
         rounds: How often each has its turn.
+        device: What computes; a GPU is waited for.
 
     Example:
         >>> seconds = compare({"few": lambda: sum(range(10)), "many": lambda: sum(range(10_000))})
         >>> seconds["few"] < seconds["many"]
         True
     """
-    repeats = {name: _repeats(call, budget / rounds) for name, call in calls.items()}
+    repeats = {name: _repeats(call, budget / rounds, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
+            _wait_for(device)
             seconds[name].append((time.perf_counter() - start) / repeats[name])
     return {name: min(of_call) for name, of_call in seconds.items()}
 
 
-def _repeats(call: Callable[[], Any], budget: float) -> int:
+def _wait_for(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _repeats(call: Callable[[], Any], budget: float, device: str) -> int:
     """How many calls fit into a budget, after one that is not counted because it prepares."""
     call()
+    _wait_for(device)
     start = time.perf_counter()
     call()
+    _wait_for(device)
     return max(1, min(1000, int(budget / max(time.perf_counter() - start, 1e-7))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def residual_network(channels: int = 8) -> nn.Module:
 def perceptron(*widths: int) -> nn.Sequential:
     """Linear layers with ReLUs between them, on flattened inputs."""
     layers: list[Any] = [nn.Flatten()]
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -195,19 +195,18 @@ class TestTheModuleReturned:
         network = sparsify(residual_network())
         x = torch.randn(2, 3, 32, 32)
         fast = made_sparse(network, x, {name for name, _ in network.named_modules()})
-        expected, wrong = fast(x), []
+        expected = fast(x)
+        wrong: list[bool] = []
 
         def call() -> None:
-            for _ in range(20):
-                if not torch.equal(fast(x), expected):
-                    wrong.append(1)
+            wrong.extend(not torch.equal(fast(x), expected) for _ in range(20))
 
         workers = [threading.Thread(target=call) for _ in range(3)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        assert not wrong
+        assert wrong == [False] * 60
 
 
 def test_tied_weights_are_packed_for_each_layer() -> None:
@@ -258,7 +257,7 @@ def test_masks_of_torch_prune_are_to_be_made_permanent_first() -> None:
         ({"example_input": torch.randn(2, 15)}, r"does not take example_input, of shapes \(2, 15\)"),
         ({"example_input": "cat"}, "give a tensor"),
         ({"example_input": torch.randn(2, 16), "threads": 0}, "whole number"),
-        ({"example_input": torch.randn(2, 16), "kernels": "cuda"}, "installed are"),
+        ({"example_input": torch.randn(2, 16), "kernels": "numba"}, "installed are"),
         ({"module": torch.zeros(3), "example_input": torch.randn(2, 16)}, r"give a torch\.nn\.Module"),
         ({"module": nn.Linear(16, 3, device="meta"), "example_input": torch.randn(2, 16)}, "on meta"),
     ],

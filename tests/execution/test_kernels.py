@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def random_steps(widths: Sequence[int], sparsity: float, dtype: torch.dtype) -> 
     generator = torch.Generator().manual_seed(sum(widths))
     steps: list[LinearStep] = []
     dense: list[Tensor] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         weight = torch.randn(outputs, inputs, generator=generator, dtype=dtype)
         weight *= torch.rand(outputs, inputs, generator=generator) >= sparsity
         bias = torch.randn(outputs, generator=generator, dtype=dtype)

@@ -46,7 +46,7 @@ class TestSparseLinear:
         "x", [torch.zeros(3, 23), torch.zeros(3, 24).double(), torch.zeros(24, 3), torch.zeros(())]
     )
     def test_refuses_other_inputs_in_words(self, x: torch.Tensor, kernels: str) -> None:
-        with pytest.raises(ValueError, match="24 inputs in torch.float32"):
+        with pytest.raises(ValueError, match="24 inputs in"):
             SparseLinear.of(nn.Linear(24, 17), kernels=kernels)(x)
 
     def test_refuses_to_compute_a_gradient(self, kernels: str) -> None:

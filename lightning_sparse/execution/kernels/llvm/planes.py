@@ -18,7 +18,7 @@ from lightning_sparse.execution.kernels.llvm.geometry import Geometry, Shape, ge
 from lightning_sparse.execution.kernels.llvm.layouts import PAD, PHASES, UNPAD
 from lightning_sparse.execution.kernels.llvm.offsets import OFFSETS, TILE_VECTORS
 from lightning_sparse.execution.kernels.llvm.pooling import LARGEST, MEAN
-from lightning_sparse.execution.kernels.llvm.program import Port, Program, aligned, bits_of
+from lightning_sparse.execution.kernels.llvm.program import Program, aligned, bits_of
 from lightning_sparse.execution.kernels.steps import ConvStep, MeanStep, PlaneStep, PoolStep
 
 __all__ = ["PlaneNetwork"]
@@ -103,7 +103,7 @@ class _Plan:
         self.dtype = first.weight.values.dtype
         self.buffers = _Buffers(self)
         self._masks: dict[tuple[Geometry, int, int], int] = {}
-        self.ports: dict[str, list[Port]] = {name: [] for name in [*network.inputs, *network.outputs]}
+        self.ports: dict[str, list[int]] = {name: [] for name in [*network.inputs, *network.outputs]}
         for name in inputs:
             self._copy_images(PAD, name, into_planes=True)
         for number, step in enumerate(network.steps):
@@ -124,7 +124,7 @@ class _Plan:
         for name, tensor in zip([*self.network.inputs, *self.network.outputs], [*inputs, *outputs], strict=True):
             address = tensor.data_ptr()
             for port in self.ports[name]:
-                self.program.set(port, address)
+                self.program.words[port] = address
         self.program.run()
 
     def mask(self, name: str) -> int:

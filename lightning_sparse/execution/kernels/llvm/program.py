@@ -7,9 +7,9 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -25,7 +25,7 @@ from lightning_sparse.execution.kernels.llvm.driver import (
 )
 from lightning_sparse.execution.kernels.llvm.emitter import Kernel
 
-__all__ = ["Port", "Program", "Team", "aligned", "bits_of", "team"]
+__all__ = ["Program", "Team", "aligned", "bits_of", "team"]
 
 IDLE_SPINS = 4000
 """Looks for another job before a worker sleeps: some 100 microseconds, in which most networks call again."""
@@ -42,15 +42,6 @@ def bits_of(number: float) -> int:
 
 
 @final
-@dataclass(frozen=True)
-class Port:
-    """A word of a program that changes from call to call: an address, or how many rows there are."""
-
-    word: int
-    offset: int = 0
-
-
-@final
 class Program:
     """Kernels one after the other, with the records they work on.
 
@@ -64,7 +55,8 @@ class Program:
         self.threads = threads
         self._instructions: list[list[int]] = []
         self._held: list[Any] = []
-        self._words: Any = None
+        self.words: Any = None
+        self.run: Callable[[], None]
         self._job: Any = None
 
     def hold(self, array: NDArray[Any]) -> int:
@@ -78,31 +70,26 @@ class Program:
         self._instructions.append(words + [0] * (INSTRUCTION_WORDS - len(words)))
         return len(self._instructions) - 1
 
-    def port(self, instruction: int, kernel: Kernel, field: str, offset: int = 0) -> Port:
-        """Return what sets a field of an instruction; ``offset`` bytes are added to what is set."""
-        return Port(instruction * INSTRUCTION_WORDS + 2 + kernel.layout.place(field), offset)
+    def port(self, instruction: int, kernel: Kernel, field: str) -> int:
+        """Return the place of a field of an instruction, which changes from call to call, among :attr:`words`."""
+        return instruction * INSTRUCTION_WORDS + 2 + kernel.layout.place(field)
 
-    def seal(self) -> Program:
-        """Make the program ready to run; nothing is appended after that."""
+    def seal(self) -> None:
+        """Make the program ready: ``words`` may be set, and ``run()`` runs it. Nothing is appended after that."""
         words = [word for instruction in self._instructions for word in instruction]
-        self._words = (ctypes.c_int64 * max(1, len(words)))(*words)
+        self.words = (ctypes.c_int64 * max(1, len(words)))(*words)
         self._job = (ctypes.c_int64 * JOB_WORDS)()
-        self._job[0] = ctypes.addressof(self._words)
+        self._job[0] = ctypes.addressof(self.words)
         self._job[1] = len(self._instructions)
         self._job[NUM_THREADS] = self.threads
-        self._address = ctypes.addressof(self._job)
-        return self
-
-    def set(self, port: Port, value: int) -> None:
-        """Set what changes from call to call."""
-        self._words[port.word] = value + port.offset
-
-    def run(self) -> None:
-        """Run all instructions, on all threads."""
         if self.threads == 1:
-            self.library.run(self._address, 0)
+            # Small networks take a few microseconds: nothing is looked up in a call.
+            self.run = partial(self.library.run, ctypes.addressof(self._job), 0)
         else:
-            team(self.library, self.threads).run(self._job[0], self._job[1])
+            self.run = self._run_together
+
+    def _run_together(self) -> None:
+        team(self.library, self.threads).run(self._job[0], self._job[1])
 
     @contextmanager
     def only(self, kernels: Collection[Kernel]) -> Generator[None]:

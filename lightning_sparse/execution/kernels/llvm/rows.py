@@ -14,7 +14,7 @@ from lightning_sparse.execution.kernels.llvm.compiler import Library
 from lightning_sparse.execution.kernels.llvm.emitter import LANES_OF_A_LINE
 from lightning_sparse.execution.kernels.llvm.layouts import TRANSPOSE
 from lightning_sparse.execution.kernels.llvm.offsets import OFFSETS, TILE_VECTORS
-from lightning_sparse.execution.kernels.llvm.program import Port, Program, aligned, bits_of
+from lightning_sparse.execution.kernels.llvm.program import Program, aligned, bits_of
 from lightning_sparse.execution.kernels.llvm.vectors import VECTORS_16, VECTORS_32
 from lightning_sparse.execution.kernels.steps import LinearStep
 
@@ -52,12 +52,11 @@ class _Panel:
 
     def run(self, x: int, y: int, count: int) -> None:
         """Compute ``count`` rows, from one address to another."""
-        program = self.program
-        program.set(self.x, x)
-        program.set(self.y, y)
+        words = self.program.words
+        words[self.x], words[self.y] = x, y
         for port in self.counts:
-            program.set(port, count)
-        program.run()
+            words[port] = count
+        self.program.run()
 
 
 def _add_step(program: Program, step: LinearStep, x: int, y: int, pitch: int) -> None:
@@ -89,8 +88,8 @@ class _Single:
         numbers: list[tuple[int, Any]] = []
         for step, x, y in zip(steps, [0, *between], [*between, 0], strict=True):
             numbers.append(self._add(step, x, y))
-        self.x: Port = program.port(*numbers[0], "x")
-        self.y: Port = program.port(*numbers[-1], "y")
+        self.x = program.port(*numbers[0], "x")
+        self.y = program.port(*numbers[-1], "y")
         program.seal()
 
     def _add(self, step: LinearStep, x: int, y: int) -> tuple[int, Any]:
@@ -105,10 +104,10 @@ class _Single:
         )  # fmt: skip
         return number, kernel
 
-    def run(self, x: int, y: int, count: int) -> None:
+    def run(self, x: int, y: int) -> None:
         """Compute one row, from one address to another."""
-        self.program.set(self.x, x)
-        self.program.set(self.y, y)
+        words = self.program.words
+        words[self.x], words[self.y] = x, y
         self.program.run()
 
 
@@ -129,31 +128,31 @@ class RowChain:
         self.in_features = steps[0].weight.num_columns
         self.out_features = steps[-1].weight.num_rows
         self._lock = threading.Lock()  # one call at a time: programs have their buffers
-        self._plans: dict[int, _Panel | _Single] = {}
+        self._single: _Single | None = None
+        self._panels: dict[int, _Panel] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the last layer's outputs (rows, out_features) of contiguous rows (rows, in_features)."""
-        count = x.shape[0]
-        y = torch.empty(count, self.out_features, dtype=x.dtype)
-        if count == 0 or self.out_features == 0:
-            return y
-        source, target, size = x.data_ptr(), y.data_ptr(), x.element_size()
+        """Return the last layer's outputs (rows, out_features) of rows (rows, in_features)."""
+        x = x.contiguous()
+        count = len(x)
+        y = torch.empty((count, self.out_features), dtype=x.dtype)
         with self._lock:
             if count == 1:
-                self._plan(1).run(source, target, 1)
-                return y
-            for start in range(0, count, PANEL):
-                length = min(PANEL, count - start)
-                plan = self._plan(min(PANEL, -(-length // LANES_OF_A_LINE) * LANES_OF_A_LINE))
-                plan.run(source + start * self.in_features * size, target + start * self.out_features * size, length)
+                single = self._single or self._make_single()
+                single.run(x.data_ptr(), y.data_ptr())
+            elif self.out_features:
+                self._run_panels(x.data_ptr(), y.data_ptr(), count, x.element_size())
         return y
 
-    def _plan(self, pitch: int) -> _Panel | _Single:
-        if pitch not in self._plans:
-            single = pitch == 1
-            self._plans[pitch] = (
-                _Single(self.library, self.steps, self.threads)
-                if single
-                else _Panel(self.library, self.steps, pitch, self.threads)
-            )
-        return self._plans[pitch]
+    def _run_panels(self, source: int, target: int, count: int, size: int) -> None:
+        for start in range(0, count, PANEL):
+            length = min(PANEL, count - start)
+            pitch = -(-length // LANES_OF_A_LINE) * LANES_OF_A_LINE
+            if pitch not in self._panels:
+                self._panels[pitch] = _Panel(self.library, self.steps, pitch, self.threads)
+            x, y = source + start * self.in_features * size, target + start * self.out_features * size
+            self._panels[pitch].run(x, y, length)
+
+    def _make_single(self) -> _Single:
+        self._single = _Single(self.library, self.steps, self.threads)
+        return self._single
