@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-@pytest.mark.parametrize("benchmark", [overhead, update, memory, sync, scaling])
+@pytest.mark.parametrize("benchmark", [overhead, update, memory, sync, scaling, inference])
 def test_the_smallest_case_runs_and_writes_its_figures(benchmark: ModuleType, tmp_path: Path) -> None:
     benchmark.main(["--smallest", "--json", str(tmp_path / "figures.json")])
     content = json.loads((tmp_path / "figures.json").read_text())
