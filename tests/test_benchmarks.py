@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import dst, memory, mnist, overhead, scaling, sync, update
+from benchmarks import dst, inference, memory, mnist, overhead, scaling, sync, update
 from benchmarks.runs import read
 
 if TYPE_CHECKING:

@@ -167,7 +167,7 @@ class _Acceleration:
             own = own if shrinker is None else shrinker(own, self._example())
             network, traced = self._traced(own)
             specs = input_specs(network, lambda network=network: self.call(network))
-            choices = self._time(network, specs, inside=traced and self.kernels == "llvm")
+            choices = self._time(network, specs, inside=traced)
             self.layers[shrinker is not None] = choices
             gaining = frozenset(choice.name for choice in choices if choice.sparse)
             beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
@@ -216,7 +216,7 @@ class _Acceleration:
         return [
             time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=self.threads, inside=inside)
             for name, layer, share in layers_with_zeros(network)
-            if share or (inside and isinstance(layer, nn.Conv2d))
+            if share or (inside and self.kernels == "llvm" and isinstance(layer, nn.Conv2d))
         ]
 
     def _try(self, recipe: Recipe) -> AcceleratedModule | None:

@@ -16,11 +16,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from lightning_sparse.execution.attention import SparseSelfAttention, is_plain_self_attention, why_dense_attention
 from lightning_sparse.execution.conv import SparsePlanes, conv_step
 from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels.steps import ConvStep, LinearStep, MeanStep, PlaneStep, PoolStep
 from lightning_sparse.execution.linear import SparseLinear, linear_step
-from lightning_sparse.execution.tracing import bounds_of, is_addition, module_of, shape_of
+from lightning_sparse.execution.tracing import bounds_of, is_addition, is_gelu, module_of, shape_of
 
 __all__ = ["fuse"]
 
@@ -42,6 +43,7 @@ def fuse(graph_module: fx.GraphModule, wanted: Wanted, *, kernels: str, threads:
     if kernels == "llvm":
         for part in _parts(graph_module, wanted):
             _replace_part(graph_module, part, threads)
+    _replace_attention(graph_module, wanted, kernels, threads)
     for linears in _linear_chains(graph_module, wanted):
         _replace_chain(graph_module, linears, kernels, threads)
     graph_module.graph.eliminate_dead_code()
@@ -238,6 +240,23 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
+# Attention
+
+
+def _replace_attention(graph_module: fx.GraphModule, wanted: Wanted, kernels: str, threads: int) -> None:
+    """Put sparse self-attention in the place of dense one, where no masks are given and no weights asked for."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if type(module_of(node)) is nn.MultiheadAttention and wanted(str(node.target)):
+            calls.setdefault(str(node.target), []).append(node)
+    for name, nodes in calls.items():
+        attention = graph_module.get_submodule(name)
+        assert isinstance(attention, nn.MultiheadAttention)
+        plain = all(is_plain_self_attention(node.args, node.kwargs) for node in nodes)
+        if plain and why_dense_attention(attention) is None:
+            graph_module.set_submodule(name, SparseSelfAttention(attention, kernels=kernels, threads=threads))
+
+
 # Linear layers
 
 
@@ -251,13 +270,22 @@ def _linear_chains(graph_module: fx.GraphModule, wanted: Wanted) -> list[list[fx
         found = [node]
         while len(found[-1].users) == 1:
             follower = next(iter(found[-1].users))
-            follows = bounds_of(follower) is not None and bounds_of(found[-1]) is None
-            if not follows and not _is_wanted_linear(follower, wanted):
+            if not _joins(follower, found[-1]) and not _is_wanted_linear(follower, wanted):
                 break
             found.append(follower)
+        if is_gelu(found[-1]):
+            found.pop()  # it is fused between layers alone
         seen.update(found)
         chains.append(found)
     return chains
+
+
+def _joins(node: fx.Node, before: fx.Node) -> bool:
+    """Whether an activation may join the layer before it."""
+    layer = module_of(before)
+    if not isinstance(layer, nn.Linear):
+        return False
+    return bounds_of(node) is not None or (is_gelu(node) and layer.weight.dtype == torch.float32)
 
 
 def _is_wanted_linear(node: fx.Node, wanted: Wanted) -> bool:
@@ -273,6 +301,8 @@ def _replace_chain(graph_module: fx.GraphModule, nodes: list[fx.Node], kernels: 
             steps.append(linear_step(module.weight, module.bias))
         elif (bounds := bounds_of(node)) is not None:
             steps[-1] = replace(steps[-1], low=bounds[0], high=bounds[1])
+        else:
+            steps[-1] = replace(steps[-1], gelu=True)
     source = nodes[0].all_input_nodes[0]
     flatten = _is_flatten(source) and len(source.users) == 1
     module = SparseLinear(steps, kernels=kernels, threads=threads, flatten=flatten)

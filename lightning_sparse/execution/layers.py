@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse.execution.attention import SparseSelfAttention, why_dense_attention, zeros_of_attention
 from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes, why_dense
 from lightning_sparse.execution.kernels import KernelsUnavailableError
 from lightning_sparse.execution.linear import SparseLinear
@@ -83,7 +84,7 @@ def input_specs(module: nn.Module, call: Any) -> dict[str, InputSpec]:
 
         return hook
 
-    handles = [child.register_forward_pre_hook(note(name)) for name, child in module.named_modules() if name]
+    handles = [child.register_forward_pre_hook(note(name)) for name, child in module.named_modules()]
     try:
         call()
     finally:
@@ -95,6 +96,8 @@ def input_specs(module: nn.Module, call: Any) -> dict[str, InputSpec]:
 def layers_with_zeros(module: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
     """Yield linear layers and convolutions: name, layer, fraction of zeros."""
     for name, layer in module.named_modules():
+        if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+            yield name, layer, zeros_of_attention(layer)
         weight = getattr(layer, "weight", None)
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(weight, Tensor):
             readable = weight.layout is torch.strided and weight.device.type != "meta" and weight.numel()
@@ -110,27 +113,35 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
         >>> reason_to_stay_dense(nn.Linear(4, 3, dtype=torch.bfloat16), "llvm")
         'its weight is torch.bfloat16; sparse kernels compute in float32 and float64'
     """
-    weight: Any = layer.weight
+    weight = _weight_of(layer)
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
     if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
         return "it has hooks, which a sparse layer would not call"
     if kernels == SEMI_STRUCTURED:
         return why_not_semi_structured(layer)
-    if type(layer) not in (nn.Linear, nn.Conv2d):
+    if type(layer) not in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
         return f"{type(layer).__name__} has no sparse form"
     if weight.dtype not in (torch.float32, torch.float64):
         return f"its weight is {weight.dtype}; sparse kernels compute in float32 and float64"
-    bias: Any = layer.bias
+    bias: Any = getattr(layer, "bias", None)
     if bias is not None and bias.dtype != weight.dtype:
         return "its bias is of another type than its weight"
+    if isinstance(layer, nn.MultiheadAttention):
+        return why_dense_attention(layer)
     return why_dense(layer, kernels) if isinstance(layer, nn.Conv2d) else None
+
+
+def _weight_of(layer: nn.Module) -> Any:
+    return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
 
 
 def sparse_layer(layer: nn.Module, kernels: str, threads: int) -> nn.Module:
     """Return the sparse form of one layer."""
     if isinstance(layer, nn.Conv2d):
         return SparseConv2d(layer, kernels=kernels, threads=threads)
+    if isinstance(layer, nn.MultiheadAttention):
+        return SparseSelfAttention(layer, kernels=kernels, threads=threads)
     assert isinstance(layer, nn.Linear)
     if kernels == SEMI_STRUCTURED:
         return semi_structured_linear(layer)
@@ -149,11 +160,12 @@ def time_layer(
         spec: What it is given on the example; ``None`` if it is not called.
         kernels: What executes it sparsely.
         threads: How many threads compute.
-        inside: Whether its neighbours are sparse too, so that images need not be laid out for it alone.
+        inside: Whether the network is a graph, in which its neighbours may be sparse too and images stay laid out.
     """
-    weight: Any = layer.weight
-    shape = tuple(weight.shape)
+    shape = tuple(_weight_of(layer).shape)
     reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example does not call it")
+    if isinstance(layer, nn.MultiheadAttention) and not inside:
+        reason = reason or "attention is replaced in graphs alone"
     if reason or spec is None:
         return LayerChoice(name, shape, sparsity, sparse=False, reason=reason or "")
     try:
@@ -163,7 +175,9 @@ def time_layer(
     except (KernelsUnavailableError, ValueError, RuntimeError) as error:  # torch without MKL has no sparse product
         return LayerChoice(name, shape, sparsity, sparse=False, reason=str(error))
     call = _inner_call(sparse, x) if inside else None
-    calls = {"dense": lambda: layer(x), "sparse": call or (lambda: sparse(x))}
+    attention = isinstance(layer, nn.MultiheadAttention)
+    dense = (lambda: layer(x, x, x, need_weights=False)) if attention else (lambda: layer(x))
+    calls = {"dense": dense, "sparse": call or (lambda: sparse(x))}
     seconds = compare(calls, budget=SECONDS, device=spec.device)
     chosen = seconds["dense"] >= LEAST_GAIN * seconds["sparse"]
     return LayerChoice(

@@ -79,6 +79,10 @@ class SparseLinear(nn.Module):
         super().__init__()
         if not steps:
             raise ValueError("SparseLinear was given no layers; give at least one step.")
+        if steps[-1].gelu:
+            raise ValueError(
+                "The last step ends with a GELU, which is fused between layers alone; apply it afterwards."
+            )
         self.steps = tuple(steps)
         self.kernels = kernels or default_kernels()
         self.threads = threads or torch.get_num_threads()

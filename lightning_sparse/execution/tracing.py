@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-__all__ = ["UntraceableError", "bounds_of", "is_addition", "module_of", "shape_of", "trace"]
+__all__ = ["UntraceableError", "bounds_of", "is_addition", "is_gelu", "module_of", "shape_of", "trace"]
 
 
 class UntraceableError(Exception):
@@ -30,6 +30,8 @@ def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
     Raises:
         UntraceableError: torch.fx cannot follow the module, or the graph fails on the example.
     """
+    if type(module) in (nn.Linear, nn.Conv2d):
+        raise UntraceableError(f"{type(module).__name__} is one layer.")
     try:
         graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_defaults(module, example)))
         ShapeProp(graph_module).propagate(*example)
@@ -96,6 +98,14 @@ def bounds_of(node: fx.Node) -> tuple[float, float] | None:
     if isinstance(module, nn.Hardtanh):  # nn.ReLU6 is one
         return float(module.min_val), float(module.max_val)
     return None
+
+
+def is_gelu(node: fx.Node) -> bool:
+    """Say whether a node is a GELU by the error function."""
+    module = module_of(node)
+    if isinstance(module, nn.GELU):
+        return module.approximate == "none"
+    return node.target is F.gelu and len(node.args) == 1 and node.kwargs.get("approximate", "none") == "none"
 
 
 def is_addition(node: fx.Node) -> bool:

@@ -22,12 +22,14 @@ class LinearStep:
         bias: (outputs,), in the weight's type.
         low: Lower bound of the results; 0 for a ReLU.
         high: Upper bound of the results; 6 for a ReLU6.
+        gelu: Whether a GELU follows, the exact one, before the next layer; in float32 alone.
     """
 
     weight: PackedWeight
     bias: Any
     low: float = -np.inf
     high: float = np.inf
+    gelu: bool = False
 
 
 @final

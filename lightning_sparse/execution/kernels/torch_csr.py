@@ -14,6 +14,7 @@ from typing import final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_sparse.execution.formats import PackedWeight
 from lightning_sparse.execution.kernels.steps import LinearStep
@@ -60,4 +61,6 @@ class CSRChain:
             features = torch.addmm(bias, weight, features.contiguous())
             if step.low > -np.inf or step.high < np.inf:
                 features.clamp_(step.low, step.high)
+            if step.gelu:
+                features = F.gelu(features)
         return features.t()

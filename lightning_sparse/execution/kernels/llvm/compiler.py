@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from llvmlite import binding, ir
 
+from lightning_sparse.execution.kernels.llvm.activations import GELU
 from lightning_sparse.execution.kernels.llvm.driver import emit_driver
 from lightning_sparse.execution.kernels.llvm.emitter import I64, POINTER, Elements, Emitter, Kernel
 from lightning_sparse.execution.kernels.llvm.layouts import PAD, PHASES, TRANSPOSE, UNPAD
@@ -21,7 +22,7 @@ from lightning_sparse.execution.kernels.llvm.vectors import VECTORS_16, VECTORS_
 
 __all__ = ["KERNELS", "Library", "Target", "host_target", "library"]
 
-KERNELS = (OFFSETS, VECTORS_16, VECTORS_32, TRANSPOSE, PAD, UNPAD, PHASES, LARGEST, MEAN)
+KERNELS = (OFFSETS, VECTORS_16, VECTORS_32, TRANSPOSE, PAD, UNPAD, PHASES, LARGEST, MEAN, GELU)
 SCALARS: dict[torch.dtype, Any] = {torch.float32: ir.FloatType(), torch.float64: ir.DoubleType()}
 
 

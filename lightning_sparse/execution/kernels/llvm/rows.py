@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.execution.formats import balanced_blocks
+from lightning_sparse.execution.kernels.llvm.activations import GELU
 from lightning_sparse.execution.kernels.llvm.compiler import Library
 from lightning_sparse.execution.kernels.llvm.emitter import LANES_OF_A_LINE
 from lightning_sparse.execution.kernels.llvm.layouts import TRANSPOSE
@@ -40,6 +41,8 @@ class _Panel:
         )  # fmt: skip
         for step, x, y in zip(steps, buffers, buffers[1:], strict=False):
             _add_step(program, step, x, y, pitch)
+            if step.gelu:
+                program.add(GELU, step.weight.num_rows, x=y, length=pitch, stride=pitch)
         leave = program.add(
             TRANSPOSE, -(-pitch // lanes),
             x=buffers[-1], y=0, rows=features[-1], columns=0, x_stride=pitch, y_stride=features[-1],
@@ -84,10 +87,15 @@ class _Single:
     def __init__(self, library: Library, steps: list[LinearStep], threads: int) -> None:
         self.program = program = Program(library, threads)
         dtype = steps[0].weight.values.dtype
-        between = [program.hold(aligned((max(1, step.weight.num_rows),), dtype)) for step in steps[:-1]]
+        # A GELU takes whole vectors.
+        whole = [-(-step.weight.num_rows // LANES_OF_A_LINE) * LANES_OF_A_LINE for step in steps]
+        between = [program.hold(aligned((max(1, length),), dtype)) for length in whole[:-1]]
         numbers: list[tuple[int, Any]] = []
-        for step, x, y in zip(steps, [0, *between], [*between, 0], strict=True):
+        for step, length, x, y in zip(steps, whole, [0, *between], [*between, 0], strict=True):
             numbers.append(self._add(step, x, y))
+            if step.gelu:
+                lanes = program.library.lanes
+                program.add(GELU, length // lanes, x=y, length=lanes, stride=lanes)
         self.x = program.port(*numbers[0], "x")
         self.y = program.port(*numbers[-1], "y")
         program.seal()

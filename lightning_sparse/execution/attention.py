@@ -1,0 +1,89 @@
+"""Self-attention whose projections have zeros: ``nn.MultiheadAttention``, with sparse layers for its two matrices."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_sparse.execution.linear import SparseLinear, linear_step
+
+__all__ = ["SparseSelfAttention", "is_plain_self_attention", "why_dense_attention", "zeros_of_attention"]
+
+
+def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
+    """Return why attention cannot be executed sparsely; ``None`` if it can.
+
+    Example:
+        >>> from torch import nn
+        >>> why_dense_attention(nn.MultiheadAttention(8, 2, kdim=4))
+        'keys and values of other sizes than queries are left to torch'
+    """
+    if attention.in_proj_weight is None:
+        return "keys and values of other sizes than queries are left to torch"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "attention to constants is left to torch"
+    return None
+
+
+@final
+class SparseSelfAttention(nn.Module):
+    """Attention of a sequence to itself, for inference, without masks: queries, keys and values are one input.
+
+    Args:
+        attention: The dense layer, whose weights are copied.
+        kernels: One of :func:`~lightning_sparse.execution.kernels.available_kernels`.
+        threads: How many threads compute.
+
+    Raises:
+        ValueError: :func:`why_dense_attention` has an objection.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+        >>> sparse = SparseSelfAttention(attention, kernels="torch_csr", threads=1)
+        >>> x = torch.randn(3, 5, 8)
+        >>> torch.allclose(sparse(x)[0], attention(x, x, x)[0], atol=1e-6)
+        True
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, *, kernels: str, threads: int) -> None:
+        super().__init__()
+        if reason := why_dense_attention(attention):
+            raise ValueError(f"{attention} cannot be executed sparsely: {reason}. Leave it dense.")
+        self.num_heads = attention.num_heads
+        self.head_dim = attention.head_dim
+        self.batch_first = attention.batch_first
+        inward = linear_step(attention.in_proj_weight, attention.in_proj_bias)
+        outward = linear_step(attention.out_proj.weight, attention.out_proj.bias)
+        self.in_proj = SparseLinear([inward], kernels=kernels, threads=threads)
+        self.out_proj = SparseLinear([outward], kernels=kernels, threads=threads)
+
+    @override
+    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """Return outputs, of the input's shape (batch, length, features) or as ``batch_first`` says, and no weights."""
+        x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
+        heads = self.in_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        queries, keys, values = (part.transpose(-3, -2) for part in heads.unbind(-3))
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        y = self.out_proj(mixed.transpose(-3, -2).flatten(-2))
+        return y if self.batch_first or query.dim() == 2 else y.transpose(0, 1), None
+
+
+def is_plain_self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether ``nn.MultiheadAttention`` is called with one sequence, no masks, and asked for no weights."""
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    same = given.get("query") is given.get("key") is given.get("value")
+    plain = all(not given.get(name) for name in ("key_padding_mask", "attn_mask", "is_causal"))
+    return same and plain and given.get("need_weights", True) is False
+
+
+def zeros_of_attention(attention: nn.MultiheadAttention) -> float:
+    """Return the fraction of zeros in both matrices."""
+    weights = [w for w in (attention.in_proj_weight, attention.out_proj.weight) if w is not None]
+    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / max(1, sum(w.numel() for w in weights))
