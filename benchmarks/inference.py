@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import itertools
 import json
 import platform
@@ -105,13 +104,11 @@ def onnx_bytes(network: nn.Module, x: Tensor) -> bytes | None:
     """Export a network; ``None`` where the exporter is not installed."""
     if not importlib.util.find_spec("onnxscript"):
         return None
-    stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
         assert program is not None
-        program.save(stream)
-    return stream.getvalue()
+    return program.model_proto.SerializeToString()
 
 
 def onnx_runtime(model: bytes, x: Tensor, threads: int) -> Call:

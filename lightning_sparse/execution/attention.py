@@ -22,7 +22,8 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
         >>> why_dense_attention(nn.MultiheadAttention(8, 2, kdim=4))
         'keys and values of other sizes than queries are left to torch'
     """
-    if attention.in_proj_weight is None:
+    joined: Any = attention.in_proj_weight
+    if joined is None:
         return "keys and values of other sizes than queries are left to torch"
     if attention.bias_k is not None or attention.add_zero_attn:
         return "attention to constants is left to torch"
@@ -85,5 +86,5 @@ def is_plain_self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 def zeros_of_attention(attention: nn.MultiheadAttention) -> float:
     """Return the fraction of zeros in both matrices."""
-    weights = [w for w in (attention.in_proj_weight, attention.out_proj.weight) if w is not None]
+    weights: list[Any] = [attention.in_proj_weight, attention.out_proj.weight]
     return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / max(1, sum(w.numel() for w in weights))

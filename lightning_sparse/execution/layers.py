@@ -96,7 +96,7 @@ def input_specs(module: nn.Module, call: Any) -> dict[str, InputSpec]:
 def layers_with_zeros(module: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
     """Yield linear layers and convolutions: name, layer, fraction of zeros."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+        if isinstance(layer, nn.MultiheadAttention) and _weight_of(layer) is not None:
             yield name, layer, zeros_of_attention(layer)
         weight = getattr(layer, "weight", None)
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(weight, Tensor):

@@ -113,7 +113,7 @@ def is_addition(node: fx.Node) -> bool:
     if node.target not in ADDITIONS or len(node.args) != 2 or node.kwargs:
         return False
     shapes = [shape_of(argument) for argument in node.args]
-    return shapes[0] is not None and shapes[0] == shapes[1]
+    return None not in shapes and len(set(shapes)) == 1
 
 
 def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+M = TypeVar("M", bound=nn.Module)
 
-def sparsify(module: nn.Module, sparsity: float = 0.9, seed: int = 0) -> nn.Module:
+
+def sparsify(module: M, sparsity: float = 0.9, seed: int = 0) -> M:
     """Zero weights at random, give BatchNorms statistics of their own, and return the module for inference."""
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():

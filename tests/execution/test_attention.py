@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def test_sparse_attention_is_dense_attention(batch_first: bool, kernels: str) ->
 
 
 @pytest.mark.parametrize("settings", [{"kdim": 4}, {"add_zero_attn": True}, {"add_bias_kv": True}], ids=str)
-def test_other_attention_is_refused_in_words(settings: dict[str, int]) -> None:
-    attention = nn.MultiheadAttention(8, 2, **settings)  # type: ignore[arg-type]
+def test_other_attention_is_refused_in_words(settings: dict[str, Any]) -> None:
+    attention = nn.MultiheadAttention(8, 2, **settings)
     assert why_dense_attention(attention)
     with pytest.raises(ValueError, match="Leave it dense"):
         SparseSelfAttention(attention, kernels="torch_csr", threads=1)
@@ -42,7 +43,7 @@ def test_other_attention_is_refused_in_words(settings: dict[str, int]) -> None:
 @pytest.mark.parametrize("kernels", available_kernels())
 def test_a_gelu_is_fused_between_linear_layers(kernels: str) -> None:
     network = sparsify(nn.Sequential(nn.Linear(20, 37), nn.GELU(), nn.Linear(37, 20), nn.GELU()), 0.7)
-    network[0].bias.data.mul_(20)  # type: ignore[index]
+    network.get_parameter("0.bias").data.mul_(20)
     x = torch.randn(3, 5, 20)
     graph = fuse(
         trace(copy.deepcopy(network).requires_grad_(False), (x,)), lambda name: True, kernels=kernels, threads=1
@@ -58,9 +59,8 @@ def test_a_gelu_is_fused_between_linear_layers(kernels: str) -> None:
 def test_the_gelu_of_the_kernels_is_that_of_torch_everywhere() -> None:
     values = torch.cat([torch.linspace(-12, 12, 5000), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])])
     network = nn.Sequential(nn.Linear(1, 1), nn.GELU(), nn.Linear(1, 1)).requires_grad_(False)
-    for layer in (network[0], network[2]):
-        layer.weight.fill_(1.0)  # type: ignore[union-attr,operator]
-        layer.bias.fill_(0.0)  # type: ignore[union-attr,operator]
+    for parameter, value in zip(network.parameters(), (1.0, 0.0, 1.0, 0.0), strict=True):
+        parameter.fill_(value)
     graph = fuse(trace(network, (values[:, None],)), lambda name: True, kernels="llvm", threads=1)
     actual, expected = graph(values[:, None])[:, 0], F.gelu(values.double())
     assert ((actual - expected).abs() / expected.abs().clamp_min(1)).max() < 1e-6
@@ -71,7 +71,7 @@ def test_a_vision_transformer_is_accelerated_whole() -> None:
     network = VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=5
     )
-    nn.init.normal_(network.heads.head.weight)  # type: ignore[arg-type]
+    nn.init.normal_(network.get_parameter("heads.head.weight"))
     network = sparsify(network, 0.98)
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):
