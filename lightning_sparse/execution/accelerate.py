@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
 from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.dead_units import can_shrink, shrunk
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import SEMI_STRUCTURED, InputSpec, input_specs, layers_with_zeros, time_layer
 from lightning_sparse.execution.report import AccelerationReport, LayerChoice
@@ -160,43 +159,32 @@ class _Acceleration:
     def _recipes(self) -> list[Recipe]:
         """What is worth trying: layers that gain alone, those beside them too, without dead units, and none."""
         recipes: list[Recipe] = []
-        for shrinker in (None, self._useful_shrinker()):
-            if shrinker is None and recipes:
-                continue
+        arguments = tuple(InputSpec.of(x) if isinstance(x, Tensor) else x for x in self.call.args)
+        for shrink in (False, True) if self._has_dead_units() else (False,):
             own = frozen_copy(self.module)
-            own = own if shrinker is None else shrinker(own, self._example())
-            network, traced = self._traced(own)
-            specs = input_specs(network, lambda network=network: self.call(network))
-            choices = self._time(network, specs, inside=traced)
-            self.layers[shrinker is not None] = choices
+            network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
+            specs = input_specs(network, _calling(self.call, network))
+            choices = self.layers[shrink] = self._time(network, specs, inside=traced)
             gaining = frozenset(choice.name for choice in choices if choice.sparse)
             beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
-            sets = [gaining, beside] if traced and gaining else [gaining]
-            if traced or shrinker is not None:
-                sets.append(frozenset())  # folded and shrunk alone
-            arguments = tuple(InputSpec.of(x) if isinstance(x, Tensor) else x for x in self.call.args)
+            sets = [gaining, beside if traced and gaining else gaining, frozenset[str]()]
             recipes += [
-                Recipe(layers, traced, self.kernels, self.threads, arguments, specs, shrinker)
+                Recipe(layers, traced, self.kernels, self.threads, arguments, specs, shrink)
                 for layers in dict.fromkeys(sets)
-                if layers or traced or shrinker is not None
+                if layers or traced or shrink  # a network may gain by folding and shrinking alone
             ]
         return recipes
 
-    def _example(self) -> Any:
-        return self.call.args[0] if len(self.call.args) == 1 else self.call.args
-
-    def _useful_shrinker(self) -> Callable[[nn.Module, Any], nn.Module] | None:
-        """Return what removes dead units, if there are any."""
-        shrinker = _shrinker()
-        if shrinker is None or self.call.kwargs:
-            return None
+    def _has_dead_units(self) -> bool:
+        if not can_shrink() or self.call.kwargs or self.kernels == SEMI_STRUCTURED:
+            return False
         try:
-            small = shrinker(frozen_copy(self.module), self._example())
+            small = shrunk(frozen_copy(self.module), self.call.args)
         except Exception as error:  # shrinking is one help among others
-            self.notes.append(f"Dead units stay: {error}")
-            return None
+            self.notes.append(f"Dead units stay: {error}".splitlines()[0])
+            return False
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (small, self.dense)]
-        return shrinker if sizes[0] < sizes[1] else None
+        return sizes[0] < sizes[1]
 
     def _traced(self, own: nn.Module) -> tuple[nn.Module, bool]:
         """Return a graph of the network, or the network itself where it cannot be traced."""
@@ -248,7 +236,7 @@ class _Acceleration:
     def _final_choices(self, recipe: Recipe | None) -> list[LayerChoice]:
         """Say of each layer whether the recipe has it."""
         chosen = frozenset[str]() if recipe is None else recipe.layers
-        layers = self.layers.get(recipe is not None and recipe.shrink is not None, [])
+        layers = self.layers.get(recipe is not None and recipe.shrink, [])
         kept = "the whole is faster without"
         return [
             replace(
@@ -270,13 +258,6 @@ class _Acceleration:
 
 def _calling(call: _Call, module: nn.Module) -> Callable[[], Any]:
     return lambda: call(module)
-
-
-def _shrinker() -> Callable[[nn.Module, Any], nn.Module] | None:
-    """Return ``shrink``, the only place that knows of it."""
-    if importlib.util.find_spec("lightning_sparse.execution.shrink") is None:
-        return None
-    return importlib.import_module("lightning_sparse.execution.shrink").shrink
 
 
 def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_sparse.execution.conv import SparsePlanes
 from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.dead_units import shrunk
 from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
 from lightning_sparse.execution.linear import SparseLinear, refuse_gradients
@@ -37,7 +38,7 @@ class Recipe:
         threads: How many threads compute.
         arguments: What the module is called with, by position.
         inputs: What parts of the network are given, for those that are traced alone.
-        shrink: What removes dead units first, if they are removed.
+        shrink: Whether dead units are removed first.
     """
 
     layers: frozenset[str]
@@ -46,7 +47,7 @@ class Recipe:
     threads: int
     arguments: tuple[InputSpec | Any, ...]
     inputs: Mapping[str, InputSpec]
-    shrink: Callable[[nn.Module, Any], nn.Module] | None = None
+    shrink: bool = False
 
     def example(self) -> tuple[Any, ...]:
         """Return arguments of a call, of noise."""
@@ -55,9 +56,8 @@ class Recipe:
     def make(self, module: nn.Module) -> nn.Module:
         """Return what executes a module; the module stays as it is."""
         own = frozen_copy(module)
-        if self.shrink is not None:
-            example = self.example()
-            own = self.shrink(own, example[0] if len(example) == 1 else example)
+        if self.shrink:
+            own = shrunk(own, self.example())
         if self.traced:
             graph = trace(own, self.example())
             return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))

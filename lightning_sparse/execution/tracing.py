@@ -112,8 +112,10 @@ def is_addition(node: fx.Node) -> bool:
     """Say whether a node adds two tensors of one shape."""
     if node.target not in ADDITIONS or len(node.args) != 2 or node.kwargs:
         return False
-    shapes = [shape_of(argument) for argument in node.args]
-    return None not in shapes and len(set(shapes)) == 1
+    first, second = (shape_of(argument) for argument in node.args)
+    if first is None or second is None:
+        return False
+    return bool(first == second)
 
 
 def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:
