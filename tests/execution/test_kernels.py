@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -218,3 +219,14 @@ def test_unknown_kernels_are_refused_in_words() -> None:
     steps, _ = random_steps([3, 2], 0.5, torch.float32)
     with pytest.raises(KernelsUnavailableError, match="lightning-sparse"):
         chain(steps, kernels="numba", threads=1)
+
+
+@pytest.mark.parametrize("index", ["16 bits", "32 bits"])
+def test_gathering_by_one_instruction_and_one_by_one_are_the_same(index: str) -> None:
+    weight = torch.randn(37, 100 if index == "16 bits" else 70000) * (torch.rand(37, 1) > 0.2)
+    weight *= torch.rand(weight.shape) > 0.97
+    steps, x = [LinearStep(pack(weight), np.zeros(37, np.float32))], torch.randn(1, weight.shape[1])
+    host = compiler.host_target()
+    for gathers in (True, False):
+        made = compiler._compiled(torch.float32, replace(host, gathers=gathers))
+        assert_close(RowChain(made, steps, 1)(x), x.double() @ weight.double().t())

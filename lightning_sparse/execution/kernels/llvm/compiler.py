@@ -34,12 +34,14 @@ class Target:
     Args:
         cpu: LLVM's name of the processor.
         features: LLVM's list of its instruction sets, as in ``"+avx2,-avx512f"``.
-        vector_bytes: Width of the vectors that are used: 64 with AVX-512, 32 with AVX, else 16.
+        vector_bytes: Width of the vectors that are used: 64 with AVX-512, 32 with AVX2, else 16.
+        gathers: Whether scattered elements are loaded by one instruction. Zen has it, in microcode, and is slow at it.
     """
 
     cpu: str
     features: str
     vector_bytes: int
+    gathers: bool = False
 
 
 @final
@@ -95,7 +97,8 @@ def host_target() -> Target:
     _initialize()
     features = binding.get_host_cpu_features()
     width = 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
-    return Target(binding.get_host_cpu_name(), features.flatten(), width)
+    cpu = binding.get_host_cpu_name()
+    return Target(cpu, features.flatten(), width, gathers=width > 16 and not cpu.startswith("znver"))
 
 
 @lru_cache(maxsize=1)
@@ -107,7 +110,7 @@ def _initialize() -> None:
 @lru_cache(maxsize=8)
 def _compiled(dtype: torch.dtype, target: Target) -> Library:
     _initialize()
-    elements = Elements(SCALARS[dtype], target.vector_bytes // dtype.itemsize)
+    elements = Elements(SCALARS[dtype], target.vector_bytes // dtype.itemsize, target.gathers)
     machine = binding.Target.from_default_triple().create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, jit=True
     )

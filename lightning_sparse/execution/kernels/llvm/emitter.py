@@ -54,10 +54,12 @@ class Elements:
     Args:
         scalar: ``float`` or ``double`` of LLVM.
         lanes: Elements of a vector.
+        gathers: Whether one instruction loads a vector of scattered elements, faster than one by one.
     """
 
     scalar: Any
     lanes: int
+    gathers: bool = False
 
     @property
     def size(self) -> int:

@@ -23,8 +23,8 @@ from lightning_sparse.execution.kernels.steps import ConvStep, MeanStep, PlaneSt
 
 __all__ = ["PlaneNetwork"]
 
-GROUP_BYTES = 1 << 20
-"""Images go through the network in groups whose largest tensors fit into a second-level cache."""
+GROUP_BYTES = 1 << 21
+"""Images go through the network in groups whose largest tensors stay in caches of the second and third level."""
 
 PLANS_KEPT = 6
 SLACK = 2 * TILE_VECTORS * LANES_OF_A_LINE

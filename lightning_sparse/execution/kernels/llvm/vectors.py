@@ -56,17 +56,34 @@ def _emit(emit: Emitter, index: Any) -> None:
 
 
 def _emit_column(emit: Emitter, place: Any, x: Any, columns: Any, values: Any, column: Any, index: Any) -> None:
+    start = emit.build.mul(column, emit.integer(emit.elements.lanes))
+    inputs = emit.at(columns, start, index)
+    gathered = _gather(emit, x, inputs, index) if emit.elements.gathers else _collect(emit, x, inputs, index)
+    product = (emit.load_vector(emit.at(values, start)), gathered)
+    emit.build.store(emit.multiply_add(*product, emit.get(place, emit.elements.vector)), place)
+
+
+def _collect(emit: Emitter, x: Any, columns: Any, index: Any) -> Any:
+    """Entries of ``x``, one by one; four or two columns are read at once, since loads are what limits this."""
     b, lanes = emit.build, emit.elements.lanes
-    start = b.mul(column, emit.integer(lanes))
-    narrow = b.load(emit.at(columns, start, index), typ=ir.VectorType(index, lanes), align=2)
-    wide = b.zext(narrow, ir.VectorType(I32, lanes)) if index is I16 else narrow
-    product = (emit.load_vector(emit.at(values, start)), _gather(emit, x, wide))
-    b.store(emit.multiply_add(*product, emit.get(place, emit.elements.vector)), place)
+    at_once = min(64 // index.width, lanes)
+    gathered = ir.Constant(emit.elements.vector, ir.Undefined)
+    for first in range(0, lanes, at_once):
+        address = emit.at(columns, emit.integer(first), index)
+        word = b.load(address, typ=ir.IntType(at_once * index.width), align=index.width // 8)
+        word = word if word.type == I64 else b.zext(word, I64)
+        for lane in range(first, first + at_once):
+            shifted = b.lshr(word, emit.integer((lane - first) * index.width))
+            column = b.and_(shifted, emit.integer(2**index.width - 1))
+            gathered = b.insert_element(gathered, emit.load(x, column), ir.Constant(I32, lane))
+    return gathered
 
 
-def _gather(emit: Emitter, x: Any, columns: Any) -> Any:
-    """Entries of ``x``, by one instruction where the machine has it."""
+def _gather(emit: Emitter, x: Any, columns: Any, index: Any) -> Any:
+    """Entries of ``x``, by one instruction."""
     b, lanes, kind = emit.build, emit.elements.lanes, emit.elements.vector
+    narrow = b.load(columns, typ=ir.VectorType(index, lanes), align=index.width // 8)
+    columns = b.zext(narrow, ir.VectorType(I32, lanes)) if index is I16 else narrow
     addresses = ir.VectorType(POINTER, lanes)
     places = b.gep(x, [columns], source_etype=emit.elements.scalar)
     places.type = addresses  # what it is; llvmlite takes a gep's type from its base alone
