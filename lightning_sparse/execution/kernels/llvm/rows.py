@@ -6,7 +6,6 @@ import threading
 from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_sparse.execution.formats import balanced_blocks
@@ -142,8 +141,8 @@ class RowChain:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the last layer's outputs (rows, out_features) of rows (rows, in_features)."""
         x = x.contiguous()
-        count = len(x)
-        y = torch.empty((count, self.out_features), dtype=x.dtype)
+        count = x.shape[0]
+        y = x.new_empty(count, self.out_features)
         with self._lock:
             if count == 1:
                 single = self._single or self._make_single()
