@@ -69,6 +69,8 @@ class Recipe:
             return sparse_layer(root, self.kernels, self.threads)
         done: set[str] = set()
         for name, child in list(root.named_modules()):
+            if isinstance(child, nn.TransformerEncoderLayer):
+                child.activation_relu_or_gelu = 0  # it calls its layers then, and does not read their weights itself
             inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
             if any(name.startswith(f"{part}.") for part in done):
                 continue

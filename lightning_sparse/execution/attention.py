@@ -32,10 +32,10 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
 
 @final
 class SparseSelfAttention(nn.Module):
-    """Attention of a sequence to itself, for inference, without masks: queries, keys and values are one input.
+    """Attention of a sequence to itself, for inference. With masks or other keys, the dense one works.
 
     Args:
-        attention: The dense layer, whose weights are copied.
+        attention: The dense layer, which is kept.
         kernels: One of :func:`~lightning_sparse.execution.kernels.available_kernels`.
         threads: How many threads compute.
 
@@ -48,7 +48,7 @@ class SparseSelfAttention(nn.Module):
         >>> attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
         >>> sparse = SparseSelfAttention(attention, kernels="torch_csr", threads=1)
         >>> x = torch.randn(3, 5, 8)
-        >>> torch.allclose(sparse(x)[0], attention(x, x, x)[0], atol=1e-6)
+        >>> torch.allclose(sparse(x, x, x, need_weights=False)[0], attention(x, x, x)[0], atol=1e-6)
         True
     """
 
@@ -56,6 +56,8 @@ class SparseSelfAttention(nn.Module):
         super().__init__()
         if reason := why_dense_attention(attention):
             raise ValueError(f"{attention} cannot be executed sparsely: {reason}. Leave it dense.")
+        self.dense = attention
+        self.in_proj_bias = None  # which tells nn.TransformerEncoderLayer to call this, and not to read its weights
         self.num_heads = attention.num_heads
         self.head_dim = attention.head_dim
         self.batch_first = attention.batch_first
@@ -65,14 +67,19 @@ class SparseSelfAttention(nn.Module):
         self.out_proj = SparseLinear([outward], kernels=kernels, threads=threads)
 
     @override
-    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return outputs, of the input's shape (batch, length, features) or as ``batch_first`` says, and no weights."""
-        x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
-        heads = self.in_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        if not is_plain_self_attention(args, kwargs):
+            return self.dense(*args, **kwargs)
+        query: Tensor = args[0] if args else kwargs["query"]
+        turned = not self.batch_first and query.dim() == 3
+        heads = self.in_proj(query.transpose(0, 1) if turned else query).unflatten(
+            -1, (3, self.num_heads, self.head_dim)
+        )
         queries, keys, values = (part.transpose(-3, -2) for part in heads.unbind(-3))
         mixed = F.scaled_dot_product_attention(queries, keys, values)
         y = self.out_proj(mixed.transpose(-3, -2).flatten(-2))
-        return y if self.batch_first or query.dim() == 2 else y.transpose(0, 1), None
+        return y.transpose(0, 1) if turned else y, None
 
 
 def is_plain_self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -80,7 +87,8 @@ def is_plain_self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average", "is_causal")
     given = dict(zip(names, args, strict=False)) | kwargs
     same = given.get("query") is given.get("key") is given.get("value")
-    plain = all(not given.get(name) for name in ("key_padding_mask", "attn_mask", "is_causal"))
+    masks = (given.get(name) for name in ("key_padding_mask", "attn_mask", "is_causal"))
+    plain = all(mask is None or mask is False for mask in masks)
     return same and plain and given.get("need_weights", True) is False
 
 

@@ -98,10 +98,20 @@ def layers_with_zeros(module: nn.Module) -> Iterator[tuple[str, nn.Module, float
     for name, layer in module.named_modules():
         if isinstance(layer, nn.MultiheadAttention) and _weight_of(layer) is not None:
             yield name, layer, zeros_of_attention(layer)
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            continue  # the last matrix of attention, which counts with it
         weight = getattr(layer, "weight", None)
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(weight, Tensor):
-            readable = weight.layout is torch.strided and weight.device.type != "meta" and weight.numel()
-            yield name, layer, 1 - int(torch.count_nonzero(weight)) / weight.numel() if readable else 0.0
+            yield name, layer, _share_of_zeros(weight)
+
+
+def _share_of_zeros(weight: Tensor) -> float:
+    """The fraction of zeros of a plain dense tensor; none of those of other kinds, as quantisation makes them."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided and weight.device.type != "meta"
+    if not plain or not weight.numel():
+        return 0.0
+    eight_bits = weight.dtype.is_floating_point and weight.dtype.itemsize == 1  # torch counts no float8
+    return 1 - int(torch.count_nonzero(weight.float() if eight_bits else weight)) / weight.numel()
 
 
 def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
@@ -164,20 +174,17 @@ def time_layer(
     """
     shape = tuple(_weight_of(layer).shape)
     reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example does not call it")
-    if isinstance(layer, nn.MultiheadAttention) and not inside:
-        reason = reason or "attention is replaced in graphs alone"
     if reason or spec is None:
         return LayerChoice(name, shape, sparsity, sparse=False, reason=reason or "")
     try:
         sparse = sparse_layer(layer, kernels, threads)
         x = spec.random()
-        sparse(x)
+        inputs, more = ((x, x, x), {"need_weights": False}) if _is_attention(layer) else ((x,), {})
+        sparse(*inputs, **more)
     except (KernelsUnavailableError, ValueError, RuntimeError) as error:  # torch without MKL has no sparse product
         return LayerChoice(name, shape, sparsity, sparse=False, reason=str(error))
     call = _inner_call(sparse, x) if inside else None
-    attention = isinstance(layer, nn.MultiheadAttention)
-    dense = (lambda: layer(x, x, x, need_weights=False)) if attention else (lambda: layer(x))
-    calls = {"dense": dense, "sparse": call or (lambda: sparse(x))}
+    calls = {"dense": lambda: layer(*inputs, **more), "sparse": call or (lambda: sparse(*inputs, **more))}
     seconds = compare(calls, budget=SECONDS, device=spec.device)
     chosen = seconds["dense"] >= LEAST_GAIN * seconds["sparse"]
     return LayerChoice(
@@ -189,6 +196,10 @@ def time_layer(
         seconds["sparse"],
         "" if chosen else f"sparse is not {LEAST_GAIN} times as fast",
     )
+
+
+def _is_attention(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.MultiheadAttention)
 
 
 def _inner_call(sparse: nn.Module, x: Tensor) -> Any:

@@ -105,7 +105,8 @@ def is_gelu(node: fx.Node) -> bool:
     module = module_of(node)
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
-    return node.target is F.gelu and len(node.args) == 1 and node.kwargs.get("approximate", "none") == "none"
+    plain = node.target is F.gelu and len(node.args) == 1
+    return plain and str(node.kwargs.get("approximate", "none")) == "none"
 
 
 def is_addition(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from lightning_sparse.execution import accelerate
+from lightning_sparse.execution.accelerated import Recipe
 from lightning_sparse.execution.attention import SparseSelfAttention, why_dense_attention
 from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.kernels import available_kernels
@@ -30,6 +31,28 @@ def test_sparse_attention_is_dense_attention(batch_first: bool, kernels: str) ->
         x = torch.randn(shape)
         expected = copy.deepcopy(attention).double()(x.double(), x.double(), x.double())[0]
         assert_close(sparse(x, x, x, need_weights=False)[0], expected.detach())
+
+
+def test_masks_other_keys_and_weights_are_left_to_dense_attention() -> None:
+    attention = nn.MultiheadAttention(12, 3, batch_first=True).eval()
+    sparse = SparseSelfAttention(attention, kernels="torch_csr", threads=1)
+    x, other, mask = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.ones(5, 5).triu(1).bool()
+    for args, kwargs in [
+        ((x, x, x), {"attn_mask": mask, "need_weights": False}),
+        ((x, other, other), {}),
+        ((x, x, x), {}),
+    ]:
+        for y, expected in zip(sparse(*args, **kwargs), attention(*args, **kwargs), strict=True):
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_layers_of_torch_call_their_sparse_layers(activation: str) -> None:
+    layer = sparsify(nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True, activation=activation), 0.98)
+    layer.self_attn.in_proj_weight.data.mul_(torch.rand(768, 256) > 0.98)
+    recipe = Recipe(frozenset({"self_attn", "linear1", "linear2"}), False, available_kernels()[0], 1, (), {})
+    x = torch.randn(3, 7, 256)
+    assert_close(recipe.make(layer)(x), in_float64(layer, x))
 
 
 @pytest.mark.parametrize("settings", [{"kdim": 4}, {"add_zero_attn": True}, {"add_bias_kv": True}], ids=str)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_sparse.execution import SparseConv2d, SparseLinear
 from lightning_sparse.execution.kernels import available_kernels
+from lightning_sparse.execution.layers import layers_with_zeros, reason_to_stay_dense
 from tests.execution.networks import assert_close, in_float64, sparsify
 
 
@@ -114,3 +115,17 @@ def test_what_does_not_serve_is_refused_in_words(settings: dict[str, Any], kerne
 def test_a_convolution_of_other_channels_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="6 channels"):
         SparseConv2d(nn.Conv2d(6, 8, 3), kernels="llvm")(torch.zeros(1, 5, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.complex64])
+def test_zeros_are_counted_in_every_type_and_layers_of_most_stay_dense(dtype: torch.dtype) -> None:
+    layer = sparsify(nn.Linear(8, 4), 1.0)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    assert [share for _, _, share in layers_with_zeros(layer)] == [1.0]
+    assert str(dtype) in (reason_to_stay_dense(layer, "llvm") or "")
+
+
+def test_wide_images_with_an_odd_number_of_rows() -> None:
+    layer = sparsify(nn.Conv2d(2, 3, 3, stride=2), 0.5)
+    x = torch.randn(1, 2, 5, 1031)
+    assert_close(SparseConv2d(layer, kernels="llvm")(x), in_float64(layer, x))

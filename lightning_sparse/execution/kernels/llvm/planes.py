@@ -191,7 +191,7 @@ class _Plan:
         channel, row, column = _taps(step)
         geometry = self.geometry[step.x]
         offsets = channel * geometry.plane + (row - step.padding[0]) * geometry.pitch + column - step.padding[1]
-        return offsets.astype(np.int32)
+        return _narrow(offsets)
 
     def _halves(self, step: ConvStep) -> tuple[int, Any]:
         """Split the input into every other row and column; return where they are, and the offsets of weights."""
@@ -211,7 +211,7 @@ class _Plan:
             x_pitch=source.pitch, y_plane=y_plane, y_image=target.image, y_pitch=target.pitch, wanted=wanted,
         )  # fmt: skip
         offsets = (channel * 4 + phases) * y_plane + (row // 2) * target.pitch + column // 2
-        return x, offsets.astype(np.int32)
+        return x, _narrow(offsets)
 
     def _pool(self, step: PoolStep) -> None:
         source, target, size = self.geometry[step.x], self.geometry[step.y], self.dtype.itemsize
@@ -272,7 +272,8 @@ class _Buffers:
             self._held[name] = min(fitting, key=lambda buffer: buffer[1])
             free.remove(self._held[name])
         else:
-            entries = channels * self._plan.geometry[name].plane + SLACK
+            # Of an odd number of rows the kernel that halves them reads one more.
+            entries = channels * self._plan.geometry[name].plane + 2 * self._plan.geometry[name].pitch + SLACK
             array = aligned((entries,), self._plan.dtype)
             self._held[name] = self._plan.program.hold(array), channels
 
@@ -303,6 +304,13 @@ def _taps(step: ConvStep) -> tuple[Any, Any, Any]:
         group = np.arange(outputs) // (outputs // step.groups)
         channel = channel + np.repeat(group * channels, np.diff(step.weight.rows))
     return channel, row * step.dilation[0], column * step.dilation[1]
+
+
+def _narrow(offsets: Any) -> Any:
+    """Offsets in 32 bits."""
+    if len(offsets) and offsets.max() > np.iinfo(np.int32).max:
+        raise ValueError("The images are too large for sparse convolutions: a layer's input has over 2**31 entries.")
+    return offsets.astype(np.int32)
 
 
 def _padded_plane(count: int) -> int:
