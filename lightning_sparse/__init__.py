@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
+from lightning_sparse.execution import accelerate
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
 from lightning_sparse.methods import (
     ACDC,
@@ -61,6 +62,7 @@ __all__ = [
     "TopKAST",
     "WeightSharing",
     "__version__",
+    "accelerate",
     "apply_masks",
     "functional",
     "load_masks",

@@ -80,7 +80,10 @@ def test_nothing_but_setup_cfg_states_metadata() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_imported_package_is_declared(path: Path, declared: ConfigParser) -> None:
     required = requirement_names(declared["options"]["install_requires"])
-    optional = requirement_names(declared["options.extras_require"]["demo"])
+    extras = declared["options.extras_require"]
+    optional = requirement_names(extras["demo"]) | requirement_names(extras["fast"])
+    if path.is_relative_to(PACKAGE / "execution" / "kernels" / "llvm"):  # which is imported where llvmlite is
+        required |= requirement_names(extras["fast"])
     if path.is_relative_to(PACKAGE / "testing"):  # which refuses, with a sentence, to be imported without pytest
         required |= requirement_names(declared["options.extras_require"]["testing"])
     assert distributions_of(foreign_packages(path, nested=False)) <= required

@@ -1,0 +1,317 @@
+"""``accelerate``: fold, shrink, time each layer, swap what is faster, time the whole, and return the faster of both."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
+from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.dead_units import can_shrink, shrunk
+from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
+from lightning_sparse.execution.layers import SEMI_STRUCTURED, InputSpec, input_specs, layers_with_zeros, time_layer
+from lightning_sparse.execution.report import AccelerationReport, LayerChoice
+from lightning_sparse.execution.timing import compare, num_threads
+from lightning_sparse.execution.tracing import UntraceableError, trace
+
+__all__ = ["accelerate"]
+
+LEAST_GAIN_OF_THE_WHOLE = 1.03
+"""Below that a gain is not told from noise, and the module is returned as it is."""
+
+LEAST_GAIN_BESIDE_SPARSE = 0.6
+"""A layer that is not faster may still be tried among sparse ones, where it spares two changes of layout."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Outputs may differ so much, relative to the largest."""
+
+
+def accelerate(
+    module: nn.Module,
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    *,
+    threads: int | None = None,
+    kernels: str | None = None,
+    seconds: float = 1.0,
+) -> AcceleratedModule:
+    """Make a module with zeros faster for inference on a CPU, or say that it cannot be.
+
+    BatchNorms are folded and dead units removed. Each layer is timed dense and sparse on inputs of the example's size;
+    what is at least 1.1 times as fast is swapped. Then the whole is timed against the module as it was given. What is
+    returned computes the same, to rounding; other batch sizes work, though the choice was made for this one.
+
+    Args:
+        module: Any torch module, in fp32 or fp64, on the CPU. It is never changed. What is returned computes as it does
+            in evaluation mode.
+        example_input: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        threads: How many threads compute; as many as torch's now, if none is given. The dense module is timed with as
+            many.
+        kernels: ``llvm`` or ``torch_csr``; the fastest that is installed, if none is named.
+        seconds: How long the whole is timed, about, in each of its forms. Layers take 0.03 s each besides.
+
+    Returns:
+        A module with the same outputs. Its ``report`` says what was chosen for each layer and what it gained; a module
+        without zeros, or that nothing makes faster, is called as it is.
+
+    Raises:
+        ValueError: The example is not what the module takes, the module cannot be copied, is on another device, or the
+            kernels are not installed.
+
+    On a GPU of NVIDIA, linear layers in fp16 or bf16 that satisfy 2:4 are stored so instead, if that is faster; see
+    :func:`~lightning_sparse.execution.project_to_2_4`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_sparse import accelerate
+        >>> network = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).eval()
+        >>> _ = network[0].weight.data.mul_(torch.rand(512, 512) > 0.95)
+        >>> fast = accelerate(network, torch.randn(16, 512), threads=1)
+        >>> fast(torch.randn(3, 512)).shape
+        torch.Size([3, 10])
+        >>> [layer.name for layer in fast.report.layers]
+        ['0']
+    """
+    threads = _checked_threads(threads)
+    device = _checked_device(module)
+    kernels = SEMI_STRUCTURED if device.startswith("cuda") else _checked_kernels(kernels)
+    call = _Call.of(example_input)
+    with torch.no_grad(), num_threads(threads):
+        return _Acceleration(module, call, kernels, threads, seconds, device).result()
+
+
+@final
+@dataclass(frozen=True)
+class _Call:
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, example: Any) -> _Call:
+        if isinstance(example, Mapping):
+            return cls((), dict(example))
+        call = cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+        if not any(isinstance(value, Tensor) for value in call.args):
+            raise ValueError(
+                f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
+                " keyword arguments, as the module is called."
+            )
+        return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
+
+    def __call__(self, module: nn.Module) -> Any:
+        return module(*self.args, **self.kwargs)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(x.shape) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
+
+class _Acceleration:
+    """One call of ``accelerate``: what is known of the module, and what was found."""
+
+    def __init__(self, module: nn.Module, call: _Call, kernels: str, threads: int, seconds: float, device: str) -> None:
+        self.module = module
+        self.call = call
+        self.kernels = kernels
+        self.threads = threads
+        self.seconds = seconds
+        self.device = device
+        self.dense = frozen_copy(module)
+        self.notes: list[str] = []
+        self.layers: dict[bool, list[LayerChoice]] = {}
+        self.outputs = self._run_example()
+
+    def result(self) -> AcceleratedModule:
+        """Return the faster of both."""
+        if not any(share for _, _, share in layers_with_zeros(self.dense)):
+            return self._as_it_is("The module has no zeros in linear layers or convolutions", warn=True)
+        candidates = [made for made in map(self._try, self._recipes()) if made is not None]
+        if not candidates:
+            return self._as_it_is("No layer is faster sparse on this example")
+        calls: dict[str, Callable[[], Any]] = {"dense": lambda: self.call(self.dense)}
+        calls |= {str(number): _calling(self.call, made) for number, made in enumerate(candidates)}
+        times = compare(calls, budget=self.seconds, rounds=11, device=self.device)
+        fast, best = min((times[str(number)], made) for number, made in enumerate(candidates))
+        if times["dense"] < LEAST_GAIN_OF_THE_WHOLE * fast:
+            return self._as_it_is(f"The fastest that was tried takes {fast / times['dense']:.2f} of the dense time")
+        assert best.recipe is not None
+        best.report = self._report(best.recipe, times["dense"], fast)
+        return best
+
+    def _run_example(self) -> list[Tensor]:
+        """Return the dense module's outputs."""
+        try:
+            return _tensors(self.call(self.dense))
+        except Exception as error:  # whatever the user's module raises when its input does not fit
+            shapes = ", ".join(str(shape) for shape in self.call.shapes) or "none"
+            raise ValueError(
+                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}: {error} Give it what"
+                " the module is called with."
+            ) from error
+
+    def _recipes(self) -> list[Recipe]:
+        """What is worth trying: layers that gain alone, those beside them too, without dead units, and none."""
+        recipes: list[Recipe] = []
+        arguments = tuple(InputSpec.of(x) if isinstance(x, Tensor) else x for x in self.call.args)
+        for shrink in (False, True) if self._has_dead_units() else (False,):
+            own = frozen_copy(self.module)
+            network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
+            specs = input_specs(network, _calling(self.call, network))
+            choices = self.layers[shrink] = self._time(network, specs, inside=traced)
+            gaining = frozenset(choice.name for choice in choices if choice.sparse)
+            beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
+            sets = [gaining, beside if traced and gaining else gaining, frozenset[str]()]
+            recipes += [
+                Recipe(layers, traced, self.kernels, self.threads, arguments, specs, shrink)
+                for layers in dict.fromkeys(sets)
+                if layers or traced or shrink  # a network may gain by folding and shrinking alone
+            ]
+        return recipes
+
+    def _has_dead_units(self) -> bool:
+        if not can_shrink() or self.call.kwargs or self.kernels == SEMI_STRUCTURED:
+            return False
+        try:
+            small = shrunk(frozen_copy(self.module), self.call.args)
+        except Exception as error:  # shrinking is one help among others
+            self.notes.append(f"Dead units stay: {error}".splitlines()[0])
+            return False
+        sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (small, self.dense)]
+        return sizes[0] < sizes[1]
+
+    def _traced(self, own: nn.Module) -> tuple[nn.Module, bool]:
+        """Return a graph of the network, or the network itself where it cannot be traced."""
+        try:
+            if self.call.kwargs:
+                raise UntraceableError("The example has keyword arguments.")
+            if self.kernels == SEMI_STRUCTURED:
+                raise UntraceableError("On a GPU nothing is to be fused.")
+            return trace(own, self.call.args), True
+        except UntraceableError as error:
+            if not any("one by one" in note for note in self.notes):
+                self.notes.append(f"Layers are replaced one by one: {error}".splitlines()[0])
+            return own, False
+
+    def _time(self, network: nn.Module, specs: Mapping[str, InputSpec], *, inside: bool) -> list[LayerChoice]:
+        """Time every layer that has zeros, and among convolutions in a graph those without, too."""
+        return [
+            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=self.threads, inside=inside)
+            for name, layer, share in layers_with_zeros(network)
+            if share or (inside and self.kernels == "llvm" and isinstance(layer, nn.Conv2d))
+        ]
+
+    def _try(self, recipe: Recipe) -> AcceleratedModule | None:
+        """Return a module made by a recipe, if its outputs are those of the dense one."""
+        try:
+            made = AcceleratedModule(self.module, recipe, self._report(recipe, None, None))
+            outputs = _tensors(self.call(made))
+        except Exception as error:  # a graph may take a turn that the module would not; then it is no candidate
+            self.notes.append(f"One way was tried in vain: {error}".splitlines()[0])
+            return None
+        difference = _difference(outputs, self.outputs)
+        if difference > 1:
+            self.notes.append(f"One way was left, since outputs differ {difference:.1g} times as much as they may.")
+            return None
+        return made
+
+    def _report(self, recipe: Recipe | None, dense: float | None, fast: float | None) -> AccelerationReport:
+        return AccelerationReport(
+            layers=self._final_choices(recipe),
+            kernels=self.kernels,
+            threads=self.threads,
+            input_shapes=self.call.shapes,
+            dense_seconds=dense,
+            fast_seconds=fast,
+            accelerated=fast is not None,
+            notes=tuple(self.notes),
+        )
+
+    def _final_choices(self, recipe: Recipe | None) -> list[LayerChoice]:
+        """Say of each layer whether the recipe has it."""
+        chosen = frozenset[str]() if recipe is None else recipe.layers
+        layers = self.layers.get(recipe is not None and recipe.shrink, [])
+        kept = "the whole is faster without"
+        return [
+            replace(
+                layer,
+                sparse=layer.name in chosen,
+                reason="" if layer.name in chosen else layer.reason or kept,
+            )
+            for layer in layers
+            if layer.sparsity or layer.name in chosen
+        ]
+
+    def _as_it_is(self, finding: str, *, warn: bool = False) -> AcceleratedModule:
+        note = f"{finding}, so the module is returned as it is."
+        self.notes.append(note)
+        if warn:
+            warnings.warn(note, stacklevel=4)
+        return AcceleratedModule(self.module, None, self._report(None, None, None))
+
+
+def _calling(call: _Call, module: nn.Module) -> Callable[[], Any]:
+    return lambda: call(module)
+
+
+def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    """How far outputs are off, in units of what they may be; infinite if they are others altogether."""
+    if [x.shape for x in outputs] != [x.shape for x in expected]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(outputs, expected, strict=True):
+        if not y.is_floating_point() or not y.numel():
+            continue
+        off = (x - y).abs().nan_to_num(0.0 if torch.equal(x.isnan(), y.isnan()) else float("inf")).max()
+        scale = y.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-30)
+        worst = max(worst, float(off / scale) / TOLERANCE.get(y.dtype, 1e-2))
+    return worst
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in a module's output, however nested."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return torch.get_num_threads()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads is {threads!r}; give a whole number of at least 1, or None for as many as torch's.")
+    return threads
+
+
+def _checked_kernels(kernels: str | None) -> str:
+    if kernels is None:
+        return default_kernels()
+    if kernels not in available_kernels():
+        raise KernelsUnavailableError(
+            f"kernels is {kernels!r}; installed are {', '.join(available_kernels())}. The kernels 'llvm' come with"
+            " pip install 'lightning-sparse[fast]'."
+        )
+    return kernels
+
+
+def _checked_device(module: nn.Module) -> str:
+    """Return the one device of a module: the CPU, or a GPU of NVIDIA."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"accelerate was given {type(module).__name__}; give a torch.nn.Module.")
+    devices = sorted({str(parameter.device) for parameter in module.parameters()}) or ["cpu"]
+    if len(devices) > 1 or not devices[0].startswith(("cpu", "cuda")):
+        raise ValueError(
+            f"The module is on {', '.join(devices)}; sparse kernels are for CPUs, and 2:4 for one GPU of NVIDIA. Give a"
+            " copy on one of them."
+        )
+    return devices[0]

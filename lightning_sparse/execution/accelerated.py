@@ -1,0 +1,263 @@
+"""The module that ``accelerate`` returns, and how it is made anew of the module that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor, fx, nn
+from typing_extensions import override
+
+from lightning_sparse.execution.conv import SparsePlanes
+from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.dead_units import shrunk
+from lightning_sparse.execution.fuse import fuse
+from lightning_sparse.execution.layers import InputSpec, sparse_layer
+from lightning_sparse.execution.linear import SparseLinear, refuse_gradients
+from lightning_sparse.execution.report import AccelerationReport
+from lightning_sparse.execution.tracing import UntraceableError, module_of, trace
+
+__all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError"]
+
+
+class StaleWeightsError(RuntimeError):
+    """The module that was accelerated has other weights now."""
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """How a module is made fast: all that was chosen, and nothing of its weights.
+
+    Args:
+        layers: Names of the layers that are executed sparsely.
+        traced: Whether the network is one graph, in which layers are fused; layers are replaced one by one if not.
+        kernels: What executes them.
+        threads: How many threads compute.
+        arguments: What the module is called with, by position.
+        inputs: What parts of the network are given, for those that are traced alone.
+        shrink: Whether dead units are removed first.
+    """
+
+    layers: frozenset[str]
+    traced: bool
+    kernels: str
+    threads: int
+    arguments: tuple[InputSpec | Any, ...]
+    inputs: Mapping[str, InputSpec]
+    shrink: bool = False
+
+    def example(self) -> tuple[Any, ...]:
+        """Return arguments of a call, of noise."""
+        return tuple(spec.random() if isinstance(spec, InputSpec) else spec for spec in self.arguments)
+
+    def make(self, module: nn.Module) -> nn.Module:
+        """Return what executes a module; the module stays as it is."""
+        own = frozen_copy(module)
+        if self.shrink:
+            own = shrunk(own, self.example())
+        if self.traced:
+            graph = trace(own, self.example())
+            return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))
+        return self._replace_layers(own)
+
+    def _replace_layers(self, root: nn.Module) -> nn.Module:
+        """Replace layers one by one, and chains of them as graphs."""
+        if "" in self.layers:
+            return sparse_layer(root, self.kernels, self.threads)
+        done: set[str] = set()
+        for name, child in list(root.named_modules()):
+            if isinstance(child, nn.TransformerEncoderLayer):
+                child.activation_relu_or_gelu = 0  # it calls its layers then, and does not read their weights itself
+            inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
+            if any(name.startswith(f"{part}.") for part in done):
+                continue
+            if name in self.layers:
+                root.set_submodule(name, sparse_layer(child, self.kernels, self.threads))
+            elif name and inside and isinstance(child, nn.Sequential) and name in self.inputs:
+                try:
+                    root.set_submodule(name, self._fused(name, child))
+                    done.add(name)
+                except UntraceableError:
+                    continue
+        return root
+
+    def _fused(self, name: str, chain: nn.Module) -> nn.Module:
+        graph = trace(chain, (self.inputs[name].random(),))
+        return fuse(graph, lambda layer: f"{name}.{layer}" in self.layers, kernels=self.kernels, threads=self.threads)
+
+
+def _without_a_graph(graph_module: fx.GraphModule) -> nn.Module:
+    """Return the one layer that a graph consists of, or the graph."""
+    calls = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "output")]
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    layer = module_of(calls[0]) if len(calls) == 1 else None
+    if not isinstance(layer, (SparseLinear, SparsePlanes)) or calls[0].args != tuple(inputs):
+        return graph_module
+    return layer if calls[0] in calls[0].graph.output_node().args else graph_module
+
+
+@final
+class AcceleratedModule(nn.Module):
+    """A module for inference that computes what another does, faster where that was measured.
+
+    It holds the module that it was made of, and copies of weights. ``state_dict`` is that of the other module; copying
+    and pickling keep both. Weights written after it was made are noticed: it raises :class:`StaleWeightsError` until
+    ``refresh`` is called.
+
+    Args:
+        module: What it stands for. It is not changed.
+        recipe: How it is made fast; ``None`` if the module itself is called.
+        report: What was chosen, and what it gained.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_sparse.execution import accelerate
+        >>> network = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
+        >>> _ = network[0].weight.data.mul_(torch.rand(256, 256) > 0.95)
+        >>> fast = accelerate(network, torch.randn(1, 256), threads=1)
+        >>> x = torch.randn(7, 256)
+        >>> torch.allclose(fast(x), network(x), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self, module: nn.Module, recipe: Recipe | None, report: AccelerationReport, executed: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.report = report
+        self.recipe = recipe
+        self._source = (module,)  # in a tuple, so that it is no submodule
+        self._execute(executed if executed is not None else self._made())
+        self.training = False
+        self._watch()
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module would.
+
+        Raises:
+            StaleWeightsError: The module's weights were written since.
+            ValueError: An input requires a gradient, or is of a type or size that a sparse layer does not take.
+        """
+        for held, name, tensor, version, address in self._watched:
+            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                self._refuse_stale(name)
+        if self.recipe is not None and torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor):
+                    refuse_gradients(x)
+        return self._call(*args, **kwargs)
+
+    def refresh(self) -> AcceleratedModule:
+        """Take the module's weights as they are now; what was chosen for each layer stays. Returns itself.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from lightning_sparse.execution import accelerate
+            >>> network = nn.Linear(256, 256).eval()
+            >>> _ = network.weight.data.mul_(torch.rand(256, 256) > 0.95)
+            >>> fast = accelerate(network, torch.randn(1, 256), threads=1)
+            >>> with torch.no_grad():
+            ...     _ = network.weight.mul_(2)
+            >>> x = torch.randn(3, 256)
+            >>> torch.allclose(fast.refresh()(x), network(x), atol=1e-5)
+            True
+        """
+        self._execute(self._made())
+        self._watch()
+        return self
+
+    @property
+    def executed(self) -> nn.Module:
+        """What is called: a graph or a copy with sparse layers, or the module itself."""
+        return self._executed[0]
+
+    @override
+    def train(self, mode: bool = True) -> AcceleratedModule:
+        """Stay in evaluation mode.
+
+        Raises:
+            ValueError: Training is asked for.
+        """
+        if mode:
+            raise ValueError(
+                "An accelerated module is for inference. Train the module that it was made of, then call refresh()."
+            )
+        return self
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the state of the module that it was made of, dense, with its keys."""
+        return self._source[0].state_dict(*args, **kwargs)
+
+    @override
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the weights are the module's.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "An accelerated module has no weights of its own to load. Load them into the module that it was made of,"
+            " then call refresh()."
+        )
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AcceleratedModule:
+        probe = next((tensor for _, _, tensor, _, _ in self._watched), torch.empty(0))
+        moved = fn(probe[:0] if probe.dim() else probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise ValueError(
+                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the module that it"
+                " was made of, and accelerate that."
+            )
+        return self
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        for held, name, tensor, version, address in self._watched:
+            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                self._refuse_stale(name)
+        return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call")}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._execute(self._executed[0])
+        self._watch()
+
+    @override
+    def extra_repr(self) -> str:
+        gain = f"{self.report.gain:.2f} times as fast on the example"
+        return f"{gain}, executed as:\n{self.executed}"
+
+    def _execute(self, module: nn.Module) -> None:
+        self._executed = (module,)
+        # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
+        ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
+        self._call: Callable[..., Any] = module.forward if ours else module
+
+    def _made(self) -> nn.Module:
+        return self._source[0] if self.recipe is None else self.recipe.make(self._source[0])
+
+    def _watch(self) -> None:
+        """Remember every parameter and buffer as it is: which tensor, how often written, where its memory is."""
+        self._watched: list[tuple[Any, str, Any, int, int]] = []
+        if self.recipe is None:
+            return
+        for module in self._source[0].modules():
+            for held in (module._parameters, module._buffers):  # the only way to notice that one was replaced
+                for name, tensor in held.items():
+                    if tensor is not None and not tensor.is_inference() and type(tensor) in (Tensor, nn.Parameter):
+                        self._watched.append((held, name, tensor, tensor._version, tensor.data_ptr()))
+
+    def _refuse_stale(self, name: str) -> NoReturn:
+        raise StaleWeightsError(
+            f"{name!r} of the module that was accelerated has been written since. Call refresh() to take its weights as"
+            " they are, or accelerate it anew if its zeros are others."
+        )

@@ -1,0 +1,164 @@
+"""Networks as graphs: traced by torch.fx, BatchNorm folded, what does nothing in inference removed."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+__all__ = ["UntraceableError", "bounds_of", "is_addition", "is_gelu", "module_of", "shape_of", "trace"]
+
+
+class UntraceableError(Exception):
+    """torch.fx cannot follow a module, or the graph would not do as the module does."""
+
+
+def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
+    """Return a module as a graph, with BatchNorms folded into what comes before them.
+
+    Args:
+        module: In evaluation mode. Its submodules are shared with the graph, and folding changes them.
+        example: Positional arguments of a call.
+
+    Raises:
+        UntraceableError: torch.fx cannot follow the module, or the graph fails on the example.
+    """
+    if type(module) in (nn.Linear, nn.Conv2d):
+        raise UntraceableError(f"{type(module).__name__} is one layer.")
+    try:
+        graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_defaults(module, example)))
+        ShapeProp(graph_module).propagate(*example)
+    except Exception as error:  # torch.fx raises whatever a module raises when it is given a Proxy
+        raise UntraceableError(f"torch.fx cannot follow {type(module).__name__}: {error}") from error
+    _refuse_shared_changes(graph_module)
+    _remove_what_does_nothing(graph_module)
+    _fold_batch_norms(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's own, which follows containers and takes layers as they are, and so do we layers already replaced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Say whether a module is one node of the graph."""
+        ours = type(m).__module__.startswith("lightning_sparse.execution.")
+        return ours or super().is_leaf_module(m, module_qualified_name)
+
+
+def _defaults(module: nn.Module, example: tuple[Any, ...]) -> dict[str, Any] | None:
+    """Arguments that the example leaves at their defaults, which are constants of the graph."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[len(example) :]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise UntraceableError(f"{type(module).__name__}.forward takes any arguments.")
+    return {parameter.name: parameter.default for parameter in parameters} or None
+
+
+def module_of(node: fx.Node) -> nn.Module | None:
+    """Return the layer that a node calls, if it calls one."""
+    if node.op != "call_module" or not isinstance(node.target, str):
+        return None
+    owner = node.graph.owning_module
+    return None if owner is None else owner.get_submodule(node.target)
+
+
+def shape_of(node: Any) -> tuple[int, ...] | None:
+    """Return the shape of a node's value on the example, if it is one tensor."""
+    meta: Any = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return tuple(meta.shape) if hasattr(meta, "shape") else None
+
+
+RELUS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+INPLACE: set[Any] = {F.relu_, torch.relu_, "relu_", operator.iadd, "add_"}
+ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def bounds_of(node: fx.Node) -> tuple[float, float] | None:
+    """Return the bounds that a node clamps its one input to, if that is what it does.
+
+    Example:
+        >>> from torch import nn
+        >>> graph = trace(nn.Sequential(nn.ReLU6()).eval(), (torch.zeros(1),)).graph
+        >>> [bounds_of(node) for node in graph.nodes]
+        [None, (0.0, 6.0), None]
+    """
+    if node.target in RELUS and len(node.all_input_nodes) == 1:
+        return 0.0, float("inf")
+    module = module_of(node)
+    if isinstance(module, nn.ReLU):
+        return 0.0, float("inf")
+    if isinstance(module, nn.Hardtanh):  # nn.ReLU6 is one
+        return float(module.min_val), float(module.max_val)
+    return None
+
+
+def is_gelu(node: fx.Node) -> bool:
+    """Say whether a node is a GELU by the error function."""
+    module = module_of(node)
+    if isinstance(module, nn.GELU):
+        return module.approximate == "none"
+    plain = node.target is F.gelu and len(node.args) == 1
+    return plain and str(node.kwargs.get("approximate", "none")) == "none"
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Say whether a node adds two tensors of one shape."""
+    if node.target not in ADDITIONS or len(node.args) != 2 or node.kwargs:
+        return False
+    first, second = (shape_of(argument) for argument in node.args)
+    if first is None or second is None:
+        return False
+    return bool(first == second)
+
+
+def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:
+    """Refuse graphs in which a value is changed in place and read elsewhere too: order would decide."""
+    for node in graph_module.graph.nodes:
+        inplace = node.target in INPLACE or node.kwargs.get("inplace") or getattr(module_of(node), "inplace", False)
+        if inplace and node.all_input_nodes and len(node.all_input_nodes[0].users) > 1:
+            raise UntraceableError(f"{node.name} changes a value in place that other layers read too.")
+
+
+def _remove_what_does_nothing(graph_module: fx.GraphModule) -> None:
+    nothing = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    for node in list(graph_module.graph.nodes):
+        dropout = node.target is F.dropout and node.kwargs.get("training") is False
+        if isinstance(module_of(node), nothing) or dropout:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+
+
+def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
+    """Fold each BatchNorm whose input is a layer that nothing else reads, and that is called once."""
+    calls: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    for node in list(graph_module.graph.nodes):
+        norm = module_of(node)
+        if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or not norm.track_running_stats:
+            continue
+        before = node.args[0]
+        if len(before.users) > 1 or calls.get(before.target, 0) != 1:
+            continue
+        fuse = _fusion(module_of(before), norm, shape_of(before))
+        if fuse is not None:
+            graph_module.set_submodule(before.target, fuse())
+            node.replace_all_uses_with(before)
+            graph_module.graph.erase_node(node)
+
+
+def _fusion(layer: nn.Module | None, norm: Any, shape: tuple[int, ...] | None) -> Callable[[], nn.Module] | None:
+    if type(layer) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d):
+        return lambda: fuse_conv_bn_eval(layer, norm)
+    if type(layer) is nn.Linear and isinstance(norm, nn.BatchNorm1d) and shape is not None and len(shape) == 2:
+        return lambda: fuse_linear_bn_eval(layer, norm)
+    return None

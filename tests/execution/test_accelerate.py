@@ -1,0 +1,281 @@
+"""accelerate returns what computes the same, says what it chose, and changes nothing that is not its own."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from lightning_sparse import accelerate
+from lightning_sparse.execution import AcceleratedModule, StaleWeightsError
+from lightning_sparse.execution import accelerate as _function_of_the_package
+from lightning_sparse.execution.accelerated import Recipe
+from lightning_sparse.execution.kernels import available_kernels
+from lightning_sparse.execution.layers import InputSpec
+from lightning_sparse.execution.report import AccelerationReport
+from tests.execution.networks import Untraceable, assert_close, in_float64, perceptron, residual_network, sparsify
+
+QUICK = 0.02
+
+
+def wide_perceptron() -> nn.Sequential:
+    """Large and sparse enough to gain on any machine."""
+    return sparsify(perceptron(512, 1024, 512, 10), 0.98)
+
+
+def made_sparse(module: nn.Module, x: Tensor, layers: set[str], *, traced: bool = True) -> AcceleratedModule:
+    """Swap layers without asking how long they take."""
+    recipe = Recipe(frozenset(layers), traced, available_kernels()[0], 1, (InputSpec.of(x),), {})
+    return AcceleratedModule(module, recipe, AccelerationReport([], available_kernels()[0], 1, [tuple(x.shape)]))
+
+
+@pytest.mark.parametrize("kernels", available_kernels())
+def test_a_sparse_perceptron_is_faster_and_the_same(kernels: str) -> None:
+    network = wide_perceptron()
+    fast = accelerate(network, torch.randn(16, 512), threads=1, kernels=kernels, seconds=QUICK)
+    assert fast.report.accelerated
+    assert fast.report.gain > 1
+    assert {layer.name for layer in fast.report.layers if layer.sparse} >= {"1", "3"}
+    for batch in (1, 16, 33, 0):
+        x = torch.randn(batch, 512)
+        assert_close(fast(x), in_float64(network, x))
+
+
+def test_a_convolutional_network_is_faster_and_the_same() -> None:
+    network = sparsify(residual_network(32), 0.97)
+    fast = accelerate(network, torch.randn(1, 3, 64, 64), threads=1, seconds=QUICK)
+    assert fast.report.accelerated
+    for shape in [(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 40, 56)]:
+        x = torch.randn(shape)
+        assert_close(fast(x), in_float64(network, x))
+
+
+def test_the_report_is_a_table_with_conditions_and_the_whole() -> None:
+    text = str(accelerate(wide_perceptron(), torch.randn(16, 512), threads=1, seconds=QUICK).report)
+    assert text.startswith("input 16×512, 1 thread, kernels ")
+    assert "| 1 " in text
+    assert "times as fast" in text
+
+
+def test_a_network_that_cannot_be_traced_is_replaced_layer_by_layer() -> None:
+    network = Untraceable(wide_perceptron()).eval()
+    fast = accelerate(network, torch.randn(16, 512), threads=1, seconds=QUICK)
+    assert fast.report.accelerated
+    assert any("one by one" in note for note in fast.report.notes)
+    x = torch.randn(3, 512)
+    assert_close(fast(x), in_float64(network, x))
+
+
+def test_keyword_arguments_are_an_example_too() -> None:
+    network = wide_perceptron()
+    fast = accelerate(network, {"input": torch.randn(16, 512)}, threads=1, seconds=QUICK)
+    x = torch.randn(3, 512)
+    assert_close(fast(input=x), in_float64(network, x))
+
+
+def test_the_module_is_not_changed() -> None:
+    network = sparsify(residual_network()).train()
+    before = copy.deepcopy(network.state_dict())
+    modules = {name: id(module) for name, module in network.named_modules()}
+    accelerate(network, torch.randn(2, 3, 32, 32), threads=1, seconds=QUICK)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert {name: id(module) for name, module in network.named_modules()} == modules
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.items())
+
+
+def test_a_network_in_training_is_executed_as_for_inference() -> None:
+    network = sparsify(nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.9))).train()
+    fast = made_sparse(network, torch.randn(2, 64), {"0"})
+    x = torch.randn(2, 64)
+    assert_close(fast(x), in_float64(network[0], x))
+
+
+def test_a_module_without_zeros_is_returned_as_it_is() -> None:
+    network = perceptron(16, 8).eval()
+    with pytest.warns(UserWarning, match="no zeros"):
+        fast = accelerate(network, torch.randn(2, 16))
+    assert not fast.report.accelerated
+    assert fast.executed is network
+    assert fast.report.gain == 1
+
+
+def test_a_network_too_small_to_gain_is_returned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = sparsify(perceptron(4, 3))
+    monkeypatch.setattr(_module("accelerate"), "LEAST_GAIN_OF_THE_WHOLE", 1e9)
+    fast = accelerate(network, torch.randn(2, 4), seconds=QUICK)
+    assert fast.executed is network
+    assert "returned as it is" in fast.report.notes[-1]
+    assert not any(layer.sparse for layer in fast.report.layers)
+
+
+def _module(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(f"lightning_sparse.execution.{name}")
+
+
+class TestWeightsWrittenSince:
+    def test_are_noticed_and_taken_by_refresh(self) -> None:
+        network = wide_perceptron()
+        x = torch.randn(2, 512)
+        fast = made_sparse(network, x, {"1", "3"})
+        with torch.no_grad():
+            network.get_parameter("1.weight").mul_(2)
+        with pytest.raises(StaleWeightsError, match="refresh"):
+            fast(x)
+        with pytest.raises(StaleWeightsError, match="refresh"):
+            copy.deepcopy(fast)
+        assert_close(fast.refresh()(x), in_float64(network, x))
+
+    def test_are_noticed_when_loaded_assigned_or_replaced(self) -> None:
+        network = wide_perceptron()
+        x = torch.randn(2, 512)
+        fast = made_sparse(network, x, {"1"})
+
+        def replaced() -> None:
+            network[3].bias = nn.Parameter(torch.zeros(512))
+
+        def assigned() -> None:
+            network[3].bias.data = torch.ones(512)
+
+        state = copy.deepcopy(network.state_dict())
+        for change in (replaced, assigned, lambda: network.load_state_dict(state)):
+            change()
+            with pytest.raises(StaleWeightsError):
+                fast(x)
+            assert_close(fast.refresh()(x), in_float64(network, x))
+
+
+class TestTheModuleReturned:
+    def test_is_copied_pickled_and_saved(self) -> None:
+        network = wide_perceptron()
+        x = torch.randn(3, 512)
+        fast = made_sparse(network, x, {"1", "3"})
+        stream = io.BytesIO()
+        torch.save(fast, stream)
+        stream.seek(0)
+        others = copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.load(stream, weights_only=False)
+        for other in others:
+            assert torch.equal(other(x), fast(x))
+
+    def test_has_the_dense_state_dict(self) -> None:
+        network = wide_perceptron()
+        fast = made_sparse(network, torch.randn(3, 512), {"1"})
+        assert list(fast.state_dict()) == list(network.state_dict())
+        with pytest.raises(ValueError, match="module that it was made of"):
+            fast.load_state_dict(network.state_dict())
+
+    def test_refuses_to_be_trained(self) -> None:
+        fast = made_sparse(wide_perceptron(), torch.randn(3, 512), {"1"})
+        assert fast.eval() is fast
+        with pytest.raises(ValueError, match="inference"):
+            fast.train()
+        with pytest.raises(ValueError, match="gradient"):
+            fast(torch.randn(3, 512, requires_grad=True))
+        assert list(fast.parameters()) == []
+
+    def test_stays_on_its_device_and_in_its_type(self) -> None:
+        fast = made_sparse(wide_perceptron(), torch.randn(3, 512), {"1"})
+        assert fast.to("cpu") is fast
+        assert fast.float() is fast
+        with pytest.raises(ValueError, match="stays on cpu"):
+            fast.half()
+        with pytest.raises(ValueError, match="stays on cpu"):
+            fast.to("meta")
+
+    def test_is_called_by_several_threads_at_once(self) -> None:
+        network = sparsify(residual_network())
+        x = torch.randn(2, 3, 32, 32)
+        fast = made_sparse(network, x, {name for name, _ in network.named_modules()})
+        expected = fast(x)
+        wrong: list[bool] = []
+
+        def call() -> None:
+            wrong.extend(not torch.equal(fast(x), expected) for _ in range(20))
+
+        workers = [threading.Thread(target=call) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert wrong == [False] * 60
+
+
+def test_tied_weights_are_packed_for_each_layer() -> None:
+    network = sparsify(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)))
+    network[2].weight = network[0].weight
+    fast = made_sparse(network, torch.randn(3, 128), {"0", "2"})
+    x = torch.randn(3, 128)
+    assert_close(fast(x), in_float64(network, x))
+
+
+def left_dense(layer: nn.Module, x: Tensor) -> str:
+    """Accelerate a network of a layer and one that gains, and return why the layer was left dense."""
+    fast = accelerate(nn.Sequential(layer).eval(), x, threads=1, seconds=QUICK)
+    return next(choice.reason for choice in fast.report.layers if not choice.sparse)
+
+
+def test_parametrized_layers_are_left_dense_and_said_to_be() -> None:
+    layer = nn.Linear(16, 16)
+    layer.weight.data[0] = 0
+    assert "parametrized" in left_dense(parametrizations.spectral_norm(layer), torch.randn(2, 16))
+
+
+def test_other_types_are_left_dense_and_said_to_be() -> None:
+    layer = sparsify(nn.Linear(16, 16)).to(torch.bfloat16)
+    assert "bfloat16" in left_dense(layer, torch.randn(2, 16, dtype=torch.bfloat16))
+    layer = sparsify(nn.Linear(16, 16, dtype=torch.complex64))
+    assert "complex64" in left_dense(layer, torch.randn(2, 16, dtype=torch.complex64))
+
+
+def test_layers_with_hooks_are_left_dense_and_said_to_be() -> None:
+    layer = sparsify(nn.Linear(16, 16))
+    layer.register_forward_hook(lambda *_: None)
+    assert "hooks" in left_dense(layer, torch.randn(2, 16))
+
+
+def test_masks_of_torch_prune_are_to_be_made_permanent_first() -> None:
+    layer = nn.Linear(16, 16)
+    prune.l1_unstructured(layer, "weight", 0.9)  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match=r"prune\.remove"):
+        accelerate(layer, torch.randn(2, 16))
+    prune.remove(layer, "weight")
+    accelerate(layer, torch.randn(2, 16), seconds=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"example_input": torch.randn(2, 15)}, r"does not take example_input, of shapes \(2, 15\)"),
+        ({"example_input": "cat"}, "give a tensor"),
+        ({"example_input": torch.randn(2, 16), "threads": 0}, "whole number"),
+        ({"example_input": torch.randn(2, 16), "kernels": "numba"}, "installed are"),
+        ({"module": torch.zeros(3), "example_input": torch.randn(2, 16)}, r"give a torch\.nn\.Module"),
+        ({"module": nn.Linear(16, 3, device="meta"), "example_input": torch.randn(2, 16)}, "on meta"),
+    ],
+    ids=["shape", "type", "threads", "kernels", "module", "device"],
+)
+def test_bad_input_is_refused_in_words(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        accelerate(arguments.pop("module", sparsify(nn.Linear(16, 3))), **arguments)
+
+
+def test_without_llvmlite_one_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = _module("kernels")
+    monkeypatch.setattr(kernels, "available_kernels", lambda: ("torch_csr",))
+    monkeypatch.setattr(kernels, "_TOLD", set())
+    with pytest.warns(UserWarning, match=r"lightning-sparse\[fast\]"):
+        assert kernels.default_kernels() == "torch_csr"
+    assert kernels.default_kernels() == "torch_csr"
+
+
+def test_the_package_offers_it() -> None:
+    assert accelerate is _function_of_the_package
