@@ -16,7 +16,7 @@ LAYERS = [
     {"_version", "functional"},
     {"schedules", "modules"},
     {"masks"},
-    {"methods", "metrics", "monitor", "reporting"},
+    {"execution", "methods", "metrics", "monitor", "reporting"},
     {"__init__"},
     {"testing", "zoo"},
     {"cli", "__main__"},
@@ -103,3 +103,9 @@ def test_functional_imports_torch_and_numpy_alone(path: Path) -> None:
 
 def test_schedules_import_the_standard_library_alone() -> None:
     assert not foreign_packages(PACKAGE / "schedules.py")
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "execution").rglob("*.py")), ids=name_of)
+def test_execution_needs_no_lightning(path: Path) -> None:
+    assert foreign_packages(path) <= {"llvmlite", "numpy", "safetensors", "torch", "typing_extensions"}
+    assert imported_parts(path) <= {"execution", "functional"}
