@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import memory, overhead, scaling, sync, update
+from benchmarks import files, memory, overhead, scaling, sync, update
 
 if __name__ == "__main__":
-    for benchmark in (overhead, update, memory, sync, scaling):
+    for benchmark in (overhead, update, memory, sync, scaling, files):
         benchmark.main(sys.argv[1:])

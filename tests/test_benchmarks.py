@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import dst, memory, mnist, overhead, scaling, sync, update
+from benchmarks import dst, files, memory, mnist, overhead, scaling, sync, update
 from benchmarks.runs import read
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-@pytest.mark.parametrize("benchmark", [overhead, update, memory, sync, scaling])
+@pytest.mark.parametrize("benchmark", [overhead, update, memory, sync, scaling, files])
 def test_the_smallest_case_runs_and_writes_its_figures(benchmark: ModuleType, tmp_path: Path) -> None:
     benchmark.main(["--smallest", "--json", str(tmp_path / "figures.json")])
     content = json.loads((tmp_path / "figures.json").read_text())

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ _HAVE_MINUS_ZERO = {
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 }
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ALIGNMENT = 64  # of torch's own memory
 _NBYTES_OF_ENTRY = 100
 """About what the header of a file says of one stored tensor."""
 
@@ -241,10 +243,14 @@ def _restored(piece: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _zeros(numel: int, dtype: torch.dtype) -> Tensor:
+    """Zeros by NumPy, which leaves pages alone that no value will touch, where ``torch.zeros`` writes them all."""
+    nbytes = numel * dtype.itemsize
     try:
-        return torch.zeros(numel, dtype=_INTEGERS.get(dtype.itemsize, dtype)).view(dtype)
-    except RuntimeError as error:
-        raise MemoryError(f"{numel * dtype.itemsize:,} bytes") from error
+        memory = np.zeros(nbytes + _ALIGNMENT, dtype=np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise MemoryError(f"{nbytes:,} bytes") from error
+    start = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[start : start + nbytes]).view(dtype)
 
 
 def _integers(values: Tensor) -> Tensor:
