@@ -33,7 +33,7 @@ __all__ = ["SparseFileError", "is_sparse_file", "load_sparse", "save_sparse", "s
 _FORMAT, _VERSION = "lightning_sparse.sparse", "1"
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 _CASTS = {"same": None, "float16": torch.float16}
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -301,8 +301,9 @@ def _digest_of(path: Path) -> str:
             return ""
         header[slice(*found[0])] = _NO_DIGEST.encode()
         digest = hashlib.sha256(header)
-        while chunk := file.read(_AT_ONCE):
-            digest.update(chunk)
+        chunk = memoryview(bytearray(_AT_ONCE))
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
     return digest.hexdigest()
 
 
