@@ -2,7 +2,7 @@
 
 Weights are normal with zeros at random, the same share in every matrix; what the norms hold is random too, as after
 training, and not the zeros and ones that they begin with, which compress. Every way gives dense tensors in memory. All
-take turns, each in a process of its own, which has to ask the system for memory::
+take turns, each in a process of its own, where it has to ask the system for memory, as a program does that loads once::
 
     OMP_NUM_THREADS=1 python -m benchmarks.files --cpu-time
 """
@@ -14,6 +14,7 @@ import io
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -66,19 +67,17 @@ def ways() -> Iterator[tuple[str, Writer, Reader]]:
     yield "save_sparse, float16", lambda state, path: save_sparse(state, path, values="float16"), load_sparse
 
 
-def seconds_in_new_memory(load: Callable[[], State], clock: Callable[[], float]) -> float:
-    """How long a load takes in a process that has not loaded anything yet, as a program does it: once."""
+def in_a_process(work: Callable[[], float]) -> float:
+    """What ``work`` returns in a child process, so that whatever it does to the memory ends with it."""
     ours, theirs = os.pipe()
     if not os.fork():
-        start = clock()
-        state = load()
-        os.write(theirs, struct.pack("d", clock() - start))
-        os._exit(len(state) == 0)
+        os.write(theirs, struct.pack("d", work()))
+        os._exit(0)
     os.close(theirs)
     with open(ours, "rb") as pipe:
-        seconds = struct.unpack("d", pipe.read())[0]
+        result = pipe.read()
     os.wait()
-    return seconds
+    return struct.unpack("d", result)[0]
 
 
 def sparse_state(sparsity: float, *, smallest: bool) -> dict[str, Tensor]:
@@ -98,20 +97,31 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of the table: what each way takes."""
     state = sparse_state(sparsity, smallest=smallest)
-    sizes: dict[str, int] = {}
-    readers: dict[str, Callable[[], State]] = {}
+    paths: dict[str, Path] = {}
+    readers: dict[str, Reader] = {}
     for index, (name, write, read) in enumerate(ways()):
-        path = folder / f"{sparsity}-{index}"
-        write(state, path)
-        sizes[name] = path.stat().st_size
-        readers[name] = lambda path=path, read=read: read(path)
-        loaded = readers[name]()
-        if "16" not in name and not all(torch.equal(tensor, state[key]) for key, tensor in loaded.items()):
+        paths[name], readers[name] = folder / f"{sparsity}-{index}", read
+
+        def is_right(name: str = name, write: Writer = write) -> bool:
+            write(state, paths[name])
+            loaded = readers[name](paths[name])
+            return all("16" in name or torch.equal(tensor, state[key]) for key, tensor in loaded.items())
+
+        if not in_a_process(is_right):
             raise RuntimeError(f"{name} gives back something else.")
     seconds: dict[str, list[float]] = {name: [] for name in readers}
+
+    def load(name: str) -> float:
+        start = clock()
+        loaded = readers[name](paths[name])
+        end = clock()
+        del loaded
+        return end - start
+
     for _ in range(rounds):
-        for name, read in readers.items():
-            seconds[name].append(seconds_in_new_memory(read, clock))
+        for name in readers:
+            seconds[name].append(in_a_process(partial(load, name)))
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
     return [
         {
             "sparsity": sparsity,
