@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
-from lightning_sparse.execution import load_sparse, save_sparse
+from lightning_sparse.execution import load_sparse, save_sparse, shrink
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
 from lightning_sparse.methods import DST, EAST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
 from lightning_sparse.modules import DyReLUPhasing, WeightSharing, share_weights, unshare_weights
@@ -35,5 +35,6 @@ __all__ = [
     "save_sparse",
     "schedules",
     "share_weights",
+    "shrink",
     "unshare_weights",
 ]

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lightning_sparse.execution.files import SparseFileError, load_sparse, save_sparse
+from lightning_sparse.execution.shrink import dead_units, shrink
 
-__all__ = ["SparseFileError", "load_sparse", "save_sparse"]
+__all__ = ["SparseFileError", "dead_units", "load_sparse", "save_sparse", "shrink"]
