@@ -92,7 +92,7 @@ class MatrixLayer(Layer):
             weight[:, stand_in] += np.einsum("rcp,c->rp", weight, constant / self._reader.constant[stand_in])
         if chooses:
             self._set(weight[:, live], rows, shift)
-            return LiveInputs(self.module, np.flatnonzero(live).tolist())
+            return LiveInputs(self.module, np.flatnonzero(live[columns]).tolist())
         self._set(weight[:, columns], rows, shift)
         return self.module
 
@@ -108,8 +108,8 @@ class MatrixLayer(Layer):
         is_known = np.isfinite(reader.constant) & (~np.array(reader.has_border) | (reader.constant == 0))
         varies = (reader.reads & ~is_known).any(axis=1)
         value = weight.sum(axis=2) @ np.where(is_known, reader.constant, 0.0)
-        bias = self.module.bias
-        return np.where(varies, np.nan, value if bias is None else value + as_reals(cast("Tensor", bias)))
+        bias: Any = self.module.bias
+        return np.where(varies, np.nan, value if bias is None else value + as_reals(bias))
 
     def _set(self, weight: Reals, rows: Flags, shift: Reals) -> None:
         module = cast("Any", self.module)

@@ -59,6 +59,7 @@ BINARY: dict[Any, Callable[[Any, Any], Any]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), operator.add),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), operator.sub),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), operator.mul),
+    operator.floordiv: operator.floordiv,
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), operator.truediv),
 }
 """Functions and methods of two tensors, or of a tensor and a number, and what they do to numbers."""

@@ -19,7 +19,7 @@ __all__ = ["RecurrentLayer", "RecurrentStack"]
 Flags = NDArray[np.bool_]
 
 # Where the weights of the candidate are among those of the gates: without it, the state stays zero.
-_CANDIDATE = {nn.LSTM: 2, nn.GRU: 2, nn.RNN: 0}
+_CANDIDATE: dict[type[nn.RNNBase], int] = {nn.LSTM: 2, nn.GRU: 2, nn.RNN: 0}
 
 
 @final
@@ -76,7 +76,8 @@ class RecurrentLayer(Layer):
             values["bias_hh_l0"] = self._matrix("bias_hh", index)[rows]
         like = getattr(self.rnn, f"weight_ih_l{index}")
         options: dict[str, Any] = {"nonlinearity": self.rnn.nonlinearity} if isinstance(self.rnn, nn.RNN) else {}
-        layer = type(self.rnn)(
+        kind: Any = type(self.rnn)  # whose mode its base asks for as well
+        layer = kind(
             int(columns.sum()),
             int(units.sum()),
             bias="bias_ih_l0" in values,

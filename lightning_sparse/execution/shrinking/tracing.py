@@ -57,7 +57,7 @@ def trace(module: nn.Module, example: Any) -> fx.Graph:
             f"The example does not fit {type(module).__name__}.forward{signature}: {error}. Give one tensor, a tuple of"
             " arguments, or a dictionary of them by name."
         ) from error
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+    if any(parameter.kind in _ANY_NUMBER for parameter in signature.parameters.values()):
         raise NotTraceableError("its forward takes any number of arguments")
     left_out = {
         name: parameter.default
@@ -68,8 +68,7 @@ def trace(module: nn.Module, example: Any) -> fx.Graph:
         with torch.no_grad():
             graph = fx.Tracer().trace(module, left_out)
             values = left_out | bound.arguments
-            inputs = [values[str(node.target)] for node in graph.nodes if node.op == "placeholder"]
-            _Shapes(fx.GraphModule(module, graph)).run(*inputs)
+            _Shapes(fx.GraphModule(module, graph)).run(*(values[name] for name in signature.parameters))
     except Exception as error:  # whatever code the module has meets proxies, which are no tensors
         raise NotTraceableError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
     return graph
@@ -80,6 +79,7 @@ def shape_of(node: Any) -> tuple[int, ...] | None:
     return node.meta.get(_SHAPE) if isinstance(node, fx.Node) else None
 
 
+_ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _SHAPE = "lightning_sparse_shape"
 
 

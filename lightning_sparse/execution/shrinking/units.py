@@ -1,6 +1,6 @@
 """Neurons, filters and recurrent units, by labels that travel through a network, and which of them are needed.
 
-Every place on the axis of features of a tensor has the label of a unit. Layers make new ones; what works on each feature
+Every place on the axis of features of a tensor has the label of a unit. Layers make new ones; what works on a feature
 alone hands them on; a sum joins those of its terms, since they can only go together; flattening repeats them. What is
 constant, for every input, position and time, is known beside it. A unit is needed if some needed unit reads it, with a
 weight that is not zero, where it is not constant.
@@ -133,7 +133,7 @@ class Reader:
 
     def columns_read(self, needed: Flags) -> Flags:
         """Columns that some needed row reads."""
-        return self.reads[needed[self.rows]].any(axis=0)
+        return np.any(self.reads[needed[self.rows]], axis=0)
 
     def stand_in(self, needed: Flags) -> int | None:
         """The column among those that stay that can stand for constant ones which go: the largest."""
