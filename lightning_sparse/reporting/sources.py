@@ -1,0 +1,220 @@
+"""What is counted: the weights of a module, or the tensors of a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_sparse.execution.files import SparseFileError, is_sparse_file, load_sparse
+from lightning_sparse.execution.shrink import Shrinkage, dead_units
+from lightning_sparse.functional.topology import count_dead
+from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, looks_like_safetensors, state_dict_of
+from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.selection import Candidate, canonical_name, judge_parameters
+from lightning_sparse.metrics.flops import ForwardFLOPs
+from lightning_sparse.reporting.gains import Gains, Layer
+from lightning_sparse.reporting.layers import LayerSparsity, SparsityReport
+
+__all__ = ["checkpoint_sparsity", "report"]
+
+
+def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: bool = False) -> SparsityReport:
+    """Count the zeros of a module, or of a checkpoint.
+
+    Args:
+        source: A module, of which the weights are counted that a method would mask, frozen ones too; or the path of a
+            checkpoint, see :func:`checkpoint_sparsity`.
+        example: An input of the module, for its operations: one tensor, a tuple of arguments, or a dictionary of them
+            by name. The module runs on it once, in evaluation mode.
+        all_tensors: Count biases, normalisation and all other parameters too.
+
+    Returns:
+        One entry per layer; ``print`` shows a table, ``to_dict`` gives plain data.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
+        TypeError: The source is neither, for example a callback or a Trainer.
+        ValueError: The module has no weight to count, or an example input was given for a checkpoint.
+
+    Example:
+        >>> from lightning_sparse import report
+        >>> module = nn.Linear(3, 2, bias=False)
+        >>> _ = module.weight.data.copy_(torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 1.0]]))
+        >>> print(report(module, torch.ones(5, 3)))
+        ┏━━━━━━━━┳━━━━━━━┳━━━━━━━━━┳━━━━━━━━┳━━━━━━━━━━┳━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━┓
+        ┃ layer  ┃ shape ┃ weights ┃ active ┃ sparsity ┃ dead rows ┃ dead columns ┃ FLOPs ┃
+        ┡━━━━━━━━╇━━━━━━━╇━━━━━━━━━╇━━━━━━━━╇━━━━━━━━━━╇━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━┩
+        │ weight │ 2 × 3 │       6 │      2 │   66.67% │         1 │            1 │    20 │
+        ├────────┼───────┼─────────┼────────┼──────────┼───────────┼──────────────┼───────┤
+        │ total  │       │       6 │      2 │   66.67% │         1 │            1 │    20 │
+        └────────┴───────┴─────────┴────────┴──────────┴───────────┴──────────────┴───────┘
+        ...
+        >>> report(module).to_dict()["layers"][0]["dead_rows"]
+        1
+    """
+    if isinstance(source, nn.Module):
+        return _report_of_module(source, example, all_tensors)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"report takes a module or the path of a checkpoint, and this is a {type(source).__name__}. For a callback"
+            " or a Trainer, report the module that is trained: report(trainer.model)."
+        )
+    if example is not None:
+        raise ValueError(f"{source} is a checkpoint, which takes no example input; load it and report the module.")
+    tensors = _read(source)
+    layers = _count(tensors, source, all_tensors=all_tensors)
+    counted = {layer.name for layer in layers}
+    weights = {name: Layer(tensor, tensor) for name, tensor in tensors.items() if name in counted and tensor.ndim > 1}
+    others = [tensor for name, tensor in tensors.items() if name not in weights]
+    return SparsityReport(tuple(layers), gains=Gains.of(weights, others))
+
+
+def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[LayerSparsity]:
+    """Count the zeros in the tensors of a checkpoint.
+
+    A checkpoint is a Lightning checkpoint, a dictionary that holds a state dict under "state_dict", "model_state_dict"
+    or "model", or a bare state dict; or a sparse file, or another safetensors file of weights. Code in the file is
+    never run. Tensors that :mod:`torch.nn.utils.prune` split into ``<name>_orig`` and ``<name>_mask`` are reported as
+    their product.
+
+    Args:
+        path: The file.
+        all_tensors: Count biases, normalisation and integer tensors too, and not only floating-point tensors with at
+            least two dimensions.
+
+    Returns:
+        One entry per tensor, in the order of the file.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, unsafe to load, or holds no such tensors.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sparse.reporting import checkpoint_sparsity
+        >>> torch.save({"fc.weight": torch.eye(4), "fc.bias": torch.zeros(4)}, "eye.pt")
+        >>> [(layer.name, layer.num_active) for layer in checkpoint_sparsity("eye.pt")]
+        [('fc.weight', 4)]
+    """
+    return _count(_read(path), path, all_tensors=all_tensors)
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, of a sparse file, or of weights in the safetensors format."""
+    try:
+        if is_sparse_file(path):
+            return load_sparse(path)
+    except SparseFileError as error:
+        raise CheckpointError(str(error)) from error
+    if looks_like_safetensors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                is_of_masks = (file.metadata() or {}).get("format") == "lightning_sparse.masks"
+            if not is_of_masks:
+                return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: safetensors cannot read it ({error}).") from error
+    return state_dict_of(load_checkpoint(path), path)
+
+
+def _count(tensors: Mapping[str, Tensor], path: str | Path, *, all_tensors: bool) -> list[LayerSparsity]:
+    layers = [
+        LayerSparsity(name, tuple(tensor.shape), int(tensor.count_nonzero()))
+        for name, tensor in tensors.items()
+        if all_tensors or (tensor.ndim >= 2 and tensor.is_floating_point())
+    ]
+    if not layers:
+        raise CheckpointError(
+            f"{path} has {len(tensors)} tensors, none of them floating point with two dimensions or more; "
+            "ask for all tensors (--all) to see them."
+        )
+    return layers
+
+
+def _report_of_module(module: nn.Module, example: Any, all_tensors: bool) -> SparsityReport:
+    counter = None if example is None else _count_flops(module, example)
+    plan = judge_parameters(module)
+    masked = {*MaskRegistry.left_in(module), *(MaskRegistry.find(module) or ())}  # include= may have asked for more
+    if all_tensors:
+        counted = [item for item in plan if not item.reason.startswith("tied: to")]
+    else:
+        counted = [item for item in plan if item.reason in ("", "frozen") or item.name in masked]
+    if not counted:
+        raise ValueError(
+            f"{type(module).__name__} has no weight to count. Its parameters and the reasons:\n{plan}\n"
+            "Ask for all_tensors=True to count them all."
+        )
+    by_name = counter.by_parameter if counter else {}
+    layers = tuple(_layer(item, by_name.get(item.name)) for item in counted)
+    gains = _gains(module, counted, example, by_name if counter else None)
+    if counter is None:
+        return SparsityReport(layers, gains=gains)
+    saved = sum(by_name.get(layer.name, 0) - (layer.flops or 0) for layer in layers)
+    return SparsityReport(layers, counter.total - saved, counter.total, gains)
+
+
+def _gains(
+    module: nn.Module, counted: Sequence[Candidate], example: Any, dense_flops: Mapping[str, int] | None
+) -> Gains:
+    weights = {
+        item.name: Layer(value, item.rows(value), None if dense_flops is None else dense_flops.get(item.name, 0))
+        for item in counted
+        if (value := item.parameter.detach()).ndim > 1
+    }
+    own = {id(item.parameter) for item in counted if item.name in weights}
+    others = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own]
+    return Gains.of(weights, others, None if example is None else _dead_units(module, example))
+
+
+def _dead_units(module: nn.Module, example: Any) -> Shrinkage | None:
+    """What shrinking would remove; ``None`` for a module that cannot be copied."""
+    try:
+        return dead_units(module, example)
+    except ValueError:
+        return None
+
+
+def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
+    value = candidate.parameter.detach()
+    num_active = int(value.count_nonzero())
+    flops = None if dense_flops is None else round(dense_flops * num_active / max(1, value.numel()))
+    if candidate.reason not in ("", "frozen"):
+        return LayerSparsity(candidate.name, tuple(value.shape), num_active, flops=flops)
+    rows = candidate.rows(value != 0)
+    return LayerSparsity(
+        candidate.name,
+        tuple(value.shape),
+        num_active,
+        dead_rows=count_dead([rows])[0],
+        dead_columns=count_dead([_by_input(candidate, rows)])[0],
+        flops=flops,
+    )
+
+
+def _by_input(candidate: Candidate, rows: Tensor) -> Tensor:
+    """Rows of shape ``(outputs, fan-in)`` as one row for each input neuron or channel, kernel positions included."""
+    inputs = candidate.parameter.shape[0] // candidate.groups if candidate.input_first else candidate.parameter.shape[1]
+    of_group = rows.reshape(candidate.groups, len(rows) // candidate.groups, inputs, -1)
+    return of_group.transpose(1, 2).reshape(candidate.groups * inputs, -1)
+
+
+def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:
+    arguments = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
+    named = dict(example) if isinstance(example, Mapping) else {}
+    parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        # With gradients: without them, operations on copies would be taken for those of compiled code.
+        with torch.enable_grad(), ForwardFLOPs(parameters) as counter:
+            module(*arguments, **named)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return counter
