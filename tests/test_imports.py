@@ -19,7 +19,7 @@ LAYERS = [
     {"execution", "methods", "metrics", "monitor", "reporting"},
     {"__init__"},
     {"testing", "zoo"},
-    {"cli", "__main__"},
+    {"cli", "trained", "__main__"},
 ]
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

@@ -6,7 +6,7 @@ from lightning_sparse.masks.checkpoint import CheckpointError
 from lightning_sparse.reporting.gains import Gains, LayerGain
 from lightning_sparse.reporting.layers import LayerSparsity, SparsityReport, sparsity_table, width_of
 from lightning_sparse.reporting.overlap import MaskOverlap, compare_masks, overlap_table
-from lightning_sparse.reporting.sources import checkpoint_sparsity, report
+from lightning_sparse.reporting.sources import checkpoint_sparsity, read_state, report
 
 __all__ = [
     "CheckpointError",
@@ -18,6 +18,7 @@ __all__ = [
     "checkpoint_sparsity",
     "compare_masks",
     "overlap_table",
+    "read_state",
     "report",
     "sparsity_table",
     "width_of",

@@ -22,7 +22,7 @@ from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.reporting.gains import Gains, Layer
 from lightning_sparse.reporting.layers import LayerSparsity, SparsityReport
 
-__all__ = ["checkpoint_sparsity", "report"]
+__all__ = ["checkpoint_sparsity", "read_state", "report"]
 
 
 def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: bool = False) -> SparsityReport:
@@ -68,7 +68,7 @@ def report(source: nn.Module | str | Path, example: Any = None, *, all_tensors: 
         )
     if example is not None:
         raise ValueError(f"{source} is a checkpoint, which takes no example input; load it and report the module.")
-    tensors = _read(source)
+    tensors = read_state(source)
     layers = _count(tensors, source, all_tensors=all_tensors)
     counted = {layer.name for layer in layers}
     weights = {name: Layer(tensor, tensor) for name, tensor in tensors.items() if name in counted and tensor.ndim > 1}
@@ -102,11 +102,21 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
         >>> [(layer.name, layer.num_active) for layer in checkpoint_sparsity("eye.pt")]
         [('fc.weight', 4)]
     """
-    return _count(_read(path), path, all_tensors=all_tensors)
+    return _count(read_state(path), path, all_tensors=all_tensors)
 
 
-def _read(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, of a sparse file, or of weights in the safetensors format."""
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, of a sparse file, or of weights in the safetensors format.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, unsafe to load, or holds no tensors.
+
+    Example:
+        >>> torch.save({"state_dict": {"fc.weight": torch.eye(2)}, "epoch": 3}, "eye.ckpt")
+        >>> read_state("eye.ckpt")
+        {'fc.weight': tensor([[1., 0.],
+                [0., 1.]])}
+    """
     try:
         if is_sparse_file(path):
             return load_sparse(path)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_sparse.execution import SparseFileError, atomic, load_sparse, packing, save_sparse
 from lightning_sparse.execution.files import is_sparse_file, sparse_nbytes
 from lightning_sparse.execution.notes import DTYPES
+from tests.execution import sparse_reader
 from tests.execution.sparse_reader import read_sparse
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -522,3 +523,9 @@ def test_the_file_is_plain_safetensors(path: Path) -> None:
     with safe_open(path, framework="np") as file:
         assert {*file.keys()} == {"x.gaps", "x.values", "y"}
         assert file.metadata().keys() == {"format", "version", "digest", "sparse"}
+
+
+def test_the_reader_of_the_documentation_is_the_one_that_is_tested() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sparse-files.md").read_text(encoding="utf-8")
+    reader = Path(sparse_reader.__file__).read_text(encoding="utf-8")
+    assert f"```python\n{reader[reader.index('import json') :]}```" in page
