@@ -170,7 +170,7 @@ def test_a_class_takes_its_hyperparameters_and_example_from_where_they_are(asked
 def test_plain_modules_and_files_of_a_training_will_do(kind: str, asked: list[Any]) -> None:
     from sparsenet import Net  # pyright: ignore
 
-    module = half_zero(Net())
+    module: Any = half_zero(Net())
     torch.save(module.state_dict(), "net.pt")
     save_sparse(module, "net.sparse")
     Path("config.yaml").write_text("seed: 1\nmodel:\n  class_path: sparsenet.Net\n  init_args:\n    width: 8\n")

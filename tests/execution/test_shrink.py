@@ -334,6 +334,67 @@ def test_networks_that_are_known_stay_equal_and_get_smaller(
     assert size(small) <= (most if sparsity > 0.9 else 1.0) * size(module)
 
 
+# Attention.
+
+
+class Cross(nn.Module):
+    """Queries of one kind, keys and values of another."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.queries, self.memory = nn.Linear(3, 8), nn.Linear(3, 8)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True, **options), nn.Linear(8, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        memory = torch.relu(self.memory(inputs))
+        attended, _ = self.attention(self.queries(inputs), memory, memory, need_weights=False)
+        return self.head(attended)
+
+
+@settings(max_examples=15)
+@given(sparsity=st.sampled_from([0.0, 0.5, 0.8, 0.9]), seed=st.integers(0, 10**6), bias=st.booleans())
+def test_features_that_no_key_and_value_reads_go(sparsity: float, seed: int, bias: bool) -> None:
+    module = randomise(Cross(bias=bias), sparsity, seed)
+    with torch.no_grad():
+        module.attention.in_proj_weight[8:, :3] = 0  # read by no key and no value
+        module.memory.weight[4] = 0  # constant
+    small = check_equal(module, noise(*SEQUENCES), others=(noise(2, 9, 3),))
+    assert small.attention.kdim == small.attention.vdim == small.memory.out_features <= 4
+    assert small.queries.out_features == 8
+
+
+def test_attention_to_itself_keeps_its_features() -> None:
+    class Itself(Cross):
+        def forward(self, inputs: Tensor) -> Tensor:
+            memory = self.memory(inputs)
+            return self.head(self.attention(memory, memory, memory)[0])
+
+    assert quiet(Itself(), (noise(*SEQUENCES),)).memory.out_features == 8
+
+
+@settings(max_examples=10)
+@given(
+    sparsity=st.sampled_from([0.5, 0.9, 0.95]), seed=st.integers(0, 10**6), activation=st.sampled_from(["relu", "gelu"])
+)
+def test_inner_neurons_of_torchs_transformers_go(sparsity: float, seed: int, activation: str) -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True)
+    module: Any = nn.Sequential(
+        nn.Linear(3, 8), nn.TransformerEncoder(block, 2, enable_nested_tensor=False), nn.Linear(8, 2)
+    )
+    randomise(module, sparsity, seed)
+    with torch.no_grad():
+        module[1].layers[0].linear2.weight[:, :5] = 0
+    small = check_equal(module, noise(*SEQUENCES), others=(noise(2, 9, 3),))
+    assert small[1].layers[0].linear1.out_features <= 11
+    assert dead_units(module, noise(*SEQUENCES)).dead >= 5
+
+
+def test_a_vision_transformer_loses_inner_neurons() -> None:
+    module = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=5)
+    small = check_equal(randomise(module, 0.9), noise(2, 3, 16, 16))
+    assert small.encoder.layers[0].mlp[0].out_features < 32
+
+
 # What is not known stays.
 
 

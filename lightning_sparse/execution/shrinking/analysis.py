@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from lightning_sparse.execution.shrinking import feature_rules, moving_rules, operations
+from lightning_sparse.execution.shrinking.attention import attention_rule, shrink_blocks
 from lightning_sparse.execution.shrinking.layer_rules import LAYER_RULES, Rule
 from lightning_sparse.execution.shrinking.layers import Layer
 from lightning_sparse.execution.shrinking.network import Network
@@ -21,7 +22,12 @@ from lightning_sparse.execution.shrinking.units import solve
 
 __all__ = ["needed_units"]
 
-_MODULES: dict[Any, Rule] = {**LAYER_RULES, **feature_rules.MODULE_RULES, **moving_rules.MODULE_RULES}
+_MODULES: dict[Any, Rule] = {
+    **LAYER_RULES,
+    **feature_rules.MODULE_RULES,
+    **moving_rules.MODULE_RULES,
+    nn.MultiheadAttention: attention_rule,
+}
 _METHODS: dict[Any, Rule] = {**feature_rules.METHOD_RULES, **moving_rules.METHOD_RULES}
 _FUNCTIONS: dict[Any, Rule] = {**feature_rules.FUNCTION_RULES, **moving_rules.FUNCTION_RULES}
 
@@ -48,6 +54,8 @@ def _visit(network: Network, node: fx.Node) -> None:
         if known is NotImplemented:
             network.fix([network.known.get(argument) for argument in node.all_input_nodes])
             known = None
+            if node.op == "call_module":
+                shrink_blocks(network, node)
     network.known[node] = known
     if _writes(network, node) and node.args and isinstance(node.args[0], fx.Node):
         network.known[node.args[0]] = known  # who reads it later finds what was written
@@ -55,7 +63,8 @@ def _visit(network: Network, node: fx.Node) -> None:
 
 def _rule_of(network: Network, node: fx.Node) -> Rule | None:
     if node.op == "call_module":
-        return _MODULES.get(type(network.module_of(node))) if network.is_its_own(node) else None
+        module = network.module_of(node)
+        return None if network.is_used_elsewhere(str(node.target), module) else _MODULES.get(type(module))
     return {"call_method": _METHODS, "call_function": _FUNCTIONS}.get(node.op, {}).get(node.target)
 
 

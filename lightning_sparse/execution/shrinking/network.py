@@ -29,6 +29,7 @@ class Network:
         self.table = UnitTable()
         self.layers: list[Layer] = []
         self.known: dict[fx.Node, Any] = {}
+        self.blocks: set[str] = set()
         self._modules = dict(module.named_modules(remove_duplicate=False))
         self._shared = _shared_modules(module, graph)
 
@@ -36,15 +37,11 @@ class Network:
         """The module that a node calls."""
         return self._modules[str(node.target)]
 
-    def is_its_own(self, node: fx.Node) -> bool:
-        """Whether the module that a node calls can be changed, and does what its class says.
-
-        It cannot if others call it or see its weights too; it may not if it has hooks.
-        """
-        module: nn.Module = self.module_of(node)
+    def is_used_elsewhere(self, name: str, module: nn.Module) -> bool:
+        """Whether others call a module or see its weights too, or hooks change what it does."""
         hooks = (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
         has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-        return not any(hooks) and not (has_state and str(node.target) in self._shared)
+        return any(hooks) or (has_state and name in self._shared)
 
     def features(self, node: Any, axis: int | None = None) -> Features | None:
         """What is known of the features of a tensor, if they are on an axis, counted from the front or the back.
