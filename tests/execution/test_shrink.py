@@ -264,7 +264,11 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(9, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.rnn(self.enter(inputs))[0][:, -1, :])
+        if isinstance(self.rnn, nn.LSTM):
+            outputs, (_, _) = self.rnn(self.enter(inputs))
+        else:
+            outputs, _ = self.rnn(self.enter(inputs))
+        return self.head(outputs[:, -1, :])
 
 
 class FinalState(nn.Module):
@@ -455,6 +459,10 @@ class Odd(nn.Module):
         lambda x: x.cumsum(-1).detach().relu_(),
         lambda x: F.layer_norm(x, (8,)),
         lambda x: x * x.norm(),
+        lambda x: x.view(torch.int64).view(torch.float64),
+        lambda x: F.max_pool2d(x[:, :, None], (3, 1), 1, (1, 0)).squeeze(2),
+        lambda x: F.avg_pool1d(x[None], 3, 1, 1)[0],
+        lambda x: F.dropout(x, 0.0) + x.new_zeros(x.shape[-1:]),
     ],
 )
 def test_what_mixes_features_keeps_them(between: Callable[[Tensor], Tensor]) -> None:
@@ -471,6 +479,9 @@ def test_what_mixes_features_keeps_them(between: Callable[[Tensor], Tensor]) -> 
         lambda x: torch.relu(x).add_(x) / 2,
         lambda x: torch.cat([x.unsqueeze(1), -x.unsqueeze(1)], 1).mean(1),
         lambda x: F.relu(x, inplace=True),
+        lambda x: F.interpolate(x[:, :, None], scale_factor=2).mean(-1),
+        lambda x: F.interpolate(x[:, :, None, None], size=x[:, :, None, None].shape[2:], mode="bilinear").flatten(1),
+        lambda x: x.view(x.shape[:2]),
     ],
 )
 def test_what_works_on_each_feature_does_not(between: Callable[[Tensor], Tensor]) -> None:
@@ -503,6 +514,13 @@ def test_shared_layers_and_weights_stay() -> None:
         assert [part.weight.shape for part in small.modules() if isinstance(part, nn.Linear)] == [
             part.weight.shape for part in module.modules() if isinstance(part, nn.Linear)
         ]
+
+
+def test_a_forward_of_its_own_stays() -> None:
+    module: Any = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    layer = module[0]
+    layer.forward = lambda inputs: F.linear(inputs, layer.weight, layer.bias).exp()
+    assert shrink(randomise(module, 0.9).float(), torch.ones(1, 6))[0].out_features == 8
 
 
 def test_hooks_and_parametrisations_stay() -> None:

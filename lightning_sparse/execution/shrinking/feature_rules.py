@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional as F
 
 from lightning_sparse.execution.shrinking import operations
@@ -85,16 +85,22 @@ def _together(network: Network, node: fx.Node, first: Features, second: Features
 def _pool(network: Network, node: fx.Node) -> Any:
     """Maxima and means of neighbours, which are the constant where all of them are."""
     is_module = node.op == "call_module"
-    kind = type(network.module_of(node)) if is_module else node.target
-    shape = shape_of(node)
-    if shape is None or shape_of(node.args[0]) is None or len(shape) < 3:
+    kind: Any = type(network.module_of(node)) if is_module else node.target
+    ndim = (operations.MODULES_OF_POOLS if is_module else operations.FUNCTIONS_OF_POOLS)[kind] + 2
+    if [len(shape_of(part) or ()) for part in (node, node.args[0])] != [ndim, ndim]:
         return NotImplemented
     inputs = network.features(node.args[0], axis=1)
-    if inputs is None or kind not in operations.AVERAGE_POOLS:
+    if inputs is None or kind not in operations.AVERAGE_POOLS or _is_mean(network, node):
         return inputs
-    return inputs.with_constant(
-        np.where(inputs.constant == 0, 0.0, inputs.constant if _is_mean(network, node) else np.nan)
-    )
+    return inputs.with_constant(np.where(inputs.constant == 0, 0.0, np.nan))
+
+
+def _interpolate(network: Network, node: fx.Node) -> Any:
+    """Means of neighbours with weights that sum to one."""
+    for argument in node.all_input_nodes:
+        if argument is not node.args[0]:
+            network.fix(network.known.get(argument))
+    return network.features(node.args[0], axis=1)
 
 
 def _is_mean(network: Network, node: fx.Node) -> bool:
@@ -136,6 +142,7 @@ def _mean(network: Network, node: fx.Node) -> Any:
 MODULE_RULES: dict[Any, Rule] = {
     **dict.fromkeys(operations.EACH_FEATURE_MODULES, _each_feature_module),
     **dict.fromkeys(operations.MODULES_OF_POOLS, _pool),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), _interpolate),
 }
 METHOD_RULES: dict[Any, Rule] = {
     **dict.fromkeys(operations.METHODS, _each_feature_method),
@@ -146,5 +153,6 @@ FUNCTION_RULES: dict[Any, Rule] = {
     **dict.fromkeys(operations.FUNCTIONS, _each_feature_function),
     **{function: _binary for function in operations.BINARY if not isinstance(function, str)},
     **dict.fromkeys(operations.FUNCTIONS_OF_POOLS, _pool),
+    F.interpolate: _interpolate,
     torch.mean: _mean,
 }

@@ -28,9 +28,9 @@ def _reshape(network: Network, node: fx.Node) -> Any:
         return NotImplemented
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
     is_view = node.target in ("view", "reshape", torch.reshape)
-    size: Any = cast("Any", sizes)[result.axis] if is_view and len(cast("Any", sizes)) > result.axis else -1
-    if node.kwargs and is_view:
+    if is_view and (node.kwargs or not all(isinstance(size, (int, fx.Node)) for size in cast("Any", sizes))):
         return NotImplemented
+    size: Any = cast("Any", sizes)[result.axis] if is_view and len(cast("Any", sizes)) > result.axis else -1
     # A number in the code stays what it is when features go.
     return NotImplemented if isinstance(size, int) and size != -1 else result
 
@@ -87,19 +87,30 @@ def _concatenate(network: Network, node: fx.Node) -> Any:
 
 
 def _getitem(network: Network, node: fx.Node) -> Any:
+    if not node.users:  # as of states that nobody looks at
+        return None
     source, index = node.args
     known = network.known.get(source) if isinstance(source, fx.Node) else None
     if isinstance(known, tuple) and isinstance(index, int):
         return known[index]
     if isinstance(known, ShapeOf):
         shape = shape_of(cast("fx.Node", source).args[0])
-        is_other = isinstance(index, int) and shape is not None and index % len(shape) != known.features.axis
-        return None if is_other else known
+        if shape is None or not isinstance(index, (int, slice)):
+            return NotImplemented
+        axes = range(len(shape))[index] if _is_plain(index) else range(len(shape))
+        return known if known.features.axis in (axes if isinstance(axes, range) else (axes,)) else None
     shape = shape_of(source)
     if not isinstance(known, Features) or shape is None:
         return NotImplemented
     result = indexed(known, len(shape), index)
     return NotImplemented if result is None else result
+
+
+def _is_plain(index: int | slice) -> bool:
+    """Whether no part of an index is computed."""
+    return isinstance(index, int) or not any(
+        isinstance(part, fx.Node) for part in (index.start, index.stop, index.step)
+    )
 
 
 def _getattr(network: Network, node: fx.Node) -> Any:

@@ -38,10 +38,10 @@ class Network:
         return self._modules[str(node.target)]
 
     def is_used_elsewhere(self, name: str, module: nn.Module) -> bool:
-        """Whether others call a module or see its weights too, or hooks change what it does."""
+        """Whether others call a module or see its weights too, or hooks or another forward change what it does."""
         hooks = (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
         has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-        return any(hooks) or (has_state and name in self._shared)
+        return any(hooks) or "forward" in vars(module) or (has_state and name in self._shared)
 
     def features(self, node: Any, axis: int | None = None) -> Features | None:
         """What is known of the features of a tensor, if they are on an axis, counted from the front or the back.
