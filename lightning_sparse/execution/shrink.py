@@ -77,7 +77,7 @@ def shrink(module: _Module, example: Any) -> _Module:
     The module is traced by torch.fx. Whatever is not known to work on each feature alone keeps the features that it
     gets: normalisation over layers and groups, attention, views with sizes written out, modules with hooks or with
     parameters that are shared or parametrised, and layers that are called more than once. Inputs of the network all
-    stay, but for linear layers that read at most a quarter of theirs, which pick them.
+    stay, but for large linear layers that read at most a quarter of theirs, which pick them.
 
     Args:
         module: Any module; it is not changed.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
+from lightning_sparse import GMP
 from lightning_sparse.execution import dead_units, shrink
 from lightning_sparse.execution.shrinking.layers import LiveInputs
 from lightning_sparse.zoo import VGG16, LeNet5Caffe, LeNet300100, ResNet20, ResNet34, ResNet50, RowLSTM, WideResNet
+from tests.helpers import ToyModel, make_trainer
 
 
 def randomise(module: nn.Module, sparsity: float, seed: int = 0) -> Any:
@@ -537,16 +540,34 @@ def test_hooks_and_parametrisations_stay() -> None:
         shrink(pruned, torch.ones(1, 6))
 
 
-def test_few_inputs_are_picked_and_many_are_kept() -> None:
-    module: Any = nn.Sequential(nn.Linear(100, 20), nn.ReLU(), nn.Linear(20, 3)).double().eval()
+def test_few_inputs_are_picked_where_that_spares_much() -> None:
+    module: Any = nn.Sequential(nn.Linear(800, 120), nn.ReLU(), nn.Linear(120, 3)).double().eval()
     with torch.no_grad():
-        module[0].weight[:, 20:] = 0
-    small = check_equal(module, noise(5, 100))
+        module[0].weight[:, 200:] = 0
+    small = check_equal(module, noise(5, 800))
     assert isinstance(small[0], LiveInputs)
-    assert small[0].layer.in_features == 20
+    assert small[0].layer.in_features == 200
     with torch.no_grad():
         module[0].weight[0] = 1
-    assert type(shrink(module, noise(5, 100))[0]) is nn.Linear
+    assert type(shrink(module, noise(5, 800))[0]) is nn.Linear  # all are read
+    with torch.no_grad():
+        module[0].weight[:, 200:] = 0
+        module[2].weight[:, 20:] = 0
+    small = shrink(module, noise(5, 800))
+    assert (small[0].in_features, small[0].out_features) == (800, 20)  # few are read, and that spares little
+
+
+def test_a_network_that_was_trained_sparse_is_as_exact(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ToyModel()
+    make_trainer(tmp_path, max_epochs=3, callbacks=[GMP(sparsity=0.9)]).fit(model)
+    inputs = model.train_data[:][0]
+    small: Any = shrink(model, inputs[:1])
+    with torch.no_grad():
+        exact, got = copy.deepcopy(model).double().eval()(inputs.double()), small(inputs)
+    assert size(small) < size(model)
+    assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+    assert type(small) is ToyModel
 
 
 def test_single_precision_is_as_exact_as_it_can_be() -> None:

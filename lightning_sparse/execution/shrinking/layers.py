@@ -19,8 +19,9 @@ __all__ = ["Layer", "LiveInputs", "MatrixLayer", "PerFeatureLayer"]
 Flags = NDArray[np.bool_]
 
 _FEW = 0.25
-"""The share of live inputs up to which choosing them pays for itself; measured, see ``shrink``."""
-_MANY_INPUTS = 64
+"""The share of live inputs up to which they are picked."""
+_LEAST_SPARED = 65_536
+"""Weights that picking inputs must spare: with fewer, and one input at a time, it was slower than to keep all."""
 
 
 class Layer(ABC):
@@ -79,7 +80,7 @@ class MatrixLayer(Layer):
     def shrink(self, needed: Flags) -> nn.Module:
         rows, columns = needed[self._reader.rows], needed[self._reader.columns]
         live = columns & self._reader.columns_read(needed)
-        chooses = isinstance(self.module, nn.Linear) and _are_few(int(live.sum()), int(columns.sum()))
+        chooses = isinstance(self.module, nn.Linear) and _are_few(int(live.sum()), int(columns.sum()), int(rows.sum()))
         if rows.all() and columns.all() and not chooses:
             return self.module
         weight = self._weight()[rows]
@@ -194,9 +195,9 @@ class LiveInputs(nn.Module):
         return self.layer(inputs.index_select(-1, self.live))
 
 
-def _are_few(live: int, inputs: int) -> bool:
-    """Whether inputs are many, and few of them matter."""
-    return inputs >= _MANY_INPUTS and 0 < live <= _FEW * inputs
+def _are_few(live: int, inputs: int, outputs: int) -> bool:
+    """Whether so few inputs matter that to pick them pays."""
+    return 0 < live <= _FEW * inputs and (inputs - live) * outputs >= _LEAST_SPARED
 
 
 def as_reals(tensor: Tensor) -> Reals:
