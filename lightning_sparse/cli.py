@@ -25,7 +25,7 @@ from typing_extensions import override
 import lightning_sparse
 from lightning_sparse.masks import CheckpointError, read_masks, save_masks
 from lightning_sparse.reporting import compare_masks, overlap_table, report, sparsity_table, width_of
-from lightning_sparse.trained import CommandError, add_export_command, add_speed_command
+from lightning_sparse.trained import CommandError, add_export_command, add_model_options, add_speed_command, trained
 from lightning_sparse.zoo import MissingDataError, list_recipes, recipe_path
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def _look_for_classes_here() -> None:
 
 def _report(options: argparse.Namespace) -> None:
     for checkpoint in options.checkpoints:
-        result = report(checkpoint, all_tensors=options.all)
+        source, example = (checkpoint, None) if options.model is None else trained(options, checkpoint)
+        result = report(source, example, all_tensors=options.all)
         _print_table(sparsity_table(result.layers, title=checkpoint))
         if result.gains is not None:
             _print_table(result.gains.table())
@@ -253,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a Lightning checkpoint, of ours or not, or a file with a state dict",
     )
     checkpoint.add_argument("--all", action="store_true", help="biases, normalisation and integer tensors too")
+    add_model_options(checkpoint, purpose="for dead units and FLOPs: ")
     checkpoint.set_defaults(run=_report)
     add_export_command(commands.add_parser("export", help="write a checkpoint's network to another kind of file"))
     add_speed_command(commands.add_parser("speed", help="print how much faster zeros make a trained network"))

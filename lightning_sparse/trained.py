@@ -23,7 +23,7 @@ from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, 
 from lightning_sparse.reporting import read_state
 from lightning_sparse.zoo import recipe_path
 
-__all__ = ["CommandError", "add_export_command", "add_speed_command", "trained_module"]
+__all__ = ["CommandError", "add_export_command", "add_model_options", "add_speed_command", "trained", "trained_module"]
 
 _MODEL = (
     "what was trained: a recipe, a YAML file such as the config.yaml that fit leaves beside its checkpoints, or a class"
@@ -44,20 +44,46 @@ def add_export_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--values", choices=["same", "float16"], default="same", help="of a sparse file: how its weights are stored"
     )
-    parser.add_argument("--model", help=f"for onnx: {_MODEL}")
-    parser.add_argument("--input", metavar="SIZES", help=f"for onnx: {_INPUT}")
-    parser.add_argument("--batch", type=int, default=1, help="for onnx: inputs of a batch; 1 by default")
+    add_model_options(parser, purpose="for onnx: ")
     parser.set_defaults(run=_export)
 
 
 def add_speed_command(parser: argparse.ArgumentParser) -> None:
     """Let a parser take what ``speed`` takes."""
     parser.add_argument("checkpoint", help="a Lightning checkpoint, a file with a state dict, or a sparse file")
-    parser.add_argument("--model", required=True, help=_MODEL)
-    parser.add_argument("--input", metavar="SIZES", help=_INPUT)
-    parser.add_argument("--batch", type=int, default=1, help="inputs of a batch; 1 by default")
+    add_model_options(parser, required=True)
     parser.add_argument("--threads", type=int, default=1, help="threads that compute; 1 by default")
     parser.set_defaults(run=_speed)
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, purpose: str = "", required: bool = False) -> None:
+    """Let a parser take a network and its input.
+
+    Args:
+        parser: It.
+        purpose: Begins what is said of each option.
+        required: Whether there must be a network.
+    """
+    parser.add_argument("--model", required=required, help=f"{purpose}{_MODEL}")
+    parser.add_argument("--input", metavar="SIZES", help=f"{purpose}{_INPUT}")
+    parser.add_argument("--batch", type=int, default=1, help=f"{purpose}inputs of a batch; 1 by default")
+
+
+def trained(options: argparse.Namespace, checkpoint: str) -> tuple[nn.Module, Tensor]:
+    """The network that options name, with the weights of a checkpoint, and an input that it takes.
+
+    Args:
+        options: What :func:`add_model_options` reads.
+        checkpoint: See :func:`trained_module`.
+
+    Raises:
+        CommandError: There is no such model, the weights are not its own, or it does not take such an input.
+        CheckpointError: The checkpoint cannot be read.
+    """
+    module = trained_module(options.model, checkpoint)
+    inputs = _example(module, options)
+    _call(module, inputs, options)
+    return module, inputs
 
 
 def trained_module(model: str, checkpoint: str | Path) -> nn.Module:
@@ -124,9 +150,7 @@ def _export_onnx(options: argparse.Namespace, out: Path) -> int:
         raise CommandError(f"To write ONNX, install {' and '.join(missing)}: pip install {' '.join(missing)}")
     if options.model is None:
         raise CommandError(f"ONNX holds the network too, so name it with --model: {_MODEL}.")
-    module = trained_module(options.model, options.checkpoint)
-    inputs = _example(module, options)
-    _call(module, inputs, options)
+    module, inputs = trained(options, options.checkpoint)
     torch.onnx.export(module, (inputs,), out, dynamo=True, verbose=False, external_data=False)
     return _nbytes(module.state_dict())
 
@@ -135,9 +159,7 @@ _EXPORTS = {"sparse": _export_sparse, "onnx": _export_onnx, "safetensors": _expo
 
 
 def _speed(options: argparse.Namespace) -> None:
-    module = trained_module(options.model, options.checkpoint)
-    inputs = _example(module, options)
-    _call(module, inputs, options)
+    module, inputs = trained(options, options.checkpoint)
     accelerate = importlib.import_module("lightning_sparse.execution.accelerate").accelerate
     print(accelerate(module, inputs, threads=options.threads).report)
 

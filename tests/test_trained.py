@@ -179,6 +179,14 @@ def test_plain_modules_and_files_of_a_training_will_do(kind: str, asked: list[An
     assert torch.equal(asked[0][0].up.weight, module.up.weight)
 
 
+def test_the_report_of_a_network_counts_dead_units_and_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    sparse_lenet()
+    assert main(["report", "last.ckpt", "--model", "fggp-digits", "--input", "1x8x8"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "FLOPs" in shown
+    assert "shrink removes 200 dead units of 410" in shown  # every second one has no inputs; the ten outputs stay
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
