@@ -416,3 +416,10 @@ def test_weights_in_safetensors_are_counted_and_masks_are_not(tmp_path: Path, st
 def test_names_with_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path = saved(tmp_path, {"fc\x1b[2J.weight": half_zero(4, 4)})
     assert "\x1b" not in str(report(path))
+
+
+def test_a_small_file_of_terabytes_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"weight": torch.ones(1, 1).expand(10**6, 10**6)})
+    assert path.stat().st_size < 10_000
+    with pytest.raises(CheckpointError, match="weight would be 4,000,000,000,000 bytes, and there are 4 of it"):
+        report(path)

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from lightning_sparse.execution.atomic import write_atomically
 from lightning_sparse.execution.notes import DTYPES, TensorNotes, dump_notes, parse_notes, printable
 from lightning_sparse.execution.packing import (
+    is_inflated,
     pack_dense,
     pack_tensor,
     packed_nbytes,
@@ -195,6 +196,9 @@ def _obstacle(tensor: Tensor) -> str:
         return "is on the meta device, which holds no values; load the weights before"
     if type(tensor.detach()) is not Tensor:
         return f"is a {type(tensor).__name__}, not a plain tensor; save the whole of it, as in tensor.full_tensor()"
+    if is_inflated(tensor):
+        memory = tensor.untyped_storage().nbytes()
+        return f"is expanded, {tensor.nbytes:,} bytes on a memory of {memory:,}; save what it was expanded from"
     if tensor.dtype not in DTYPES.values():
         return f"has the type {tensor.dtype}; save tensor.view(torch.uint8)"
     return ""

@@ -18,7 +18,15 @@ from torch import Tensor
 from lightning_sparse.execution.notes import DTYPES, TensorNotes
 from lightning_sparse.execution.positions import bitmask_of, gaps_nbytes, gaps_of, iterate_bitmask, iterate_gaps
 
-__all__ = ["Packed", "pack_dense", "pack_tensor", "packed_nbytes", "unpack_tensor", "without_minus_zeros"]
+__all__ = [
+    "Packed",
+    "is_inflated",
+    "pack_dense",
+    "pack_tensor",
+    "packed_nbytes",
+    "unpack_tensor",
+    "without_minus_zeros",
+]
 
 # What every version of safetensors stores by its own name; all else is stored as bytes.
 _STORED = {
@@ -163,6 +171,16 @@ def unpack_tensor(pieces: Mapping[str, Tensor], notes: TensorNotes) -> Tensor:
             raise ValueError("some of its zeros with a minus sign are where it has other values")
         bits.scatter_(0, part, _minus_zero(dtype))
     return result.view(notes.shape)
+
+
+def is_inflated(tensor: Tensor) -> bool:
+    """Whether a tensor of gigabytes stands on memory of far less: an expanded one, as a hostile file may hold.
+
+    Example:
+        >>> is_inflated(torch.ones(1).expand(10**12)), is_inflated(torch.ones(1).expand(10))
+        (True, False)
+    """
+    return tensor.nbytes > 2**30 and tensor.nbytes > 16 * tensor.untyped_storage().nbytes()
 
 
 def without_minus_zeros(tensor: Tensor) -> Tensor:

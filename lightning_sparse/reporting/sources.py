@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_sparse.execution.files import SparseFileError, is_sparse_file, load_sparse
+from lightning_sparse.execution.notes import printable
+from lightning_sparse.execution.packing import is_inflated
 from lightning_sparse.execution.shrink import Shrinkage, dead_units
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, looks_like_safetensors, state_dict_of
@@ -132,7 +134,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 return load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged: safetensors cannot read it ({error}).") from error
-    return state_dict_of(load_checkpoint(path), path)
+    state = state_dict_of(load_checkpoint(path), path)
+    for name, tensor in state.items():
+        if is_inflated(tensor):
+            raise CheckpointError(
+                f"{path} is damaged or hostile: {printable(name)} would be {tensor.nbytes:,} bytes, and there are"
+                f" {tensor.untyped_storage().nbytes():,} of it in the file."
+            )
+    return state
 
 
 def _count(tensors: Mapping[str, Tensor], path: str | Path, *, all_tensors: bool) -> list[LayerSparsity]:

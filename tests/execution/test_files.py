@@ -219,6 +219,7 @@ def test_a_value_too_large_for_half_precision_is_an_error_that_names_it(path: Pa
     [
         (lambda: torch.eye(2).to_sparse(), r"layout torch.sparse_coo; save tensor.to_dense"),
         (lambda: torch.empty(2, device="meta"), "meta device"),
+        (lambda: torch.ones(1).expand(10**12), r"expanded, 4,000,000,000,000 bytes on a memory of 4"),
         (lambda: nn.LazyLinear(2).weight, "not initialised yet; run the module once"),
         (lambda: torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8), "quantised"),
     ],
