@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import inference, memory, overhead, scaling, sync, update, whole_runs
+from benchmarks import files, inference, memory, overhead, scaling, sync, update, whole_runs
 
 if __name__ == "__main__":
-    for benchmark in (overhead, whole_runs, update, memory, sync, scaling, inference):
+    for benchmark in (overhead, whole_runs, update, memory, sync, scaling, inference, files):
         benchmark.main(sys.argv[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_sparse import functional, schedules
 from lightning_sparse._version import __version__
-from lightning_sparse.execution import accelerate
+from lightning_sparse.execution import accelerate, load_sparse, save_sparse, shrink
 from lightning_sparse.masks import MaskedWeight, MaskRegistry, apply_masks, load_masks, save_masks
 from lightning_sparse.methods import (
     ACDC,
@@ -66,10 +66,13 @@ __all__ = [
     "apply_masks",
     "functional",
     "load_masks",
+    "load_sparse",
     "prune",
     "report",
     "save_masks",
+    "save_sparse",
     "schedules",
     "share_weights",
+    "shrink",
     "unshare_weights",
 ]

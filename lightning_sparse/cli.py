@@ -24,7 +24,8 @@ from typing_extensions import override
 # Importing the package makes its methods, the monitor and the zoo known by their bare class names.
 import lightning_sparse
 from lightning_sparse.masks import CheckpointError, read_masks, save_masks
-from lightning_sparse.reporting import checkpoint_sparsity, compare_masks, overlap_table, sparsity_table, width_of
+from lightning_sparse.reporting import compare_masks, overlap_table, report, sparsity_table, width_of
+from lightning_sparse.trained import CommandError, add_export_command, add_model_options, add_speed_command, trained
 from lightning_sparse.zoo import MissingDataError, list_recipes, recipe_path
 
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ TRAINER_COMMANDS = {
 # Whose errors may be about what was given, and what lies between them and here.
 REFUSING = {"lightning_sparse", "lightning", "jsonargparse"}
 LIBRARIES = REFUSING | {"contextlib", "lightning_utilities", "torch"}
-
-
-class CommandError(ValueError):
-    """What was asked for cannot be done; the message says why, and what to do."""
 
 
 @final
@@ -113,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command not in TRAINER_COMMANDS:
             if others:
                 parser.error(f"{options.command} does not know {' '.join(others)}.")
+            _look_for_classes_here()
             options.run(options)
         else:
             _look_for_classes_here()
@@ -177,7 +175,12 @@ def _look_for_classes_here() -> None:
 
 def _report(options: argparse.Namespace) -> None:
     for checkpoint in options.checkpoints:
-        _print_table(sparsity_table(checkpoint_sparsity(checkpoint, all_tensors=options.all), title=checkpoint))
+        source, example = (checkpoint, None) if options.model is None else trained(options, checkpoint)
+        result = report(source, example, all_tensors=options.all)
+        _print_table(sparsity_table(result.layers, title=checkpoint))
+        if result.gains is not None:
+            _print_table(result.gains.table())
+            print(*result.gains.sentences(), sep="\n")
 
 
 def _extract_masks(options: argparse.Namespace) -> None:
@@ -262,7 +265,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a Lightning checkpoint, of ours or not, or a file with a state dict",
     )
     checkpoint.add_argument("--all", action="store_true", help="biases, normalisation and integer tensors too")
+    add_model_options(checkpoint, purpose="for dead units and FLOPs: ")
     checkpoint.set_defaults(run=_report)
+    add_export_command(commands.add_parser("export", help="write a checkpoint's network to another kind of file"))
+    add_speed_command(commands.add_parser("speed", help="print how much faster zeros make a trained network"))
     _add_masks_commands(commands.add_parser("masks", help="take the masks out of a checkpoint, or compare two"))
     _add_recipes_commands(commands.add_parser("recipes", help="list the recipes; show one, or copy it to change it"))
     return parser

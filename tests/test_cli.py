@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_sparse
 from lightning_sparse.cli import SparseCLI, main
-from lightning_sparse.reporting import LayerSparsity, checkpoint_sparsity
+from lightning_sparse.reporting import LayerSparsity, SparsityReport, checkpoint_sparsity
 from lightning_sparse.zoo import list_recipes, recipe_path
 
 TINY = [
@@ -169,7 +169,7 @@ def test_errors_of_own_code_keep_their_traceback(
 
 def test_an_accident_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = LayerSparsity("weight", (2, 2), num_active="one")  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("lightning_sparse.cli.checkpoint_sparsity", lambda *_, **__: [layer])  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr("lightning_sparse.cli.report", lambda *_, **__: SparsityReport((layer,)))  # pyright: ignore[reportUnknownLambdaType]
     with pytest.raises(ValueError, match="Cannot specify ','"):  # Python's own error, within the package
         main(["report", "model.ckpt"])
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_sparse import GMP, report
+from lightning_sparse import GMP, report, save_masks, save_sparse
 from lightning_sparse.reporting import (
     CheckpointError,
     LayerSparsity,
@@ -393,3 +394,88 @@ def test_the_total_of_overlaps_is_over_all_weights() -> None:
     # 6 and 3 of 8 active; 2 in both, 7 in one at least
     total = console.export_text().splitlines()[-2]
     assert total.replace("│", " ").split() == ["total", "8", "25.00%", "62.50%", "0.2857", "33.33%"]
+
+
+# What zeros are good for.
+
+
+def test_groups_of_two_in_four_are_along_the_inputs() -> None:
+    layer = nn.Linear(6, 2)
+    # Groups of four, the last of which has two and holds whatever is in it: 3 of 4 groups hold.
+    layer.weight = nn.Parameter(torch.tensor([[1.0, 0.0, 2.0, 0.0, 3.0, 4.0], [1.0, 2.0, 3.0, 0.0, 0.0, 0.0]]))
+    (gain,) = report(layer).gains.layers  # pyright: ignore[reportOptionalMemberAccess]
+    assert gain.two_of_four == 0.75
+
+
+def test_the_file_is_about_as_large_as_is_said(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1))
+    for parameter in network.parameters():
+        parameter.data.masked_fill_(torch.rand_like(parameter) < 0.9, 0.0)
+    save_sparse(network, tmp_path / "file.sparse")
+    size = (tmp_path / "file.sparse").stat().st_size
+    for source in (network, saved(tmp_path, network.state_dict()), tmp_path / "file.sparse"):
+        gains = report(source).gains
+        assert gains is not None
+        assert gains.sparse_nbytes == pytest.approx(size, rel=0.25)
+        assert gains.nbytes == sum(tensor.nbytes for tensor in network.state_dict().values())
+        assert gains.pointwise_zeros == int((network.get_parameter("3.weight") == 0).sum())
+        assert "zeros are in 1 × 1 convolutions" in str(report(source))
+
+
+def test_dead_units_need_an_example() -> None:
+    gains = report(small(), torch.ones(5, 4)).gains
+    assert gains is not None
+    assert gains.units is not None
+    assert (gains.units.dead, gains.units.units) == (1, 5)  # the second neuron has no inputs
+    assert gains.units.parameters_left < gains.units.parameters
+    assert "shrink removes 1 dead units of 5" in str(report(small(), torch.ones(5, 4)))
+    assert report(small()).gains.units is None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_allocations_are_compared_by_the_operations_of_as_many_weights() -> None:
+    # 36 weights at 36 places and 4,320 at one; 336 are active. Uniform: 336 / 4,356 of each, which is 3 and 333. ERK:
+    # shares of 4 + 1 + 3 + 3 = 11 and 30 + 144 = 174, which is 20 and 316.
+    network: Any = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 36, 30, bias=False))
+    with torch.no_grad():
+        network[2].weight[:, 10:] = 0
+    gains = report(network, torch.ones(1, 1, 8, 8)).gains
+    assert gains is not None
+    assert (gains.uniform_flops, gains.erk_flops) == (2 * (36 * 3 + 333), 2 * (36 * 20 + 316))
+    assert "882 FLOPs uniform and 2,072 by ERK: uniform would be the faster, 2.35 times." in str(
+        report(network, torch.ones(1, 1, 8, 8))
+    )
+
+
+def test_what_cannot_be_traced_is_said() -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layer(inputs) if inputs.sum() > 0 else inputs
+
+    assert "shrink cannot remove dead units: the module cannot be traced" in str(report(Deciding(), torch.ones(1, 4)))
+
+
+def test_weights_in_safetensors_are_counted_and_masks_are_not(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_file(state, tmp_path / "file.safetensors")
+    assert checkpoint_sparsity(tmp_path / "file.safetensors") == [LayerSparsity("conv.weight", (4, 2, 3, 3), 36)]
+    save_masks(tmp_path / "file.masks", {"conv.weight": torch.ones(2, 2, dtype=torch.bool)})
+    with pytest.raises(CheckpointError, match="as files of masks are"):
+        checkpoint_sparsity(tmp_path / "file.masks")
+    (tmp_path / "file.safetensors").write_bytes((tmp_path / "file.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint_sparsity(tmp_path / "file.safetensors")
+
+
+def test_names_with_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"fc\x1b[2J.weight": half_zero(4, 4)})
+    assert "\x1b" not in str(report(path))
+
+
+def test_a_small_file_of_terabytes_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"weight": torch.ones(1, 1).expand(10**6, 10**6)})
+    assert path.stat().st_size < 10_000
+    with pytest.raises(CheckpointError, match="weight would be 4,000,000,000,000 bytes, and there are 4 of it"):
+        report(path)

@@ -1,151 +1,40 @@
-"""How sparse is it: a module, or any Lightning checkpoint or state dict, whatever trained it."""
+"""What is counted: the weights of a module, or the tensors of a file."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Table
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from lightning_sparse.execution.files import SparseFileError, is_sparse_file, load_sparse
+from lightning_sparse.execution.notes import printable
+from lightning_sparse.execution.packing import is_inflated
+from lightning_sparse.execution.shrink import Shrinkage, dead_units
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.functional.topology import count_dead
-from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method, state_dict_of
+from lightning_sparse.masks.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    looks_like_safetensors,
+    masks_by_method,
+    state_dict_of,
+)
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.layers import kind_of
 from lightning_sparse.masks.plan import Candidate, Plan, canonical_name, judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.metrics.flops import ForwardFLOPs
-from lightning_sparse.overlap import MaskOverlap, compare_masks, overlap_table
+from lightning_sparse.reporting.gains import Gains, Layer
+from lightning_sparse.reporting.layers import LayerSparsity, SparsityReport
 
-__all__ = [
-    "CheckpointError",
-    "LayerSparsity",
-    "MaskOverlap",
-    "SparsityReport",
-    "checkpoint_sparsity",
-    "compare_masks",
-    "overlap_table",
-    "report",
-    "sparsity_table",
-    "width_of",
-]
-
-
-@final
-@dataclass(frozen=True)
-class LayerSparsity:
-    """How many weights of one tensor are zero.
-
-    Args:
-        name: Key of the tensor in the state dict.
-        shape: Shape of the tensor.
-        num_active: Weights that are not zero.
-        dead_rows: Output neurons, filters or gate rows all of whose weights are zero; ``None`` where the type of the
-            layer is not known, as in a checkpoint.
-        dead_columns: Input neurons or channels all of whose weights are zero, in this layer; ``None`` as above.
-        flops: Operations of the layer in a forward pass, two for a multiplication and an addition, those with a zero
-            left out; ``None`` without an example input.
-        masked: Whether a method has a mask of it; ``None`` where that is not known, as of weights that were loaded.
-
-    Example:
-        >>> from lightning_sparse.reporting import LayerSparsity
-        >>> LayerSparsity("fc.weight", (10, 20), num_active=50).sparsity
-        0.75
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    num_active: int
-    dead_rows: int | None = None
-    dead_columns: int | None = None
-    flops: int | None = None
-    masked: bool | None = None
-
-    @property
-    def numel(self) -> int:
-        """All weights, zero or not."""
-        return math.prod(self.shape)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of weights that are zero; 0 for an empty tensor."""
-        return 1 - self.num_active / self.numel if self.numel else 0.0
-
-
-@final
-@dataclass(frozen=True)
-class SparsityReport:
-    """The sparsity of each layer, and of all of them together; what is printed is a table.
-
-    Args:
-        layers: The layers that are counted, in the order of the module.
-        flops: Operations of a forward pass, those with a zero weight left out; ``None`` without an example input.
-        dense_flops: Those of the same network dense.
-    """
-
-    layers: tuple[LayerSparsity, ...]
-    flops: int | None = None
-    dense_flops: int | None = None
-
-    @property
-    def numel(self) -> int:
-        """All weights of the layers, zero or not."""
-        return sum(layer.numel for layer in self.layers)
-
-    @property
-    def num_active(self) -> int:
-        """Weights of the layers that are not zero."""
-        return sum(layer.num_active for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the layers' weights that are zero."""
-        return 1 - self.num_active / self.numel if self.numel else 0.0
-
-    @property
-    def masked(self) -> SparsityReport:
-        """The layers alone that are known to be masked: a sparsity that a method was asked for is that of these."""
-        return SparsityReport(tuple(layer for layer in self.layers if layer.masked))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as dictionaries, lists and numbers, for JSON or a data frame."""
-        layers = [{**asdict(layer), "shape": list(layer.shape), "sparsity": layer.sparsity} for layer in self.layers]
-        return {
-            "sparsity": self.sparsity,
-            "numel": self.numel,
-            "num_active": self.num_active,
-            "flops": self.flops,
-            "dense_flops": self.dense_flops,
-            "layers": layers,
-        }
-
-    def __rich__(self) -> Table:
-        table = sparsity_table(self.layers)
-        if self.flops is not None and self.dense_flops is not None:
-            rest = self.flops - sum(layer.flops or 0 for layer in self.layers)
-            table.caption = (
-                f"{self.flops:,} of {self.dense_flops:,} dense FLOPs, {rest:,} of them in what is not listed;"
-                " theoretical: dense kernels carry out all"
-            )
-        return table
-
-    def __str__(self) -> str:
-        table = self.__rich__()
-        console = Console(
-            width=width_of(table), no_color=True, force_terminal=False, force_jupyter=False, highlight=False
-        )
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get().rstrip()
+__all__ = ["checkpoint_sparsity", "read_state", "report"]
 
 
 def report(
@@ -169,7 +58,9 @@ def report(
         all_tensors: Count biases, normalisation and all other parameters too.
 
     Returns:
-        One entry per layer; ``print`` shows a table, ``to_dict`` gives plain data.
+        One entry per layer, and what the zeros are good for: the size of a sparse file, groups that satisfy 2:4, and
+        with an example input dead units, for which the module is copied once, and whether uniform layers or those of
+        ERK would have been faster. ``print`` shows tables, ``to_dict`` gives plain data.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
@@ -206,15 +97,21 @@ def report(
         raise ValueError(f"{source} is a checkpoint, which takes no example input; load it and report the module.")
     if include is not None or exclude is not None:
         raise ValueError(f"{source} is a checkpoint, which takes no patterns; load it and report the module.")
-    return SparsityReport(tuple(checkpoint_sparsity(source, all_tensors=all_tensors)))
+    tensors, masked = _read(source)
+    layers = _count(tensors, masked, source, all_tensors=all_tensors)
+    counted = {layer.name for layer in layers}
+    weights = {name: Layer(tensor, tensor) for name, tensor in tensors.items() if name in counted and tensor.ndim > 1}
+    others = [tensor for name, tensor in tensors.items() if name not in weights]
+    return SparsityReport(tuple(layers), gains=Gains.of(weights, others))
 
 
 def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[LayerSparsity]:
     """Count the zeros in the tensors of a checkpoint.
 
     A checkpoint is a Lightning checkpoint, a dictionary that holds a state dict under "state_dict", "model_state_dict"
-    or "model", or a bare state dict. Code in the file is never run. Tensors that :mod:`torch.nn.utils.prune` split into
-    ``<name>_orig`` and ``<name>_mask`` are reported as their product.
+    or "model", or a bare state dict; or a sparse file, or another safetensors file of weights. Code in the file is
+    never run. Tensors that :mod:`torch.nn.utils.prune` split into ``<name>_orig`` and ``<name>_mask`` are reported as
+    their product.
 
     Args:
         path: The file.
@@ -234,9 +131,53 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
         >>> [(layer.name, layer.num_active) for layer in checkpoint_sparsity("eye.pt")]
         [('fc.weight', 4)]
     """
+    return _count(*_read(path), path, all_tensors=all_tensors)
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, of a sparse file, or of weights in the safetensors format.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, unsafe to load, or holds no tensors.
+
+    Example:
+        >>> torch.save({"state_dict": {"fc.weight": torch.eye(2)}, "epoch": 3}, "eye.ckpt")
+        >>> read_state("eye.ckpt")
+        {'fc.weight': tensor([[1., 0.],
+                [0., 1.]])}
+    """
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of a file, and the names of those of which a method has saved a mask there."""
+    try:
+        if is_sparse_file(path):
+            return load_sparse(path), set()
+    except SparseFileError as error:
+        raise CheckpointError(str(error)) from error
+    if looks_like_safetensors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                is_of_masks = (file.metadata() or {}).get("format") == "lightning_sparse.masks"
+            if not is_of_masks:
+                return load_file(path), set()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: safetensors cannot read it ({error}).") from error
     checkpoint = load_checkpoint(path)
-    tensors = state_dict_of(checkpoint, path)
-    masked = {name for masks in masks_by_method(checkpoint, path).values() for name in masks}
+    state = state_dict_of(checkpoint, path)
+    for name, tensor in state.items():
+        if is_inflated(tensor):
+            raise CheckpointError(
+                f"{path} is damaged or hostile: {printable(name)} would be {tensor.nbytes:,} bytes, and there are"
+                f" {tensor.untyped_storage().nbytes():,} of it in the file."
+            )
+    return state, {name for masks in masks_by_method(checkpoint, path).values() for name in masks}
+
+
+def _count(
+    tensors: Mapping[str, Tensor], masked: set[str], path: str | Path, *, all_tensors: bool
+) -> list[LayerSparsity]:
     layers = [
         LayerSparsity(
             name,
@@ -255,65 +196,6 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
     return layers
 
 
-def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) -> Table:
-    """Lay out layers and their total for a terminal.
-
-    Args:
-        layers: What :func:`checkpoint_sparsity` returned, or the layers of a report.
-        title: Printed above the table.
-
-    Example:
-        >>> from lightning_sparse.reporting import LayerSparsity, sparsity_table
-        >>> sparsity_table([LayerSparsity("fc.weight", (10, 20), num_active=50)]).row_count
-        2
-    """
-    layers = list(layers)
-    table = Table(title=None if title is None else escape(title))
-    table.add_column("layer", overflow="fold")
-    known = [
-        (header, key)
-        for header, key in (("dead rows", "dead_rows"), ("dead columns", "dead_columns"), ("FLOPs", "flops"))
-        if any(getattr(layer, key) is not None for layer in layers)
-    ]
-    for header in ("shape", "weights", "active", "sparsity", *(header for header, _ in known)):
-        table.add_column(header, justify="right")
-    for layer in layers:
-        shape = " × ".join(map(str, layer.shape)) or "scalar"
-        counts = (getattr(layer, key) for _, key in known)
-        table.add_row(
-            escape(layer.name),
-            shape,
-            f"{layer.numel:,}",
-            f"{layer.num_active:,}",
-            f"{layer.sparsity:.2%}",
-            *("" if count is None else f"{count:,}" for count in counts),
-        )
-    table.add_section()
-    total = SparsityReport(tuple(layers))
-    if 0 < len(total.masked.layers) < len(layers):
-        _add_sum(table, "masked", total.masked, [key for _, key in known])
-    _add_sum(table, "total", total, [key for _, key in known])
-    return table
-
-
-def _add_sum(table: Table, title: str, of: SparsityReport, counts: Sequence[str]) -> None:
-    sums = (sum(getattr(layer, key) or 0 for layer in of.layers) for key in counts)
-    cells = (f"{of.numel:,}", f"{of.num_active:,}", f"{of.sparsity:.2%}", *(f"{count:,}" for count in sums))
-    table.add_row(title, "", *cells, style="bold")
-
-
-def width_of(table: Table) -> int:
-    """The columns that a table takes if nothing in it is broken into lines, 120 at least for what is below it.
-
-    Example:
-        >>> from lightning_sparse.reporting import LayerSparsity, sparsity_table, width_of
-        >>> width_of(sparsity_table([LayerSparsity("encoder." * 20 + "weight", (10, 20), num_active=50)]))
-        210
-    """
-    console = Console(width=10_000)
-    return max(120, Measurement.get(console, console.options, table).maximum)
-
-
 def _report_of_module(
     module: nn.Module, example: Any, plan: Plan, *, everything: bool, narrowed: bool
 ) -> SparsityReport:
@@ -321,7 +203,6 @@ def _report_of_module(
         raise ValueError(plan.refusal)
     counter = None if example is None else _count_flops(module, example)
     masked = {*MaskRegistry.left_in(module), *(MaskRegistry.find(module) or ())}
-
     out = {"no shape yet", "excluded", *(["not included"] if narrowed else [])}
 
     def is_counted(item: Candidate) -> bool:
@@ -343,10 +224,32 @@ def _report_of_module(
         replace(_layer(item, by_name.get(item.name)), masked=item.name in masked if masked else None)
         for item in counted
     )
+    gains = _gains(module, counted, example, by_name if counter else None)
     if counter is None:
-        return SparsityReport(layers)
+        return SparsityReport(layers, gains=gains)
     saved = sum(by_name.get(layer.name, 0) - (layer.flops or 0) for layer in layers)
-    return SparsityReport(layers, counter.total - saved, counter.total)
+    return SparsityReport(layers, counter.total - saved, counter.total, gains)
+
+
+def _gains(
+    module: nn.Module, counted: Sequence[Candidate], example: Any, dense_flops: Mapping[str, int] | None
+) -> Gains:
+    weights = {
+        item.name: Layer(value, item.rows(value), None if dense_flops is None else dense_flops.get(item.name, 0))
+        for item in counted
+        if (value := item.parameter.detach()).ndim > 1
+    }
+    own = {id(item.parameter) for item in counted if item.name in weights}
+    others = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own]
+    return Gains.of(weights, others, None if example is None else _dead_units(module, example))
+
+
+def _dead_units(module: nn.Module, example: Any) -> Shrinkage | None:
+    """What shrinking would remove; ``None`` for a module that cannot be copied."""
+    try:
+        return dead_units(module, example)
+    except ValueError:
+        return None
 
 
 def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:

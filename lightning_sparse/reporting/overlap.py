@@ -1,4 +1,4 @@
-"""How alike two masks are, layer by layer."""
+"""How alike two masks of a network are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from lightning_sparse.execution.notes import printable
 from lightning_sparse.functional.topology import count_active, count_shared
 
 __all__ = ["MaskOverlap", "compare_masks", "overlap_table"]
@@ -28,7 +29,7 @@ class MaskOverlap:
         shared: Weights that are active in both.
 
     Example:
-        >>> from lightning_sparse.overlap import MaskOverlap
+        >>> from lightning_sparse.reporting import MaskOverlap
         >>> overlap = MaskOverlap("fc.weight", numel=8, active_before=4, active_after=2, shared=2)
         >>> overlap.jaccard, overlap.kept
         (0.5, 0.5)
@@ -63,8 +64,8 @@ def compare_masks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
         ValueError: Names or shapes differ; the message says which.
 
     Example:
-        >>> from lightning_sparse.overlap import compare_masks
         >>> import torch
+        >>> from lightning_sparse.reporting import compare_masks
         >>> first, second = torch.tensor([True, True, False]), torch.tensor([True, False, True])
         >>> compare_masks({"fc.weight": first}, {"fc.weight": second})
         [MaskOverlap(name='fc.weight', numel=3, active_before=2, active_after=2, shared=1)]
@@ -90,12 +91,12 @@ def overlap_table(overlaps: Iterable[MaskOverlap], title: str | None = None) -> 
         title: Printed above the table.
 
     Example:
-        >>> from lightning_sparse.overlap import MaskOverlap, overlap_table
+        >>> from lightning_sparse.reporting import MaskOverlap, overlap_table
         >>> overlap_table([MaskOverlap("fc.weight", numel=8, active_before=4, active_after=2, shared=2)]).row_count
         2
     """
     overlaps = list(overlaps)
-    table = Table(title=None if title is None else escape(title))
+    table = Table(title=None if title is None else escape(printable(title)))
     table.add_column("layer", overflow="fold")
     for header in ("weights", "sparsity of A", "sparsity of B", "Jaccard", "of A kept in B"):
         table.add_column(header, justify="right")
@@ -108,7 +109,7 @@ def overlap_table(overlaps: Iterable[MaskOverlap], title: str | None = None) -> 
         if overlap is total:
             table.add_section()
         table.add_row(
-            escape(overlap.name),
+            escape(printable(overlap.name)),
             f"{overlap.numel:,}",
             f"{1 - overlap.active_before / overlap.numel:.2%}",
             f"{1 - overlap.active_after / overlap.numel:.2%}",

@@ -1,0 +1,230 @@
+"""Smaller dense networks: what no output depends on is removed, and what is constant is folded into biases."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_sparse.execution.shrinking.analysis import needed_units
+from lightning_sparse.execution.shrinking.layers import Layer
+from lightning_sparse.execution.shrinking.tracing import NotTraceableError, arguments_of, trace
+
+__all__ = ["LayerUnits", "Shrinkage", "dead_units", "shrink"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@final
+@dataclass(frozen=True)
+class LayerUnits:
+    """The neurons, filters or recurrent units of one layer.
+
+    Args:
+        name: The layer.
+        units: How many it has.
+        dead: How many of them can be removed.
+    """
+
+    name: str
+    units: int
+    dead: int
+
+
+@final
+@dataclass(frozen=True)
+class Shrinkage:
+    """What :func:`shrink` would remove.
+
+    Args:
+        layers: Layers with units, in the order in which they run.
+        parameters: Parameters of the module.
+        parameters_left: Those that :func:`shrink` leaves.
+        obstacle: Why nothing can be removed, where the module cannot be traced; else empty.
+    """
+
+    layers: tuple[LayerUnits, ...]
+    parameters: int
+    parameters_left: int
+    obstacle: str = ""
+
+    @property
+    def units(self) -> int:
+        """Units of all layers."""
+        return sum(layer.units for layer in self.layers)
+
+    @property
+    def dead(self) -> int:
+        """Units that can be removed."""
+        return sum(layer.dead for layer in self.layers)
+
+
+def shrink(module: _Module, example: Any) -> _Module:
+    r"""A copy of a module without dead neurons, filters, recurrent units; it gives the same outputs.
+
+    A unit is dead where no output depends on it, through weights that are not zero, or where it is constant: without
+    inputs it gives :math:`c = f(b)`, its bias through normalisation and activation, and what reads it by a weight
+    :math:`w` takes :math:`b' = b + w c` for its own bias. A padded convolution sees zeros around a constant; of its
+    constant inputs one stays and stands for all. What a residual sum adds up can only go together.
+
+    The module is traced by torch.fx. Whatever is not known to work on each feature alone keeps the features that it
+    gets: normalisation over layers and groups, attention, views with sizes written out, modules with hooks or with
+    parameters that are shared or parametrised, and layers that are called more than once. Inputs of the network all
+    stay, but for large linear layers that read at most a quarter of theirs, which pick them.
+
+    Args:
+        module: Any module; it is not changed.
+        example: An input of it: one tensor, a tuple of arguments, or a dictionary of them by name.
+
+    Returns:
+        The copy, in evaluation mode; other batch and image sizes than the example's work as before. It is unchanged,
+        with a warning, if it cannot be traced.
+
+    Raises:
+        TypeError: ``module`` is no module, or the example does not fit its ``forward``.
+        ValueError: The module cannot be copied.
+
+    Example:
+        >>> from lightning_sparse import shrink
+        >>> module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = module[0].weight.data[1].zero_()  # without inputs: constant
+        >>> _ = module[2].weight.data[:, 2].zero_()  # read by nothing
+        >>> small = shrink(module, torch.ones(1, 4))
+        >>> small[0], small[2]
+        (Linear(in_features=4, out_features=1, bias=True), Linear(in_features=1, out_features=2, bias=True))
+        >>> inputs = torch.randn(5, 4)
+        >>> torch.testing.assert_close(small(inputs), module(inputs))
+    """
+    plan = _plan(module, example)
+    if plan.obstacle:
+        _tell(module, f"cannot be traced: {plan.obstacle}")
+        return plan.module
+    before = _run(plan.module, example)
+    _remove(plan)
+    if not _gives(plan.module, example, before):
+        _tell(module, "gives other outputs when it is shrunk, so some of its code depends on sizes or on chance")
+        return _copied(module)
+    return plan.module
+
+
+def dead_units(module: nn.Module, example: Any) -> Shrinkage:
+    """Say what :func:`shrink` would remove.
+
+    Args:
+        module: Any module; it is not changed.
+        example: An input of it; see :func:`shrink`.
+
+    Raises:
+        TypeError: ``module`` is no module, or the example does not fit its ``forward``.
+        ValueError: The module cannot be copied.
+
+    Example:
+        >>> module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = module[2].weight.data[:, 2].zero_()
+        >>> dead_units(module, torch.ones(1, 4))
+        Shrinkage(layers=(LayerUnits(name='0', units=3, dead=1), LayerUnits(name='2', units=2, dead=0)),
+                  parameters=23, parameters_left=16, obstacle='')
+    """
+    plan = _plan(module, example)
+    layers = tuple(
+        LayerUnits(layer.name, len(layer.units), int((~plan.needed[layer.units]).sum()))
+        for layer in plan.layers
+        if len(layer.units)
+    )
+    before = _num_parameters(plan.module)
+    _remove(plan)
+    return Shrinkage(layers, before, _num_parameters(plan.module), plan.obstacle)
+
+
+class _Plan(NamedTuple):
+    """A copy that nobody else has, and what to remove of it."""
+
+    module: Any
+    layers: Sequence[Layer]
+    needed: NDArray[np.bool_]
+    obstacle: str = ""
+
+
+def _plan(module: nn.Module, example: Any) -> _Plan:
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"shrink takes a module and an example of its input, as in shrink(model, torch.zeros(1, 3, 32, 32)); the"
+            f" module is a {type(module).__name__}."
+        )
+    copied = _copied(module)
+    try:
+        return _Plan(copied, *needed_units(copied, trace(copied, example)))
+    except NotTraceableError as error:
+        return _Plan(copied, (), np.zeros(0, dtype=bool), str(error))
+
+
+def _copied(module: _Module) -> _Module:
+    try:
+        return copy.deepcopy(module).eval()
+    except Exception as error:  # whatever a module holds may refuse to be copied
+        raise ValueError(
+            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}), and shrink leaves the module"
+            " itself alone. Give a module that copy.deepcopy takes; where torch.nn.utils.prune has pruned it, remove"
+            " its masks with prune.remove before."
+        ) from error
+
+
+def _remove(plan: _Plan) -> None:
+    places = [(name, part) for name, part in plan.module.named_modules(remove_duplicate=False) if name]
+    for layer in plan.layers:
+        replacement = layer.shrink(plan.needed)
+        if replacement is not layer.module:
+            for name in [name for name, part in places if part is layer.module]:
+                parent, _, own = name.rpartition(".")
+                setattr(plan.module.get_submodule(parent), own, replacement)
+
+
+def _run(module: nn.Module, example: Any) -> list[Tensor]:
+    args, kwargs = arguments_of(example)
+    with torch.no_grad():
+        return _tensors(module(*args, **kwargs))
+
+
+def _gives(module: nn.Module, example: Any, expected: Sequence[Tensor]) -> bool:
+    try:
+        return _are_close(_run(module, example), expected)
+    except Exception:  # code that reads the sizes of its layers may do anything
+        return False
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in cast("Any", parts) for tensor in _tensors(part)]
+
+
+def _are_close(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether outputs are equal but for rounding: half of the digits of their type, of the largest value."""
+    if len(some) != len(others):
+        return False
+    for one, other in zip(some, others, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if other.is_floating_point() and other.numel():
+            scale = other.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+            tolerance = torch.finfo(other.dtype).eps ** 0.5
+            if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
+                return False
+    return True
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tell(module: nn.Module, found: str) -> None:
+    warnings.warn(f"{type(module).__name__} {found}. shrink returns a copy of it, unchanged.", stacklevel=3)

@@ -1,0 +1,171 @@
+"""What zeros are good for: how much smaller a file, a dense network, and how many operations, and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_sparse.execution.files import sparse_nbytes
+from lightning_sparse.execution.notes import printable
+from lightning_sparse.execution.shrink import Shrinkage
+from lightning_sparse.functional.allocation import erdos_renyi_kernel, uniform
+
+__all__ = ["Gains", "LayerGain"]
+
+
+class Layer(NamedTuple):
+    """A weight as it is looked at here.
+
+    Args:
+        value: The weight.
+        rows: The same as one row of inputs for each output.
+        dense_flops: Operations of the layer if it were dense; ``None`` where they are not known.
+    """
+
+    value: Tensor
+    rows: Tensor
+    dense_flops: int | None = None
+
+
+@final
+@dataclass(frozen=True)
+class LayerGain:
+    """What the zeros of one weight are good for.
+
+    Args:
+        name: The weight.
+        two_of_four: Share of the groups of four neighbouring inputs of an output in which at most two weights are not
+            zero, in [0, 1]: where it is 1, the sparse tensor cores of GPUs take the weight as it is.
+        nbytes: Bytes of the dense weight.
+        sparse_nbytes: About the bytes that it takes in a sparse file.
+        is_pointwise: Whether it is a convolution of kernel size 1, which torch alone runs as a sparse product.
+        num_zeros: Weights that are zero.
+    """
+
+    name: str
+    two_of_four: float
+    nbytes: int
+    sparse_nbytes: int
+    is_pointwise: bool
+    num_zeros: int
+
+    @classmethod
+    def of(cls, name: str, layer: Layer) -> LayerGain:
+        """Look at a weight."""
+        value = layer.value
+        is_pointwise = value.ndim > 2 and math.prod(value.shape[2:]) == 1
+        num_zeros = value.numel() - int(value.count_nonzero())
+        return cls(name, _share_of_two_of_four(layer.rows), value.nbytes, sparse_nbytes(value), is_pointwise, num_zeros)
+
+
+@final
+@dataclass(frozen=True)
+class Gains:
+    """What the zeros of a network are good for.
+
+    Args:
+        layers: Each weight.
+        nbytes: Bytes of all tensors of the module or of the file, those without zeros too.
+        sparse_nbytes: About the bytes of a sparse file of them.
+        units: What :func:`~lightning_sparse.execution.shrink` would remove; ``None`` without an example input.
+        uniform_flops: Operations of a forward pass, in these layers, if all were equally sparse; ``None`` as above.
+        erk_flops: Likewise with the allocation Erdős–Rényi–Kernel.
+    """
+
+    layers: tuple[LayerGain, ...]
+    nbytes: int
+    sparse_nbytes: int
+    units: Shrinkage | None = None
+    uniform_flops: int | None = None
+    erk_flops: int | None = None
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Layer], others: Sequence[Tensor], units: Shrinkage | None = None) -> Gains:
+        """Look at the weights of a network.
+
+        Args:
+            layers: By name, the weights that are counted.
+            others: All other tensors that a file would hold.
+            units: What shrinking would remove.
+        """
+        gains = tuple(LayerGain.of(name, layer) for name, layer in layers.items())
+        nbytes = sum(gain.nbytes for gain in gains) + sum(tensor.nbytes for tensor in others)
+        sparse = sum(gain.sparse_nbytes for gain in gains) + sum(map(sparse_nbytes, others))
+        return cls(gains, nbytes, sparse, units, *_flops_by_allocation([*layers.values()]))
+
+    @property
+    def pointwise_zeros(self) -> int:
+        """Zeros in convolutions of kernel size 1."""
+        return sum(gain.num_zeros for gain in self.layers if gain.is_pointwise)
+
+    def sentences(self) -> Iterator[str]:
+        """What can be said of the whole network, one sentence each."""
+        yield (
+            f"A sparse file takes about {_megabytes(self.sparse_nbytes)} of {_megabytes(self.nbytes)} MB"
+            f" ({self.nbytes / max(1, self.sparse_nbytes):.1f} times smaller)."
+        )
+        zeros = sum(gain.num_zeros for gain in self.layers)
+        if self.pointwise_zeros:
+            yield f"{self.pointwise_zeros:,} of {zeros:,} zeros are in 1 × 1 convolutions: torch alone can use them."
+        if self.units is not None and self.units.obstacle:
+            yield f"shrink cannot remove dead units: the module cannot be traced ({printable(self.units.obstacle)})."
+        elif self.units is not None:
+            yield (
+                f"shrink removes {self.units.dead:,} dead units of {self.units.units:,} and leaves"
+                f" {self.units.parameters_left:,} of {self.units.parameters:,} parameters."
+            )
+        if self.uniform_flops and self.erk_flops:
+            fewer, more = sorted((self.uniform_flops, self.erk_flops))
+            name = "uniform" if fewer == self.uniform_flops else "ERK"
+            if more > 1.01 * fewer:
+                yield (
+                    f"Shared out anew, as many weights would take {self.uniform_flops:,} FLOPs uniform and"
+                    f" {self.erk_flops:,} by ERK: {name} would be the faster, {more / fewer:.2f} times."
+                )
+
+    def table(self) -> Table:
+        """What can be said of each layer, for a terminal."""
+        table = Table()
+        table.add_column("layer", overflow="fold")
+        for header in ("2:4 groups", "file, bytes", "times smaller"):
+            table.add_column(header, justify="right")
+        for gain in self.layers:
+            table.add_row(
+                escape(printable(gain.name)),
+                f"{gain.two_of_four:.2%}",
+                f"{gain.sparse_nbytes:,}",
+                f"{gain.nbytes / max(1, gain.sparse_nbytes):.1f}",
+            )
+        return table
+
+
+def _share_of_two_of_four(rows: Tensor) -> float:
+    active = (rows != 0).flatten(1)
+    groups = F.pad(active, (0, -active.shape[1] % 4)).reshape(-1, 4)
+    return float((groups.sum(dim=1) <= 2).double().mean()) if len(groups) else 1.0
+
+
+def _flops_by_allocation(layers: Sequence[Layer]) -> tuple[int, int] | tuple[None, None]:
+    """Operations with the same number of active weights, in equally sparse layers and in those of ERK."""
+    dense = [layer.dense_flops for layer in layers]
+    sizes = [layer.value.numel() for layer in layers]
+    if any(flops is None for flops in dense) or not all(sizes):
+        return None, None
+    shapes = [tuple(layer.value.shape) for layer in layers]
+    total = sum(int(layer.value.count_nonzero()) for layer in layers)
+    uniform_flops, erk_flops = (
+        round(sum((flops or 0) * budget / size for flops, budget, size in zip(dense, budgets, sizes, strict=True)))
+        for budgets in (uniform(shapes, total), erdos_renyi_kernel(shapes, total))
+    )
+    return uniform_flops, erk_flops
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.3g}"
