@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sparse"
 # A part is a module or folder directly below the package. It may import its own layer and those before it.
 LAYERS = [
     {"_version", "functional"},
-    {"schedules", "trainer", "execution"},
+    {"schedules", "timetable", "trainer", "execution"},
     {"masks"},
     {"modules"},
     {"methods", "metrics", "monitor", "reporting"},
@@ -104,5 +104,5 @@ def test_functional_imports_torch_and_numpy_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "execution").rglob("*.py")), ids=name_of)
 def test_execution_needs_no_lightning(path: Path) -> None:
-    assert foreign_packages(path) <= {"llvmlite", "numpy", "safetensors", "torch", "typing_extensions"}
+    assert foreign_packages(path) <= {"llvmlite", "numpy", "rich", "safetensors", "torch", "typing_extensions"}
     assert imported_parts(path) <= {"execution", "functional"}

@@ -16,6 +16,7 @@ from lightning_sparse.execution.files import sparse_nbytes
 from lightning_sparse.execution.notes import printable
 from lightning_sparse.execution.shrink import Shrinkage
 from lightning_sparse.functional.allocation import erdos_renyi_kernel, uniform
+from lightning_sparse.functional.masks import count_true
 
 __all__ = ["Gains", "LayerGain"]
 
@@ -61,7 +62,7 @@ class LayerGain:
         """Look at a weight."""
         value = layer.value
         is_pointwise = value.ndim > 2 and math.prod(value.shape[2:]) == 1
-        num_zeros = value.numel() - int(value.count_nonzero())
+        num_zeros = value.numel() - count_true(value != 0)
         return cls(name, _share_of_two_of_four(layer.rows), value.nbytes, sparse_nbytes(value), is_pointwise, num_zeros)
 
 
@@ -159,7 +160,7 @@ def _flops_by_allocation(layers: Sequence[Layer]) -> tuple[int, int] | tuple[Non
     if any(flops is None for flops in dense) or not all(sizes):
         return None, None
     shapes = [tuple(layer.value.shape) for layer in layers]
-    total = sum(int(layer.value.count_nonzero()) for layer in layers)
+    total = sum(count_true(layer.value != 0) for layer in layers)
     uniform_flops, erk_flops = (
         round(sum((flops or 0) * budget / size for flops, budget, size in zip(dense, budgets, sizes, strict=True)))
         for budgets in (uniform(shapes, total), erdos_renyi_kernel(shapes, total))

@@ -240,7 +240,8 @@ def _gains(
         if (value := item.parameter.detach()).ndim > 1
     }
     own = {id(item.parameter) for item in counted if item.name in weights}
-    others = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own]
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if not nn.parameter.is_lazy(tensor)]
+    others = [tensor.detach() for tensor in held if id(tensor) not in own]
     return Gains.of(weights, others, None if example is None else _dead_units(module, example))
 
 
