@@ -22,10 +22,11 @@ from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
+from lightning_sparse.methods.schema import check_monitor
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.timeline import SparsityTimeline
-from lightning_sparse.trainer import callbacks_of, steps_of_training
+from lightning_sparse.trainer import callbacks_of, check_flag, steps_of_training
 
 __all__ = ["SparsityMonitor"]
 
@@ -96,9 +97,9 @@ class SparsityMonitor(pl.Callback):
     """
 
     def __init__(self, *, per_layer: bool = True, histograms: bool = True, heatmap: bool = True) -> None:
-        self.per_layer = per_layer
-        self.histograms = histograms
-        self.heatmap = heatmap
+        self.per_layer = check_flag("per_layer", per_layer)
+        self.histograms = check_flag("histograms", histograms)
+        self.heatmap = check_flag("heatmap", heatmap)
         self._forget()
 
     def _forget(self) -> None:
@@ -198,7 +199,8 @@ class SparsityMonitor(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if not self._begun:
-            return {}  # the learning-rate finder asks before training begins
+            # Before the first batch: what was loaded, or nothing, as where the learning-rate finder asks.
+            return dict(self._loaded or {})
         return {
             "step": self._step,
             "update_step": self._update_step,
@@ -211,6 +213,7 @@ class SparsityMonitor(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_monitor(state_dict)
         self._loaded = state_dict
 
     # What is kept.
@@ -232,12 +235,6 @@ class SparsityMonitor(pl.Callback):
             self._resume(self._loaded)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise MisconfigurationException(
-                f"The checkpoint's state of SparsityMonitor is cut short: it lacks {', '.join(sorted(missing))}. Resume"
-                " from an earlier checkpoint, or without the monitor."
-            )
         self._history.load_state_dict(state["history"])
         # Checkpoints of older versions do not name the layers; their history has the same, in their order.
         self.timeline.load_state_dict({"layers": list(state["history"]["initial"])} | state["timeline"])

@@ -25,11 +25,14 @@ __all__ = [
     "as_number",
     "as_schedule",
     "check_fraction",
+    "check_whole",
 ]
 
 Duration = int | float
 """``int``: a number of optimizer steps. ``float`` in [0, 1]: a fraction of training."""
 
+
+_MOST_CYCLES = 1_000
 
 CycleShape = Literal["cosine", "triangular"]
 """How density rises and falls within a cycle."""
@@ -56,6 +59,8 @@ class _OfNumbers(Schedule):
             value = getattr(self, field.name)
             if field.name != but and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{self}: {field.name} is {value!r}; give a number.")
+            if field.name != but and not math.isfinite(value):
+                raise ValueError(f"{self}: {field.name} is {value!r}; give a finite number.")
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,8 @@ class Cyclic(_OfNumbers):
         shape: How density rises and falls: along a cosine or evenly.
 
     Raises:
-        ValueError: An argument is out of its range, or the cycles do not fit into the schedule's time.
+        ValueError: An argument is out of its range, there are more than 1000 cycles, or they do not fit into the
+            schedule's time.
 
     Example:
         >>> [round(Cyclic(0.9, cycles=2, length=0.2)(p), 3) for p in (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)]
@@ -208,6 +214,11 @@ class Cyclic(_OfNumbers):
             raise ValueError(f"{self}: cycles is {self.cycles!r}; give an int of at least 1, such as 2.")
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"{self}: sparsity is a fraction in [0, 1).")
+        if self.cycles > _MOST_CYCLES:
+            raise ValueError(
+                f"{self}: cycles is {self.cycles}; give at most {_MOST_CYCLES}. More are shorter than the steps of a"
+                " training."
+            )
         if self.cycles < 1 or self.multiplier < 1.0 or self.growth <= 0.0:
             raise ValueError(f"{self}: give at least 1 cycle, a multiplier of at least 1 and a growth above 0.")
         if self.shape not in get_args(CycleShape):
@@ -272,6 +283,24 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
             raise ValueError(f"{name} is {value:g}{where}, but it is a fraction in {allowed}.{hint}")
 
 
+def check_whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least ``least``, numpy's too, as Python's own.
+
+    Raises:
+        ValueError: It is none.
+
+    Example:
+        >>> check_whole("own", 2.5)
+        Traceback (most recent call last):
+            ...
+        ValueError: own is 2.5; give an int of at least 1.
+    """
+    plain = as_number(value)
+    if isinstance(plain, bool) or not isinstance(plain, int) or plain < least:
+        raise ValueError(f"{name} is {value!r}; give an int of at least {least}.")
+    return plain
+
+
 @dataclass(frozen=True)
 class UpdateTimes:
     """When masks are updated: every so often from ``start`` to ``stop``, and at ``stop`` itself.
@@ -298,6 +327,8 @@ class UpdateTimes:
     before: UpdateTimes | None = None
 
     def __post_init__(self) -> None:
+        for name in ("every", "start", "stop"):
+            object.__setattr__(self, name, as_number(getattr(self, name)))
         for name, duration in (("update_every", self.every), ("start", self.start), ("stop", self.stop)):
             _check_duration(name, duration)
         if self.every == 0:

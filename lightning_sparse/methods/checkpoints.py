@@ -18,7 +18,7 @@ from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
-from lightning_sparse.methods.state import check_state, sealed
+from lightning_sparse.methods.state import check_digest, check_state, sealed
 from lightning_sparse.trainer import callbacks_of, is_a
 
 __all__ = [
@@ -72,7 +72,7 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     states: Mapping[str, Any] = checkpoint.get("callbacks", {})
     own = states.get(method.state_key)
     if resumes and own is not None:
-        check_state(own, method.state_key)
+        check_state(own, method.state_key, method.state_fields())
         _refuse_unshared(own, pl_module, trainer.ckpt_path)
     masks = _masks_of_all(checkpoint)
     if resumes:
@@ -133,9 +133,9 @@ def _follow(method: Method, module: pl.LightningModule, state: Mapping[str, Any]
     if run is None or run.active or run.module() is not module:
         return
     try:
-        check_state(state, method.state_key)
+        check_state(state, method.state_key, method.state_fields())
         for group in run.groups:
-            group.load_(state["masks"])
+            group.load_(state["masks"], "checkpoint")
     except (MisconfigurationException, CheckpointError):
         method.last_run = None  # it is not of these weights
         return
@@ -162,7 +162,7 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     loaded, run = method.loaded, method.last_run
     if loaded is not None and loaded.resumes:
         if loaded.state is not None:
-            return Beginning(check_state(loaded.state, method.state_key), goes_on=True)
+            return Beginning(_checked(method, loaded.state), goes_on=True)
         if loaded.left is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so resuming would go on"
@@ -175,10 +175,16 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     # A Trainer that has taken steps goes on; with a new one a new training begins.
     goes_on = trainer.global_step > 0
     if loaded is not None and loaded.state is not None and _is_still_there(loaded.left, module):
-        return Beginning(check_state(loaded.state, method.state_key), goes_on=goes_on)
+        return Beginning(_checked(method, loaded.state), goes_on=goes_on)
     if loaded is None and run is not None and run.module() is module and _is_still_there(run.left, module):
-        return Beginning(check_state(state_of(method), method.state_key), goes_on=goes_on)
+        return Beginning(_state(method, run), goes_on=goes_on, source="module")
     return Beginning(inherited=MaskRegistry.left_in(module))
+
+
+def _checked(method: Method, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_state(state, method.state_key, method.state_fields())
+    check_digest(state, method.state_key)
+    return state
 
 
 def inherited_by_all(methods: Sequence[Method], module: pl.LightningModule) -> Mapping[str, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from itertools import pairwise
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,6 +25,7 @@ from lightning_sparse.masks.weight import MaskedWeight, MaskPool
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
+from lightning_sparse.methods.state import check_budgets
 from lightning_sparse.schedules import (
     Cosine,
     Duration,
@@ -268,6 +269,11 @@ class ScoredMethod(HardMaskMethod, ABC):
             weight.budget = self.shape.feasible(weight, budget, every)
             scores = random_scores(weight, self.seed, step=0)
             weight.mask.copy_(self.shape.largest(weight, scores, weight.budget, every))
+
+    @override
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        super().load_method_state(state)
+        check_budgets(self.groups, self.state_key)
 
     @final
     @override

@@ -12,7 +12,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard, final
 from weakref import ref
@@ -28,10 +28,13 @@ from torch import distributed, nn
 from typing_extensions import override
 
 from lightning_sparse.masks.distributed import world_size
+from lightning_sparse.masks.places import printable
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
-from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
+from lightning_sparse.schedules import Duration, Timetable, UpdateTimes, check_whole
 from lightning_sparse.trainer import (
+    check_flag,
+    check_globs,
     check_in_optimizer,
     copy_again,
     refuse_twins,
@@ -74,7 +77,8 @@ class DyReLUPhasing(pl.Callback):
         seed: Seed of the first values of the Dynamic ReLUs' parameters.
 
     Raises:
-        ValueError: A duration is negative or a fraction above 1, or ``stop`` comes before ``start``.
+        ValueError: A duration is negative or a fraction above 1, ``stop`` comes before ``start``, or an argument is of
+            another type.
         MisconfigurationException: On setup, if a glob matches no ReLU or the channels cannot be found.
 
     Example:
@@ -104,14 +108,11 @@ class DyReLUPhasing(pl.Callback):
         exclude: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if reduction < 1:
-            raise ValueError(f"reduction is {reduction}; the hidden layer has that many times fewer units, at least 1.")
+        self.reduction = check_whole("reduction", reduction)
         self.times = UpdateTimes(every=1, start=start, stop=stop)
-        self.reduction = reduction
-        self.freeze = freeze
-        self.include = None if include is None else tuple(include)
-        self.exclude = None if exclude is None else tuple(exclude)
-        self.seed = seed
+        self.freeze = check_flag("freeze", freeze)
+        self.include, self.exclude = check_globs("include", include), check_globs("exclude", exclude)
+        self.seed = check_whole("seed", seed, least=0)
         self.beta = 1.0
         self._timetable = Timetable(every=1, start=0, stop=0)
         self._sites: dict[str, PhasedReLU] = {}  # while a module is at work
@@ -298,11 +299,11 @@ class DyReLUPhasing(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("sites")
+        saved = _sites_in(checkpoint.get("callbacks", {}).get(self.state_key))
         if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
-                f" {'none' if saved is None else ', '.join(saved)}, so its optimizers do not know their parameters."
+                f" {'none' if saved is None else ', '.join(map(printable, saved))}, so its optimizers do not know their parameters."
                 " Resume with the callbacks that wrote it. To begin with its weights, load them with"
                 " load_from_checkpoint and call fit without ckpt_path."
             )
@@ -319,6 +320,23 @@ class DyReLUPhasing(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_finished": _nothing}  # a reference cannot go to another process
+
+
+def _sites_in(state: Any) -> list[str] | None:
+    """The sites that a checkpoint names; None where it has none.
+
+    Raises:
+        MisconfigurationException: What it has are no names.
+    """
+    if state is None:
+        return None
+    sites = state.get("sites") if isinstance(state, Mapping) else state
+    if not isinstance(sites, list | tuple) or not all(isinstance(name, str) for name in sites):
+        raise MisconfigurationException(
+            "The checkpoint's state of DyReLUPhasing is damaged: sites is no list of names. Resume from an earlier"
+            " checkpoint."
+        )
+    return list(sites)
 
 
 def _is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:

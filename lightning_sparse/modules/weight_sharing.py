@@ -8,17 +8,20 @@ Code:   https://github.com/TensorStrike/ES2
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
+from lightning_sparse.masks.places import printable
+from lightning_sparse.schedules import as_number, check_whole
+from lightning_sparse.trainer import check_globs, check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",
@@ -146,7 +149,7 @@ def share_weights(
         Li et al., `Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning
         <https://arxiv.org/abs/2411.13545>`_, TMLR 2025.
     """
-    _check_own(own)
+    own, stages = _checked_own(own), check_globs("stages", stages)
     found = dict(_stages(module, own))
     # In a module that shares already, a glob may name a stage that has nothing left to share.
     for pattern in () if stages is None or shared_convolutions(module) else stages:
@@ -222,7 +225,7 @@ class WeightSharing(pl.Callback):
         seed: Seed of the scalars.
 
     Raises:
-        ValueError: ``own`` is below 1, or a glob matches no stage.
+        ValueError: ``own`` is below 1, an argument is of another type, or a glob matches no stage.
 
     Example:
         >>> from lightning_sparse import FGGP
@@ -235,10 +238,9 @@ class WeightSharing(pl.Callback):
     """
 
     def __init__(self, *, own: int = 2, stages: Sequence[str] | None = None, seed: int = 0) -> None:
-        _check_own(own)
-        self.own = own
-        self.stages = None if stages is None else tuple(stages)
-        self.seed = seed
+        self.own = _checked_own(own)
+        self.stages = check_globs("stages", stages)
+        self.seed = check_whole("seed", seed, least=0)
         self._convolutions: dict[str, SharedConvolution] = {}
 
     @override
@@ -270,15 +272,34 @@ class WeightSharing(pl.Callback):
     @override
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        scales = state_dict.get("scales", {})
+        scales = _checked_scales(state_dict, self._convolutions)
         for name, convolution in self._convolutions.items():
             if name in scales:  # exactly; what the module's state gave is rounded
                 convolution.scale.copy_(scales[name])
 
 
-def _check_own(own: int) -> None:
-    if own < 1:
-        raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
+def _checked_own(own: int) -> int:
+    plain = as_number(own)
+    if isinstance(plain, bool) or not isinstance(plain, int) or plain < 1:
+        raise ValueError(f"own is {own!r}; a stage needs at least 1 block with weights of its own, an int.")
+    return plain
+
+
+def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
+    """The scalars that a checkpoint holds, exactly; none where it was written by a module that shared nothing."""
+    scales = state.get("scales") if isinstance(state, Mapping) else state
+    fault = "" if isinstance(scales, Mapping) else "scales is no mapping"
+    for name, scale in scales.items() if isinstance(scales, Mapping) else ():
+        if not (isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == () and scale.isfinite()):
+            fault = f"the scale of {printable(str(name))} is no finite scalar"
+    if not fault and scales and (differing := {*shared} ^ {*map(str, scales)}):
+        fault = f"it is of other convolutions: {', '.join(map(printable, sorted(differing)))}"
+    if fault:
+        raise MisconfigurationException(
+            f"The checkpoint's state of WeightSharing is damaged: {fault}. Resume from an earlier checkpoint, with the"
+            " arguments that wrote it."
+        )
+    return scales
 
 
 def _stages(module: nn.Module, own: int, prefix: str = "") -> Iterator[tuple[str, dict[str, str]]]:
