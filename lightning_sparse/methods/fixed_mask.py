@@ -31,7 +31,7 @@ from lightning_sparse.masks.wrappers import as_named
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.schema import Check, mapping_of, packed_mask
+from lightning_sparse.masks.schema import Check, mapping_of, packed_mask
 from lightning_sparse.methods.state import check_budgets
 from lightning_sparse.schedules import UpdateTimes
 

@@ -19,7 +19,7 @@ from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
-from lightning_sparse.methods.schema import Check, any_of, mapping_of, nothing, refuse, tensor, whole
+from lightning_sparse.masks.schema import Check, any_of, mapping_of, nothing, refuse, tensor, whole
 from lightning_sparse.schedules import Timetable, UpdateTimes
 
 __all__ = ["HardMaskMethod"]

@@ -22,7 +22,7 @@ from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.run import Loaded, Run
-from lightning_sparse.methods.schema import Check
+from lightning_sparse.masks.schema import Check
 from lightning_sparse.schedules import Timetable, as_number
 
 __all__ = ["Method"]

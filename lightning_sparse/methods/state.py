@@ -13,7 +13,7 @@ from lightning_sparse.functional.stored import digest, tensors_in
 from lightning_sparse.masks.checkpoint import STATE_VERSION, fault_of_seal
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.places import printable
-from lightning_sparse.methods.schema import (
+from lightning_sparse.masks.schema import (
     Check,
     anything,
     check_fields,

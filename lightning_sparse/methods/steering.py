@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lightning_sparse.methods.schema import Check, number
+from lightning_sparse.masks.schema import Check, number
 from lightning_sparse.schedules import Constant, Polynomial, check_fraction
 
 __all__ = ["STEERING_FIELDS", "Steering"]

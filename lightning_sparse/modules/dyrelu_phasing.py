@@ -12,7 +12,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard, final
 from weakref import ref
@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from lightning_sparse.masks.distributed import world_size
 from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.schema import check_fields, names
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
 from lightning_sparse.schedules import Duration, Timetable, UpdateTimes, check_whole
@@ -299,7 +300,10 @@ class DyReLUPhasing(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        saved = _sites_in(checkpoint.get("callbacks", {}).get(self.state_key))
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state:
+            check_fields(state, {"sites": names}, "The checkpoint's state of DyReLUPhasing")
+        saved = state["sites"] if state else None
         if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
@@ -320,23 +324,6 @@ class DyReLUPhasing(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_finished": _nothing}  # a reference cannot go to another process
-
-
-def _sites_in(state: Any) -> list[str] | None:
-    """The sites that a checkpoint names; None where it has none.
-
-    Raises:
-        MisconfigurationException: What it has are no names.
-    """
-    if state is None:
-        return None
-    sites = state.get("sites") if isinstance(state, Mapping) else state
-    if not isinstance(sites, list | tuple) or not all(isinstance(name, str) for name in sites):
-        raise MisconfigurationException(
-            "The checkpoint's state of DyReLUPhasing is damaged: sites is no list of names. Resume from an earlier"
-            " checkpoint."
-        )
-    return list(sites)
 
 
 def _is_relu(module: nn.Module) -> TypeGuard[nn.ReLU]:

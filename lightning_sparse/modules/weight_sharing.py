@@ -8,18 +8,17 @@ Code:   https://github.com/TensorStrike/ES2
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, final
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.schema import check_fields, mapping_of, refuse, tensor, wrong_names
 from lightning_sparse.schedules import as_number, check_whole
 from lightning_sparse.trainer import check_globs, check_in_optimizer, copy_again, refuse_twins
 
@@ -287,18 +286,10 @@ def _checked_own(own: int) -> int:
 
 def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
     """The scalars that a checkpoint holds, exactly; none where it was written by a module that shared nothing."""
-    scales = state.get("scales") if isinstance(state, Mapping) else state
-    fault = "" if isinstance(scales, Mapping) else "scales is no mapping"
-    for name, scale in scales.items() if isinstance(scales, Mapping) else ():
-        if not (isinstance(scale, Tensor) and scale.is_floating_point() and scale.shape == () and scale.isfinite()):
-            fault = f"the scale of {printable(str(name))} is no finite scalar"
-    if not fault and scales and (differing := {*shared} ^ {*map(str, scales)}):
-        fault = f"it is of other convolutions: {', '.join(map(printable, sorted(differing)))}"
-    if fault:
-        raise MisconfigurationException(
-            f"The checkpoint's state of WeightSharing is damaged: {fault}. Resume from an earlier checkpoint, with the"
-            " arguments that wrote it."
-        )
+    check_fields(state, {"scales": mapping_of(tensor(dims=0))}, "The checkpoint's state of WeightSharing")
+    scales = state["scales"]
+    if scales and (fault := wrong_names(scales, shared)):
+        refuse(f"The checkpoint's state of WeightSharing is of other convolutions: what it holds of scales {fault}")
     return scales
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "list_of",
     "mapping_of",
     "names",
+    "nan",
     "nothing",
     "number",
     "packed_mask",
@@ -139,6 +140,16 @@ def anything(value: Any) -> str:
     """Whatever it is."""
     del value
     return ""
+
+
+def nan(value: Any) -> str:
+    """NaN, for what there is no number for.
+
+    Example:
+        >>> nan(float("nan"))
+        ''
+    """
+    return "" if isinstance(value, float) and math.isnan(value) else f"is {_shown(value)}, not NaN"
 
 
 def any_of(*checks: Check) -> Check:
