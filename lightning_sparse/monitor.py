@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag
 from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.schema import any_of, check_fields, mapping_of, nothing, number, record, refuse, whole
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs
-from lightning_sparse.metrics.history import HISTORY_FIELDS, MaskHistory
-from lightning_sparse.metrics.timeline import TIMELINE_FIELDS, SparsityTimeline
-from lightning_sparse.trainer import callbacks_of, check_flag, steps_of_training
+from lightning_sparse.metrics.history import MaskHistory
+from lightning_sparse.metrics.saved import check_monitor
+from lightning_sparse.metrics.timeline import SparsityTimeline
+from lightning_sparse.trainer import callbacks_of, steps_of_training
 
 __all__ = ["SparsityMonitor"]
 
@@ -215,7 +216,7 @@ class SparsityMonitor(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fits and state_dict:
-            _check_state(state_dict)
+            check_monitor(state_dict)
         self._loaded = state_dict or None
 
     # What is kept.
@@ -335,29 +336,6 @@ class SparsityMonitor(pl.Callback):
                 active = active[active.isfinite()]
                 if len(active):
                     add_histogram(f"weights/{name}", active, global_step=self._step)
-
-
-_COUNTS = {"step": whole(), "update_step": whole(), "uncounted": whole(), "unrecorded": whole()}
-_FLOPS = {
-    "total": whole(high=1 << 62),
-    "layers": mapping_of(whole(high=1 << 62)),
-    "sparsity": mapping_of(number(0.0, 1.0)),
-    "spent": number(0.0),
-    "steps": whole(),
-}
-
-
-def _check_state(state: Any) -> None:
-    """Refuse what no monitor has written."""
-    whose = "The checkpoint's state of SparsityMonitor"
-    parts = {"history": record(HISTORY_FIELDS), "timeline": record(TIMELINE_FIELDS, closed=False)}
-    check_fields(state, {**_COUNTS, **parts, "flops": any_of(nothing, record(_FLOPS))}, whose)
-    timeline, flops = state["timeline"], state["flops"]
-    widths = {len(timeline["layers"])} ^ {len(column) for column in timeline["sparsity"]}
-    if len(timeline["steps"]) != len(timeline["sparsity"]) or (timeline["steps"] and widths):
-        refuse(f"{whose} is damaged: its timeline has not one sparsity for each layer at each step")
-    if flops and flops["layers"].keys() - flops["sparsity"].keys():
-        refuse(f"{whose} is damaged: its flops lack the sparsity of a layer")
 
 
 @dataclass

@@ -18,11 +18,19 @@ from torch import nn
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.functional.topology import count_dead
-from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method, state_dict_of
+from lightning_sparse.masks.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    masks_by_method,
+    non_zeros,
+    state_dict_of,
+)
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.layers import kind_of
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Candidate, Plan, canonical_name, judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.wrappers import unwrapped
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.overlap import MaskOverlap, compare_masks, overlap_table
 
@@ -195,6 +203,7 @@ def report(
         1
     """
     if isinstance(source, nn.Module):
+        source = unwrapped(source)
         plan = judge_parameters(source, include=include, exclude=exclude)
         return _report_of_module(source, example, plan, everything=all_tensors, narrowed=include is not None)
     if not isinstance(source, (str, os.PathLike)):
@@ -213,7 +222,8 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
     """Count the zeros in the tensors of a checkpoint.
 
     A checkpoint is a Lightning checkpoint, a dictionary that holds a state dict under "state_dict", "model_state_dict"
-    or "model", or a bare state dict. Code in the file is never run. Tensors that :mod:`torch.nn.utils.prune` split into
+    or "model", a bare state dict, or a safetensors file of weights.
+    Code in the file is never run. Tensors that :mod:`torch.nn.utils.prune` split into
     ``<name>_orig`` and ``<name>_mask`` are reported as their product.
 
     Args:
@@ -241,7 +251,7 @@ def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[
         LayerSparsity(
             name,
             tuple(tensor.shape),
-            count_true(tensor != 0),
+            count_true(non_zeros(name, tensor, path)),
             masked=canonical_name(name) in masked if masked else None,
         )
         for name, tensor in tensors.items()
@@ -268,7 +278,7 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
         2
     """
     layers = list(layers)
-    table = Table(title=None if title is None else escape(title))
+    table = Table(title=None if title is None else escape(printable(title)))
     table.add_column("layer", overflow="fold")
     known = [
         (header, key)
@@ -281,7 +291,7 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
         shape = " × ".join(map(str, layer.shape)) or "scalar"
         counts = (getattr(layer, key) for _, key in known)
         table.add_row(
-            escape(layer.name),
+            escape(printable(layer.name)),
             shape,
             f"{layer.numel:,}",
             f"{layer.num_active:,}",

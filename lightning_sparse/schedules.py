@@ -25,7 +25,6 @@ __all__ = [
     "as_number",
     "as_schedule",
     "check_fraction",
-    "check_whole",
 ]
 
 Duration = int | float
@@ -281,24 +280,6 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
             hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
             where = "" if isinstance(schedule, Constant) else f" at progress {percent / 100:.2f} of {schedule}"
             raise ValueError(f"{name} is {value:g}{where}, but it is a fraction in {allowed}.{hint}")
-
-
-def check_whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least ``least``, numpy's too, as Python's own.
-
-    Raises:
-        ValueError: It is none.
-
-    Example:
-        >>> check_whole("own", 2.5)
-        Traceback (most recent call last):
-            ...
-        ValueError: own is 2.5; give an int of at least 1.
-    """
-    plain = as_number(value)
-    if isinstance(plain, bool) or not isinstance(plain, int) or plain < least:
-        raise ValueError(f"{name} is {value!r}; give an int of at least {least}.")
-    return plain
 
 
 @dataclass(frozen=True)

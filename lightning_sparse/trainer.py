@@ -11,8 +11,6 @@ from torch import nn
 
 __all__ = [
     "callbacks_of",
-    "check_flag",
-    "check_globs",
     "check_in_optimizer",
     "clips_gradients",
     "copy_again",
@@ -26,38 +24,6 @@ __all__ = [
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """The callbacks of ``trainer``, in the order in which it calls them: the list itself, which no stub declares."""
     return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def check_flag(name: str, value: object) -> bool:
-    """A ``bool``, that of numpy too.
-
-    Raises:
-        ValueError: It is none.
-    """
-    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # type: ignore[attr-defined]
-    if not isinstance(plain, bool):
-        raise ValueError(f"{name} is {value!r}; give True or False.")
-    return plain
-
-
-def check_globs(name: str, value: object) -> tuple[str, ...] | None:
-    """A list of globs, or None for no choice.
-
-    Raises:
-        ValueError: It is no list of strings.
-
-    Example:
-        >>> check_globs("include", "relu1")
-        Traceback (most recent call last):
-            ...
-        ValueError: include is 'relu1'; give a list of strings, such as ['relu1'], or None.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) for glob in value):
-        example = f", such as [{value!r}]," if isinstance(value, str) else ""
-        raise ValueError(f"{name} is {value!r}; give a list of strings{example} or None.")
-    return tuple(value)
 
 
 def check_in_optimizer(

@@ -94,8 +94,8 @@ def _check_names(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
     unknown = [name for name in masks if name not in known]
     if unknown:
         raise ValueError(
-            f"{source} has masks of {', '.join(map(printable, unknown))}, which the module does not have. Its parameters near them:"
-            f" {names_near(unknown, known)}. Give the module that the masks are of, which is the one"
+            f"{source} has masks of {', '.join(map(printable, unknown))}, which the module does not have. Its parameters"
+            f" near them: {names_near(unknown, known)}. Give the module that the masks are of, which is the one"
             " that fit was given, or its masks."
         )
 

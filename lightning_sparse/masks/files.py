@@ -1,8 +1,9 @@
 """Masks as files of their own, in the safetensors format: one bit a weight, and nothing in them that could run.
 
 A file holds one ``uint8`` tensor for each weight, under its name, packed as :func:`~lightning_sparse.functional.pack`
-does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``2``, ``shapes``: the shape
-of each mask, as JSON, and ``digest``: of names, shapes and bits. Files of version ``1``, which have no digest, are read.
+does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``2``, ``shapes``: the
+shape of each mask, as JSON, and ``digest``: of names, shapes and bits. Files of version ``1``, which have no digest, are
+read too.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class MaskGroup(MaskPool):
 _WHOSE = {"checkpoint": "The checkpoint", "module": "The last training of this module"}
 _REMEDY = {
     "checkpoint": "Resume with the module, include= and exclude= of the run that wrote it.",
-    "module": "Its layers have changed since: train it with a new callback, which begins with the masks that still fit.",
+    "module": "Its layers have changed since: train it with a new callback, which begins with the masks that fit.",
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
 from lightning_sparse.methods.interface import Method
@@ -73,9 +74,9 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     own = states.get(method.state_key)
     if resumes and own is not None:
         check_state(own, method.state_key, method.state_fields())
-        _refuse_unshared(own, pl_module, trainer.ckpt_path)
     masks = _masks_of_all(checkpoint)
     if resumes:
+        _refuse_unshared(states, pl_module, trainer.ckpt_path)
         _refuse_other_shapes(masks, pl_module)
     if resumes and not masks and method.loaded is not None:
         return  # the file of the learning-rate finder, which puts back the weights that were loaded before
@@ -102,21 +103,25 @@ def _refuse_other_shapes(masks: Mapping[str, Tensor], module: pl.LightningModule
         mask, shape = masks.get(candidate.name), candidate.parameter.shape
         if mask is not None and mask.shape != shape:
             raise MisconfigurationException(
-                f"The checkpoint's mask of {candidate.name} has shape {tuple(mask.shape)}, but the weight has"
-                f" {tuple(shape)}. Resume with the module that wrote the checkpoint."
+                f"The checkpoint's mask of {printable(candidate.name)} has shape {tuple(mask.shape)}, but the weight"
+                f" has {tuple(shape)}. Resume with the module that wrote the checkpoint."
             )
 
 
-def _refuse_unshared(state: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
+def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
     """Refuse to go on where weights had other numbers of uses: neither masks nor optimizers would fit."""
     uses = {candidate.name: candidate.uses for candidate in judge_parameters(module)}
+    masks = [its["masks"] for its in states.values() if isinstance(its, Mapping) and isinstance(its.get("masks"), dict)]
     differ = [
-        name for name, mask in state["masks"].items() if mask.get("uses", 1) > 1 and uses.get(name, 1) != mask["uses"]
+        name
+        for its in masks
+        for name, mask in its.items()
+        if mask.get("uses", 1) != 1 and uses.get(name, 1) != mask["uses"]
     ]
     if differ:
         raise MisconfigurationException(
-            f"In the training of the checkpoint {path}, other convolutions used the weights of {', '.join(differ)}, as"
-            f" under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
+            f"In the training of the checkpoint {path}, other convolutions used the weights of"
+            f" {', '.join(map(printable, differ))}, as under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
             " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
         )
 

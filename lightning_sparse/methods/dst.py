@@ -27,11 +27,11 @@ from typing_extensions import override
 
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.schema import Check, any_of, mapping_of, record, refuse, whole, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.masks.schema import Check, any_of, mapping_of, record, refuse, whole, wrong_names
 from lightning_sparse.methods.steering import STEERING_FIELDS, Steering
 from lightning_sparse.schedules import as_number
 

@@ -27,11 +27,11 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import names_near
+from lightning_sparse.masks.schema import Check, mapping_of, packed_mask
 from lightning_sparse.masks.wrappers import as_named
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.masks.schema import Check, mapping_of, packed_mask
 from lightning_sparse.methods.state import check_budgets
 from lightning_sparse.schedules import UpdateTimes
 
@@ -232,15 +232,14 @@ class FixedMask(HardMaskMethod):
         if unknown:
             near = names_near(unknown, [weight.name for weight in self.weights])
             raise MisconfigurationException(
-                f"{source} has masks of {', '.join(map(printable, unknown))}, which the module does not have. Its weights near them:"
-                f" {near}. Give the masks of this module."
+                f"{source} has masks of {', '.join(map(printable, unknown))}, which the module does not have. Its"
+                f" weights near them: {near}. Give the masks of this module."
             )
         missing = [weight.name for weight in self.weights if weight.name not in masks]
         if missing:
             raise MisconfigurationException(
-                f"{source} has no mask of {', '.join(missing)}; it has masks of {', '.join(map(printable, masks)) or 'nothing'}."
-                " To"
-                f" leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}. If they come from a"
+                f"{source} has no mask of {', '.join(missing)}; it has masks of"
+                f" {', '.join(map(printable, masks)) or 'nothing'}. To leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}. If they come from a"
                 " training that shared weights (EAST, WeightSharing), add WeightSharing() before FixedMask instead,"
                 " with the arguments that it had there."
             )

@@ -15,11 +15,11 @@ from lightning_sparse.masks.distributed import broadcast_, vote
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, clear_moments, keeps_zeros
 from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.schema import Check, any_of, mapping_of, nothing, refuse, tensor, whole
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
-from lightning_sparse.masks.schema import Check, any_of, mapping_of, nothing, refuse, tensor, whole
 from lightning_sparse.schedules import Timetable, UpdateTimes
 
 __all__ = ["HardMaskMethod"]
@@ -197,4 +197,3 @@ def _check_memory(name: str, tensors: Mapping[str, torch.Tensor], method: HardMa
             f"The checkpoint's state of {method.state_key} is damaged: its {printable(name)} of"
             f" {', '.join(map(printable, wrong))} is not of a weight that it masks, or of another shape"
         )
-

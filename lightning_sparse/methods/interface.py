@@ -18,11 +18,11 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
 from lightning_sparse.masks.plan import Candidate, as_patterns
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.schema import Check
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.run import Loaded, Run
-from lightning_sparse.masks.schema import Check
 from lightning_sparse.schedules import Timetable, as_number
 
 __all__ = ["Method"]

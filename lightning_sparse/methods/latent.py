@@ -23,10 +23,10 @@ from typing_extensions import override
 
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, gradient_scale
+from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, refuse, tensor, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
-from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, refuse, tensor, wrong_names
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
 
 __all__ = ["LatentMethod"]

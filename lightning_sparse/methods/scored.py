@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag, check_whole
 from lightning_sparse.functional.allocation import share
 from lightning_sparse.functional.selection import Scores
 from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, layer_budgets
@@ -105,7 +106,7 @@ class ScoredMethod(HardMaskMethod, ABC):
             _check_never_falls(self.sparsity)
         check_choice("allocation", self.allocation, Allocation)
         check_count("min_active", self.min_active)
-        self.seed, self.min_active = int(self.seed), int(self.min_active)
+        self.seed = check_whole("seed", self.seed, least=-(1 << 63))
         self.pattern = as_pattern(self.pattern)
         if self.allocation == "global" and self._shaped:
             raise ValueError(
@@ -329,6 +330,8 @@ class GrowingMethod(ScoredMethod, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.regrow = check_flag("regrow", self.regrow)
+        self.update_replaces_step = check_flag("update_replaces_step", self.update_replaces_step)
         check_fraction("drop_fraction", as_schedule(self.drop_fraction), below_one=False)
         if not isinstance(self.drop_fraction, Schedule):
             self.drop_fraction = Cosine(self.drop_fraction, 0.0)

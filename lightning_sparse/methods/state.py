@@ -105,9 +105,13 @@ def check_budgets(groups: Iterable[MaskGroup], owner: str) -> None:
 
 def optimizer_state(value: Any) -> str:
     """What is wrong with the state of an optimizer, as the end of a sentence; empty where nothing is."""
-    if fault := record({"state": anything, "param_groups": list_of(record({"params": anything}, closed=False))})(value):
+    groups = list_of(record({"params": list_of(whole())}, closed=False))
+    if fault := record({"state": anything, "param_groups": groups})(value):
         return fault
-    if not isinstance(value["state"], Mapping) or not all(isinstance(own, Mapping) for own in value["state"].values()):
+    known = {index for group in value["param_groups"] for index in group["params"]}
+    if not (isinstance(value["state"], Mapping) and known.issuperset(value["state"])):
+        return "is no state of an optimizer"
+    if not all(isinstance(own, Mapping) for own in value["state"].values()):
         return "is no state of an optimizer"
     try:
         found = [tensor(floating=False)(each) for each in tensors_in(value)]

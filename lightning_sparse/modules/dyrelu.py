@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_whole
 from lightning_sparse.functional.dyrelu import dyrelu, dyrelu_coefficients
 from lightning_sparse.functional.stored import obstacle
 from lightning_sparse.masks.places import printable
-from lightning_sparse.schedules import check_whole
 
 __all__ = ["DyReLU", "HyperLinear", "PhasedReLU", "phased_relus"]
 

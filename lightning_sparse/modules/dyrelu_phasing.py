@@ -27,15 +27,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed, nn
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag, check_globs, check_whole
 from lightning_sparse.masks.distributed import world_size
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.schema import check_fields, names
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
-from lightning_sparse.schedules import Duration, Timetable, UpdateTimes, check_whole
+from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
 from lightning_sparse.trainer import (
-    check_flag,
-    check_globs,
     check_in_optimizer,
     copy_again,
     refuse_twins,
@@ -305,9 +304,10 @@ class DyReLUPhasing(pl.Callback):
             check_fields(state, {"sites": names}, "The checkpoint's state of DyReLUPhasing")
         saved = state["sites"] if state else None
         if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
+            theirs = "none" if saved is None else ", ".join(map(printable, saved))
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
-                f" {'none' if saved is None else ', '.join(map(printable, saved))}, so its optimizers do not know their parameters."
+                f" {theirs}, so its optimizers do not know their parameters."
                 " Resume with the callbacks that wrote it. To begin with its weights, load them with"
                 " load_from_checkpoint and call fit without ckpt_path."
             )

@@ -18,9 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_globs, check_whole
+from lightning_sparse.functional.stored import digest
 from lightning_sparse.masks.schema import check_fields, mapping_of, refuse, tensor, wrong_names
-from lightning_sparse.schedules import as_number, check_whole
-from lightning_sparse.trainer import check_globs, check_in_optimizer, copy_again, refuse_twins
+from lightning_sparse.schedules import as_number
+from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",
@@ -266,7 +268,7 @@ class WeightSharing(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         scales = {name: convolution.scale.detach().cpu() for name, convolution in self._convolutions.items()}
-        return {"scales": scales}
+        return {"scales": scales, "digest": digest(scales)}
 
     @override
     @torch.no_grad()
@@ -286,10 +288,13 @@ def _checked_own(own: int) -> int:
 
 def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
     """The scalars that a checkpoint holds, exactly; none where it was written by a module that shared nothing."""
-    check_fields(state, {"scales": mapping_of(tensor(dims=0))}, "The checkpoint's state of WeightSharing")
+    whose = "The checkpoint's state of WeightSharing"
+    check_fields(state, {"scales": mapping_of(tensor(dims=0))}, whose, closed=False)
     scales = state["scales"]
+    if state.get("digest", digest(scales)) != digest(scales):
+        refuse(f"{whose} is damaged: it is not what was written (its digest differs)")
     if scales and (fault := wrong_names(scales, shared)):
-        refuse(f"The checkpoint's state of WeightSharing is of other convolutions: what it holds of scales {fault}")
+        refuse(f"{whose} is of other convolutions: what it holds of scales {fault}")
     return scales
 
 
