@@ -187,6 +187,8 @@ def check_packed(packed: Tensor, shape: Sequence[int]) -> int:
     numel = _numel_of(shape)
     if not isinstance(packed, Tensor):  # as a file may have it
         raise ValueError(f"A mask is packed into a tensor, not a {type(packed).__name__}.")
+    if packed.layout != torch.strided or packed.is_meta:
+        raise ValueError("A mask is packed into a plain tensor, and this one is sparse or holds no values.")
     if packed.dtype != torch.uint8 or packed.shape != (-(-numel // 8),):
         raise ValueError(
             f"A mask of shape {tuple(shape)} is packed into {-(-numel // 8)} bytes (uint8), but a {packed.dtype} tensor"

@@ -93,10 +93,10 @@ def _check_names(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
     known = [candidate.name for candidate in plan]
     unknown = [name for name in masks if name not in known]
     if unknown:
+        shown, near = ", ".join(map(printable, unknown)), names_near(unknown, known)
         raise ValueError(
-            f"{source} has masks of {', '.join(map(printable, unknown))}, which the module does not have. Its parameters"
-            f" near them: {names_near(unknown, known)}. Give the module that the masks are of, which is the one"
-            " that fit was given, or its masks."
+            f"{source} has masks of {shown}, which the module does not have. Its parameters near them: {near}. Give the"
+            " module that the masks are of, which is the one that fit was given, or its masks."
         )
 
 

@@ -186,7 +186,9 @@ def _masks_of_state(key: str, state: Mapping[Any, Any], path: str | Path) -> dic
 
 def _unpacked(name: str, saved: Any, path: str | Path) -> Tensor:
     try:
-        return unpack(saved["bits"], tuple(saved["shape"]))
+        if not isinstance(saved["shape"], list | tuple):
+            raise ValueError("its shape is no list of sizes.")
+        return unpack(saved["bits"], saved["shape"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The mask of {name} in {path} cannot be read: {_reason(error)}") from error
 

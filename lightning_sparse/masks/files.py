@@ -2,7 +2,7 @@
 
 A file holds one ``uint8`` tensor for each weight, under its name, packed as :func:`~lightning_sparse.functional.pack`
 does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``2``, ``shapes``: the
-shape of each mask, as JSON, and ``digest``: of names, shapes and bits. Files of version ``1``, which have no digest, are
+shape of each mask, as JSON, and ``digest``: of names, shapes and bits. Files of version ``1`` have no digest, and are
 read too.
 """
 
@@ -172,7 +172,8 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
                 [False,  True]])}
     """
     asked = None if names is None else list(names)
-    if looks_like_safetensors(path) and (metadata_of(path) or {"format": _FORMAT}).get("format") == _FORMAT:
+    metadata = metadata_of(path) if looks_like_safetensors(path) else {}
+    if metadata is None or metadata.get("format") == _FORMAT:
         return as_named(load_masks(path), asked)
     try:
         checkpoint = load_checkpoint(path)
@@ -245,7 +246,9 @@ def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: P
             raise CheckpointError(
                 f"{path} is damaged: it is not what was written (its digest differs). Copy or write it again."
             )
-        return {name: unpack(bits, tuple(shapes[name])) for name, bits in packed.items()}
+        if not all(isinstance(shape, list) for shape in shapes.values()):
+            raise ValueError("a shape is a list of sizes.")
+        return {name: unpack(bits, shapes[name]) for name, bits in packed.items()}
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, RecursionError) as error:

@@ -119,10 +119,11 @@ def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path
         if mask.get("uses", 1) != 1 and uses.get(name, 1) != mask["uses"]
     ]
     if differ:
+        shown = ", ".join(map(printable, differ))
         raise MisconfigurationException(
-            f"In the training of the checkpoint {path}, other convolutions used the weights of"
-            f" {', '.join(map(printable, differ))}, as under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
-            " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
+            f"In the training of the checkpoint {path}, other convolutions used the weights of {shown}, as under EAST,"
+            f" and in this {type(module).__name__} they have their own, so neither masks nor optimizers fit. Add"
+            " WeightSharing() to the callbacks, with the arguments that it had there."
         )
 
 

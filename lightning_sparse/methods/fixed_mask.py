@@ -27,7 +27,7 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import names_near
-from lightning_sparse.masks.schema import Check, mapping_of, packed_mask
+from lightning_sparse.masks.schema import Check, mapping_of, packed_mask, whole
 from lightning_sparse.masks.wrappers import as_named
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -176,7 +176,7 @@ class FixedMask(HardMaskMethod):
 
     @override
     def state_fields(self) -> Mapping[str, Check]:
-        return {**super().state_fields(), "asleep": mapping_of(packed_mask({}))}
+        return {**super().state_fields(), "stop": whole(0, 0), "asleep": mapping_of(packed_mask({}))}
 
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
@@ -231,17 +231,19 @@ class FixedMask(HardMaskMethod):
         unknown = [name for name in masks if name not in known]
         if unknown:
             near = names_near(unknown, [weight.name for weight in self.weights])
+            shown = ", ".join(map(printable, unknown))
             raise MisconfigurationException(
-                f"{source} has masks of {', '.join(map(printable, unknown))}, which the module does not have. Its"
-                f" weights near them: {near}. Give the masks of this module."
+                f"{source} has masks of {shown}, which the module does not have. Its weights near them: {near}. Give"
+                " the masks of this module."
             )
         missing = [weight.name for weight in self.weights if weight.name not in masks]
         if missing:
+            shown = ", ".join(map(printable, masks)) or "nothing"
             raise MisconfigurationException(
-                f"{source} has no mask of {', '.join(missing)}; it has masks of"
-                f" {', '.join(map(printable, masks)) or 'nothing'}. To leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}. If they come from a"
-                " training that shared weights (EAST, WeightSharing), add WeightSharing() before FixedMask instead,"
-                " with the arguments that it had there."
+                f"{source} has no mask of {', '.join(missing)}; it has masks of {shown}. To leave what has none dense,"
+                f" add exclude={[*(self.exclude or ()), *missing]}. If they come from a training that shared weights"
+                " (EAST, WeightSharing), add WeightSharing() before FixedMask instead, with the arguments that it had"
+                " there."
             )
         if wrong := wrong_shapes(masks, [*self.weights, *self.run.plan.frozen], source):
             raise MisconfigurationException(wrong)

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_sparse.arguments import check_globs, check_whole
 from lightning_sparse.functional.stored import digest
-from lightning_sparse.masks.schema import check_fields, mapping_of, refuse, tensor, wrong_names
+from lightning_sparse.masks.schema import anything, check_fields, mapping_of, refuse, tensor, wrong_names
 from lightning_sparse.schedules import as_number
 from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
 
@@ -289,9 +289,9 @@ def _checked_own(own: int) -> int:
 def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
     """The scalars that a checkpoint holds, exactly; none where it was written by a module that shared nothing."""
     whose = "The checkpoint's state of WeightSharing"
-    check_fields(state, {"scales": mapping_of(tensor(dims=0))}, whose, closed=False)
+    check_fields(state, {"scales": mapping_of(tensor(dims=0)), "digest": anything}, whose)
     scales = state["scales"]
-    if state.get("digest", digest(scales)) != digest(scales):
+    if state["digest"] != digest(scales):
         refuse(f"{whose} is damaged: it is not what was written (its digest differs)")
     if scales and (fault := wrong_names(scales, shared)):
         refuse(f"{whose} is of other convolutions: what it holds of scales {fault}")
