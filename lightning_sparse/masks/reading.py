@@ -21,9 +21,11 @@ _AT_ONCE = 1 << 20
 _LONGEST_HEADER = 100_000_000  # safetensors reads none that is longer
 
 _OF_OURS = {
-    "lightning_sparse.masks": "holds masks, and is no checkpoint. load_masks gives the masks, and `lightning-sparse"
-    " masks compare A B` says how alike those of two files are; it takes a checkpoint as well.",
-    "lightning_sparse.sparse": "is a sparse file, and no checkpoint; load_sparse gives its weights.",
+    "lightning_sparse.masks": "as files of masks are, and is no checkpoint. Of a file of masks, load_masks gives the"
+    " masks, and `lightning-sparse masks compare A B` says how alike those of two files are; it takes a checkpoint as"
+    " well.",
+    "lightning_sparse.sparse": "as sparse files are, and is no checkpoint. Of a sparse file, load_sparse gives the"
+    " weights.",
 }
 
 
@@ -118,7 +120,7 @@ def _existing(path: str | Path) -> Path:
 def _load_safetensors(path: Path) -> Mapping[str, Tensor]:
     kind = (metadata_of(path) or {}).get("format", "")
     if kind in _OF_OURS:
-        raise CheckpointError(f"{path} is in the safetensors format: it {_OF_OURS[kind]}")
+        raise CheckpointError(f"{path} is in the safetensors format, {_OF_OURS[kind]}")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: cast("Tensor", file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118

@@ -6,7 +6,7 @@ import contextlib
 import json
 import resource
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ READERS: dict[str, Reader] = {
 
 
 @contextlib.contextmanager
-def little_memory(gigabytes: int = 8) -> Iterator[None]:
+def little_memory(gigabytes: int = 8) -> Generator[None]:
     """Let nobody ask for terabytes, whatever the machine would promise."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()

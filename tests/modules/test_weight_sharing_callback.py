@@ -139,7 +139,9 @@ def test_going_on_without_it_is_refused_and_told(method: L.Callback, tmp_path: P
     trainer.fit(Residual())
     trainer.save_checkpoint(tmp_path / "shared.ckpt")
     more = make_trainer(tmp_path, callbacks=[method], max_epochs=3)
-    with pytest.raises(MisconfigurationException, match=r"network\.2\.2\.conv1, .* Add WeightSharing\(\) to the callb"):
+    with pytest.raises(
+        MisconfigurationException, match=r"network\.2\.1\.conv1\.weight, .* Add WeightSharing\(\) to the callb"
+    ):
         more.fit(Residual(), ckpt_path=tmp_path / "shared.ckpt")
     more.validate(Residual(), ckpt_path=tmp_path / "shared.ckpt", verbose=False)  # the same network, as a plain one
     make_trainer(tmp_path, callbacks=[WeightSharing(), method], max_epochs=3).fit(
