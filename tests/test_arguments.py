@@ -28,7 +28,7 @@ ODD: list[Any] = ["2", None, 2.5, [], -1, math.nan, object(), torch.ones(3)]
         lambda value: DyReLU(value),
         lambda value: DyReLU(8, value),
         lambda value: share_weights(torch.nn.Sequential(), own=value),
-        lambda value: EAST(0.9, cycles=value or "none"),
+        lambda value: EAST(0.9, cycles=value),
         lambda value: Cyclic(0.9, cycles=value),
         lambda value: GMP(0.9, min_active=value),
         lambda value: NofM(value, 4),
