@@ -24,6 +24,7 @@ from typing_extensions import override
 # Importing the package makes its methods, the monitor and the zoo known by their bare class names.
 import lightning_sparse
 from lightning_sparse.masks import CheckpointError, read_masks, save_masks
+from lightning_sparse.masks.places import printable
 from lightning_sparse.reporting import compare_masks, overlap_table, report, sparsity_table, width_of
 from lightning_sparse.trained import CommandError, add_export_command, add_model_options, add_speed_command, trained
 from lightning_sparse.zoo import MissingDataError, list_recipes, recipe_path
@@ -129,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: BaseException) -> int:
-    print(f"lightning-sparse: error: {error}", file=sys.stderr)
+    lines = map(printable, f"lightning-sparse: error: {error}".split("\n"))
+    print("\n".join(lines), file=sys.stderr)
     return 2
 
 
@@ -186,8 +188,11 @@ def _report(options: argparse.Namespace) -> None:
 def _extract_masks(options: argparse.Namespace) -> None:
     masks = read_masks(options.checkpoint)
     _refuse_to_overwrite(options.file)
-    save_masks(options.file, masks)
-    print(f"{options.file}: the masks of {', '.join(masks)}.")
+    try:
+        save_masks(options.file, masks)
+    except OSError as error:
+        raise CommandError(str(error)) from error
+    print(printable(f"{options.file}: the masks of {', '.join(masks)}."))
 
 
 def _compare_masks(options: argparse.Namespace) -> None:

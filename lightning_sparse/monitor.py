@@ -10,12 +10,12 @@ from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag
 from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.plan import canonical_name
@@ -24,6 +24,7 @@ from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
+from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.timeline import SparsityTimeline
 from lightning_sparse.trainer import callbacks_of, steps_of_training
 
@@ -96,9 +97,10 @@ class SparsityMonitor(pl.Callback):
     """
 
     def __init__(self, *, per_layer: bool = True, histograms: bool = True, heatmap: bool = True) -> None:
-        self.per_layer = per_layer
-        self.histograms = histograms
-        self.heatmap = heatmap
+        self.per_layer = check_flag("per_layer", per_layer)
+        self.histograms = check_flag("histograms", histograms)
+        self.heatmap = check_flag("heatmap", heatmap)
+        self._fits = False
         self._forget()
 
     def _forget(self) -> None:
@@ -122,7 +124,8 @@ class SparsityMonitor(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        self._fits = stage == "fit"
+        if self._fits:
             self._forget()
 
     @override
@@ -198,7 +201,8 @@ class SparsityMonitor(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if not self._begun:
-            return {}  # the learning-rate finder asks before training begins
+            # Before the first batch: what was loaded, or nothing, as where the learning-rate finder asks.
+            return dict(self._loaded or {})
         return {
             "step": self._step,
             "update_step": self._update_step,
@@ -211,7 +215,9 @@ class SparsityMonitor(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        if self._fits and state_dict:
+            check_monitor(state_dict)
+        self._loaded = state_dict or None
 
     # What is kept.
 
@@ -232,12 +238,6 @@ class SparsityMonitor(pl.Callback):
             self._resume(self._loaded)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise MisconfigurationException(
-                f"The checkpoint's state of SparsityMonitor is cut short: it lacks {', '.join(sorted(missing))}. Resume"
-                " from an earlier checkpoint, or without the monitor."
-            )
         self._history.load_state_dict(state["history"])
         # Checkpoints of older versions do not name the layers; their history has the same, in their order.
         self.timeline.load_state_dict({"layers": list(state["history"]["initial"])} | state["timeline"])

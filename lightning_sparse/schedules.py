@@ -10,10 +10,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from lightning_sparse.timetable import Duration, Timetable, UpdateTimes
+from lightning_sparse.timetable import Duration, Timetable, UpdateTimes, as_number
 
 __all__ = [
     "Constant",
@@ -31,6 +30,8 @@ __all__ = [
     "as_schedule",
     "check_fraction",
 ]
+
+_MOST_CYCLES = 1_000
 
 CycleShape = Literal["cosine", "triangular"]
 """How density rises and falls within a cycle."""
@@ -57,6 +58,8 @@ class _OfNumbers(Schedule):
             value = getattr(self, field.name)
             if field.name != but and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{self}: {field.name} is {value!r}; give a number.")
+            if field.name != but and not math.isfinite(value):
+                raise ValueError(f"{self}: {field.name} is {value!r}; give a finite number.")
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ class Cyclic(_OfNumbers):
         shape: How density rises and falls: along a cosine or evenly.
 
     Raises:
-        ValueError: An argument is out of its range, or the cycles do not fit into the schedule's time.
+        ValueError: An argument is out of its range, there are more than 1000 cycles, or they do not fit into the
+            schedule's time.
 
     Example:
         >>> [round(Cyclic(0.9, cycles=2, length=0.2)(p), 3) for p in (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)]
@@ -209,6 +213,11 @@ class Cyclic(_OfNumbers):
             raise ValueError(f"{self}: cycles is {self.cycles!r}; give an int of at least 1, such as 2.")
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"{self}: sparsity is a fraction in [0, 1).")
+        if self.cycles > _MOST_CYCLES:
+            raise ValueError(
+                f"{self}: cycles is {self.cycles}; give at most {_MOST_CYCLES}. More are shorter than the steps of a"
+                " training."
+            )
         if self.cycles < 1 or self.multiplier < 1.0 or self.growth <= 0.0:
             raise ValueError(f"{self}: give at least 1 cycle, a multiplier of at least 1 and a growth above 0.")
         if self.shape not in get_args(CycleShape):
@@ -305,10 +314,3 @@ def check_fraction(name: str, schedule: Schedule, *, below_one: bool) -> None:
             hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
             where = "" if isinstance(schedule, Constant) else f" at progress {percent / 100:.2f} of {schedule}"
             raise ValueError(f"{name} is {value:g}{where}, but it is a fraction in {allowed}.{hint}")
-
-
-def as_number(value: Any) -> Any:
-    """A number as Python's own, from numpy or a tensor without dimensions too; anything else as it is."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
-__all__ = ["Duration", "Timetable", "UpdateTimes"]
+__all__ = ["Duration", "Timetable", "UpdateTimes", "as_number"]
 
 Duration = int | float
 """``int``: a number of optimizer steps. ``float`` in [0, 1]: a fraction of training."""
@@ -37,6 +39,8 @@ class UpdateTimes:
     before: UpdateTimes | None = None
 
     def __post_init__(self) -> None:
+        for name in ("every", "start", "stop"):
+            object.__setattr__(self, name, as_number(getattr(self, name)))
         for name, duration in (("update_every", self.every), ("start", self.start), ("stop", self.stop)):
             _check_duration(name, duration)
         if self.every == 0:
@@ -153,3 +157,10 @@ def _check_duration(name: str, duration: Duration) -> None:
 
 def _steps(duration: Duration, total_steps: float) -> int:
     return duration if isinstance(duration, int) else round(duration * total_steps)
+
+
+def as_number(value: Any) -> Any:
+    """A number as Python's own, from numpy or a tensor without dimensions too; anything else as it is."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

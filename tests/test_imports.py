@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sparse"
 # A part is a module or folder directly below the package. It may import its own layer and those before it.
 LAYERS = [
     {"_version", "functional"},
-    {"schedules", "timetable", "trainer", "execution"},
+    {"arguments", "atomic", "schedules", "timetable", "trainer", "execution"},
     {"masks"},
     {"modules"},
     {"methods", "metrics", "monitor", "reporting"},

@@ -529,11 +529,44 @@ class TestResume:
         logger, _ = fit(tmp_path, gmp(), SparsityMonitor(), ckpt_path=path, max_epochs=3)
         assert logger.curves["masks/ever_active"] == {16: 0.25, 24: 0.25}
 
+    def test_a_checkpoint_before_the_first_resumed_batch_has_the_history(self, tmp_path: Path) -> None:
+        class SaveAtOnce(L.Callback):
+            def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                trainer.save_checkpoint(tmp_path / "again.ckpt")
+
+        saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
+        fit(tmp_path, gmp(), SparsityMonitor(), saver, enable_checkpointing=True)
+        path = tmp_path / "saved" / "last.ckpt"
+        whole, _ = fit(tmp_path, gmp(), SparsityMonitor(), SaveAtOnce(), ckpt_path=path, max_epochs=3)
+        again, _ = fit(tmp_path, gmp(), SparsityMonitor(), ckpt_path=tmp_path / "again.ckpt", max_epochs=3)
+        assert again.curves == whole.curves
+
+    @pytest.mark.parametrize(
+        ("field", "value", "sentence"),
+        [
+            ("step", -7, "step is -7, not a whole number"),
+            ("history", {"initial": {}, "latest": {}}, "history: it lacks ever_active"),
+            ("timeline", {"layers": ["a"], "steps": [0], "sparsity": [[]]}, "not one sparsity for each layer"),
+            ("flops", {"total": "many"}, "flops: it lacks layers"),
+        ],
+    )
+    def test_a_state_with_a_field_that_cannot_be_is_refused(
+        self, field: str, value: Any, sentence: str, tmp_path: Path
+    ) -> None:
+        monitor = SparsityMonitor()
+        fit(tmp_path, gmp(), monitor)
+        state = monitor.state_dict()
+        other = SparsityMonitor()
+        other.setup(cast(L.Trainer, None), ToyModel(), stage="fit")
+        other.load_state_dict(state)
+        with pytest.raises(MisconfigurationException, match=sentence):
+            other.load_state_dict({**state, field: value})
+
     def test_a_test_run_changes_nothing(self, tmp_path: Path) -> None:
         monitor = SparsityMonitor()
         monitor.setup(cast(L.Trainer, None), ToyModel(), stage="test")
         monitor.load_state_dict({"step": 3})
-        assert monitor.state_dict() == {}
+        assert monitor.state_dict() == {"step": 3}  # what a checkpoint brought, until fit begins anew
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

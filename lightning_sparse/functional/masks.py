@@ -5,6 +5,7 @@ A mask is a ``bool`` tensor, ``True`` = active.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "check_packed",
     "count_true",
     "counts_true",
     "multiplier",
@@ -24,6 +26,8 @@ __all__ = [
 
 # Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
 _CHUNK = 1 << 17
+
+_LARGEST = 1 << 63  # what torch counts in
 
 _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -144,7 +148,7 @@ def pack(mask: Tensor) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The mask that :func:`pack` packed.
 
     Args:
@@ -155,21 +159,53 @@ def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
         ``bool``, of ``shape``, on the device of ``packed``.
 
     Raises:
-        ValueError: ``packed`` does not hold one bit for each entry of ``shape``.
+        ValueError: ``packed`` does not hold one bit for each entry of ``shape``, or that is no shape. Nothing has been
+            allocated then.
 
     Example:
         >>> unpack(torch.tensor([5], dtype=torch.uint8), (3,))
         tensor([ True, False,  True])
     """
-    shape = torch.Size(shape)
-    numel = shape.numel()
+    numel = check_packed(packed, shape)
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) >> bits) & 1).flatten()[:numel].view(torch.bool).reshape(tuple(shape))
+
+
+def check_packed(packed: Tensor, shape: Sequence[int]) -> int:
+    """Whether :func:`unpack` would take these; nothing is allocated.
+
+    Returns:
+        The number of entries.
+
+    Raises:
+        ValueError: ``packed`` does not hold one bit for each entry of ``shape``, or that is no shape.
+
+    Example:
+        >>> check_packed(torch.tensor([5], dtype=torch.uint8), (3,))
+        3
+    """
+    numel = _numel_of(shape)
+    if not isinstance(packed, Tensor):  # as a file may have it
+        raise ValueError(f"A mask is packed into a tensor, not a {type(packed).__name__}.")
+    if packed.layout != torch.strided or packed.is_meta:
+        raise ValueError("A mask is packed into a plain tensor, and this one is sparse or holds no values.")
     if packed.dtype != torch.uint8 or packed.shape != (-(-numel // 8),):
         raise ValueError(
             f"A mask of shape {tuple(shape)} is packed into {-(-numel // 8)} bytes (uint8), but a {packed.dtype} tensor"
             f" of shape {tuple(packed.shape)} was given. The file may be cut short or belong to another network."
         )
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(1) >> bits) & 1).flatten()[:numel].view(torch.bool).reshape(shape)
+    if packed.untyped_storage().nbytes() < packed.numel():  # one byte that stands for a terabyte of them
+        raise ValueError(f"A mask of shape {tuple(shape)} claims {packed.numel()} bytes and does not store them.")
+    return numel
+
+
+def _numel_of(shape: Sequence[int]) -> int:
+    """The entries that a shape has, which a file may have made up."""
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape):
+        raise ValueError(f"{tuple(shape)} is no shape: its sizes are integers of at least 0.")
+    if math.prod(size for size in shape if size) >= _LARGEST:
+        raise ValueError(f"{tuple(shape)} is no shape: no tensor has so many entries.")
+    return math.prod(shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

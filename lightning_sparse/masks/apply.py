@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Plan, judge_parameters, names_near
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.masks.wrappers import as_named, unwrapped
 
 __all__ = ["apply_masks"]
 
@@ -29,9 +31,9 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
     Args:
         module: The module that ``fit`` will be given, with its weights loaded. Where each process runs the script, as
             in DDP, each calls this.
-        masks: A path, of a file that :func:`~lightning_sparse.save_masks` wrote or of a checkpoint of a method; or a
-            mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active. Weights without a
-            mask stay as they are.
+        masks: A path, of a file that :func:`~lightning_sparse.save_masks` wrote, of a checkpoint of a method, or of
+            weights with zeros in them, safetensors included; or a mapping of parameter names to ``bool`` tensors of the
+            weights' shapes, ``True`` = active. Weights without a mask stay as they are.
 
     Raises:
         ValueError: There is no mask, one is not ``bool``, names or shapes are not those of the module, or the module is
@@ -48,7 +50,7 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
         tensor([[ True, False],
                 [False,  True]])
     """
-    module = getattr(module, "_orig_mod", module)  # fit, too, trains what torch.compile has wrapped
+    module = unwrapped(module)  # fit, too, trains what torch.compile has wrapped
     if MaskRegistry.find(module):
         raise ValueError(
             f"{type(module).__name__} is in training, where its masks are those of its method. Call apply_masks before"
@@ -71,7 +73,7 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
 def _read(masks: Any, plan: Plan) -> tuple[dict[str, Tensor], str]:
     """The masks by name, and whence they come."""
     if isinstance(masks, str | Path):
-        return read_masks(masks, names=[candidate.name for candidate in plan.weights]), str(masks)
+        return read_masks(masks, names=[candidate.name for candidate in plan.weights]), printable(str(masks))
     if not isinstance(masks, Mapping):
         raise ValueError(
             f"masks is a {type(masks).__name__}; give a path, or a mapping of parameter names to bool tensors, such as"
@@ -84,17 +86,17 @@ def _read(masks: Any, plan: Plan) -> tuple[dict[str, Tensor], str]:
         )
     tensors = {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
     check_bool(tensors)
-    return tensors, "The mapping masks="
+    return as_named(tensors, [candidate.name for candidate in plan]), "The mapping masks="
 
 
 def _check_names(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
     known = [candidate.name for candidate in plan]
     unknown = [name for name in masks if name not in known]
     if unknown:
+        shown, near = ", ".join(map(printable, unknown)), names_near(unknown, known)
         raise ValueError(
-            f"{source} has masks of {', '.join(unknown)}, which the module does not have. Its parameters near them:"
-            f" {names_near(unknown, known)}. Give the module that the masks are of, which is the one"
-            " that fit was given, or its masks."
+            f"{source} has masks of {shown}, which the module does not have. Its parameters near them: {near}. Give the"
+            " module that the masks are of, which is the one that fit was given, or its masks."
         )
 
 

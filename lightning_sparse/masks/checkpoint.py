@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,78 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.masks import unpack
-from lightning_sparse.masks.plan import canonical_name
+from lightning_sparse.functional.masks import unpack, zero_pruned_
+from lightning_sparse.functional.stored import digest, nonzero, obstacle
+from lightning_sparse.masks.reading import CheckpointError, load_checkpoint, looks_like_safetensors
+from lightning_sparse.masks.wrappers import as_named
 
 __all__ = [
+    "STATE_VERSION",
     "CheckpointError",
+    "fault_of_seal",
     "load_checkpoint",
     "looks_like_safetensors",
     "masks_by_method",
     "masks_of_zeros",
+    "non_zeros",
     "some_of",
     "state_dict_of",
 ]
 
+STATE_VERSION = 2
+"""Of the format of a method's state."""
+
 # Lightning's key, then those that training scripts commonly use
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
-
-
-class CheckpointError(ValueError):
-    """A file cannot be read as a checkpoint or as masks; the message says why, and what to do."""
-
-
-def load_checkpoint(path: str | Path) -> Any:
-    """What :func:`torch.save` wrote, on the CPU; code in the file is never run.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, no checkpoint, or unsafe to load.
-
-    Example:
-        >>> torch.save({"weight": torch.eye(2)}, "eye.pt")
-        >>> load_checkpoint("eye.pt")
-        {'weight': tensor([[1., 0.],
-                [0., 1.]])}
-    """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"There is no file {path}.")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; give the file itself (sharded checkpoints cannot be read).")
-    if looks_like_safetensors(path):
-        raise CheckpointError(
-            f"{path} is in the safetensors format, as files of masks are, and is no checkpoint. Of a file of masks,"
-            " load_masks gives the masks, and `lightning-sparse masks compare A B` says how alike those of two files"
-            " are; it takes a checkpoint as well."
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint lead torch to any exception
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            raise CheckpointError(
-                f"{path} holds Python objects besides tensors and plain values. They are not loaded, because they "
-                "could run code. If you trust the file, save its tensors on their own: "
-                "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')."
-            ) from error
-        raise CheckpointError(
-            f"{path} is damaged or is not a checkpoint: torch cannot read it{_reason(error)}. "
-            "If it should be one, copy or download it again."
-        ) from error
-
-
-def looks_like_safetensors(path: str | Path) -> bool:
-    """Whether a JSON header follows eight bytes of its length; zip archives and pickles begin otherwise.
-
-    Example:
-        >>> torch.save({"weight": torch.eye(2)}, "eye.pt")
-        >>> looks_like_safetensors("eye.pt")
-        False
-    """
-    path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Tensor]:
@@ -104,7 +53,7 @@ def state_dict_of(checkpoint: Any, path: str | Path) -> dict[str, Tensor]:
         state = next(nested, checkpoint)
         tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
         if tensors:
-            return _without_split_masks(tensors)
+            return _without_split_masks(tensors, path)
     raise CheckpointError(
         f"{path} holds no state dict: expected names with tensors, on their own or under one of {STATE_DICT_KEYS}; "
         f"found {_describe(checkpoint)}."
@@ -122,7 +71,7 @@ def masks_by_method(checkpoint: Any, path: str | Path) -> dict[str, dict[str, Te
         ``bool`` tensors with the shapes of the weights, on the CPU; empty where no method has saved any.
 
     Raises:
-        CheckpointError: A mask is cut short.
+        CheckpointError: A mask is cut short, or a state with a digest is not what was written.
 
     Example:
         >>> saved = {"shape": [1, 3], "bits": torch.tensor([5], dtype=torch.uint8), "budget": 2, "updated_at": 7}
@@ -134,30 +83,84 @@ def masks_by_method(checkpoint: Any, path: str | Path) -> dict[str, dict[str, Te
     if not isinstance(states, Mapping):
         return {}
     return {
-        str(key): {name: _unpacked(name, saved, path) for name, saved in state["masks"].items()}
+        str(key): _masks_of_state(str(key), state, path)
         for key, state in states.items()
         if isinstance(state, Mapping) and {"step", "masks", "method"} <= state.keys()
     }
 
 
-def masks_of_zeros(state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+def fault_of_seal(state: Mapping[Any, Any]) -> str:
+    """What is wrong with the version and the digest of a state, as the end of a sentence; empty where they are right.
+
+    Example:
+        >>> fault_of_seal({"step": 3, "version": STATE_VERSION, "digest": "0"})
+        'is damaged: it is not what was written (its digest differs)'
+    """
+    if not {"version", "digest"} & state.keys():
+        return ""  # as the first versions of this package wrote
+    if "version" in state and not _is_own(state["version"]):
+        return f"has version {str(state['version'])[:40]!r}, and this lightning_sparse reads version {STATE_VERSION}"
+    if missing := {"version", "digest"} - state.keys():
+        return f"is cut short: it lacks {', '.join(missing)}"
+    try:
+        written = digest({name: value for name, value in state.items() if name not in ("version", "digest")})
+    except ValueError as error:
+        return f"is damaged: {error}"
+    return "" if state["digest"] == written else "is damaged: it is not what was written (its digest differs)"
+
+
+def _is_own(version: object) -> bool:
+    return type(version) is int and version == STATE_VERSION
+
+
+def masks_of_zeros(
+    state: Mapping[str, Tensor], names: Iterable[str] | None = None, path: str | Path = "the state dict"
+) -> dict[str, Tensor]:
     """Masks that are active where a weight is not zero.
 
     Args:
         state: Weights by name; the prefixes of wrappers are left out.
         names: The weights that are asked for; by default every floating-point tensor with two dimensions or more in
             which something, but not everything, is zero.
+        path: Where they were, for the message of an error.
+
+    Raises:
+        CheckpointError: A weight has no entries of its own.
 
     Example:
         >>> masks_of_zeros({"eye": torch.eye(2), "dense": torch.ones(2, 2), "bias": torch.zeros(2)})
         {'eye': tensor([[ True, False],
                 [False,  True]])}
     """
-    tensors = {canonical_name(name): tensor for name, tensor in state.items()}
-    if names is not None:
-        return {name: tensors[name] != 0 for name in names if name in tensors}
-    masks = {name: tensor != 0 for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.is_floating_point()}
+    asked = None if names is None else list(names)
+    tensors = as_named(state, asked)
+    if asked is not None:
+        return {name: non_zeros(name, tensors[name], path) for name in asked if name in tensors}
+    masks = {
+        name: non_zeros(name, tensor, path)
+        for name, tensor in tensors.items()
+        if tensor.ndim > 1 and tensor.is_floating_point()
+    }
     return {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+
+
+def non_zeros(name: str, tensor: Tensor, path: str | Path) -> Tensor:
+    """``bool``: which entries of a tensor of a file are not zero.
+
+    Raises:
+        CheckpointError: It has no entries of its own, so that a small file would ask for much memory.
+
+    Example:
+        >>> non_zeros("weight", torch.eye(2), "eye.pt")
+        tensor([[ True, False],
+                [False,  True]])
+    """
+    try:
+        if fault := obstacle(tensor):
+            raise ValueError(fault)
+        return nonzero(tensor)
+    except ValueError as error:
+        raise CheckpointError(f"{name} in {path} {error}.") from error
 
 
 def some_of(names: Iterable[str], most: int = 4) -> str:
@@ -172,35 +175,55 @@ def some_of(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(every[:most]) + more
 
 
+def _masks_of_state(key: str, state: Mapping[Any, Any], path: str | Path) -> dict[str, Tensor]:
+    if not isinstance(state["masks"], Mapping):
+        raise CheckpointError(f"The masks of {key} in {path} are a {type(state['masks']).__name__}, not a mapping.")
+    masks = {str(name): _unpacked(str(name), saved, path) for name, saved in state["masks"].items()}
+    if fault := fault_of_seal(state):
+        raise CheckpointError(f"The state of {key} in {path} {fault}.")
+    return masks
+
+
 def _unpacked(name: str, saved: Any, path: str | Path) -> Tensor:
     try:
-        return unpack(saved["bits"], tuple(saved["shape"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"The mask of {name} in {path} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not isinstance(saved["shape"], list | tuple):
+            raise ValueError("its shape is no list of sizes.")
+        return unpack(saved["bits"], saved["shape"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The mask of {name} in {path} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """What torch says in brackets, but for its advice to load with ``weights_only=False``, which may run code."""
-    line = _first_line(error)
-    return "" if "weights_only" in line else f" ({line})"
+    """The first line of a message that is for users; of another, what there is instead of a mask."""
+    if isinstance(error, ValueError):
+        return str(error).strip().splitlines()[0]
+    return "it has no bits and no shape, or not as a mask has them."
 
 
 def _describe(checkpoint: Any) -> str:
     if isinstance(checkpoint, Mapping):
-        return f"a dictionary with the keys {sorted(map(str, checkpoint))}"
+        return f"a dictionary with the keys {some_of(sorted(map(str, checkpoint)), most=12) or 'none'}"
     return f"a {type(checkpoint).__name__}"
 
 
-def _without_split_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_split_masks(tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         whole, mask = name.removesuffix("_orig"), tensors.get(f"{name.removesuffix('_orig')}_mask")
         if name.endswith("_orig") and mask is not None:
-            merged[whole] = tensor * mask
+            merged[whole] = _product(name, tensor, mask, path)
         elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in tensors):
             merged[name] = tensor
     return merged
+
+
+def _product(name: str, tensor: Tensor, mask: Tensor, path: str | Path) -> Tensor:
+    kept = non_zeros(f"{name.removesuffix('_orig')}_mask", mask, path)
+    non_zeros(name, tensor, path)
+    if mask.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name} in {path} has shape {tuple(tensor.shape)} and its mask {tuple(mask.shape)}. Save both as"
+            " torch.nn.utils.prune makes them."
+        )
+    product = tensor.clone(memory_format=torch.contiguous_format)
+    return zero_pruned_(product, kept) if product.is_floating_point() else product * kept

@@ -1,8 +1,9 @@
 """Masks as files of their own, in the safetensors format: one bit a weight, and nothing in them that could run.
 
 A file holds one ``uint8`` tensor for each weight, under its name, packed as :func:`~lightning_sparse.functional.pack`
-does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``1``, and ``shapes``: the
-shape of each mask, as JSON.
+does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``2``, ``shapes``: the
+shape of each mask, as JSON, and ``digest``: of names, shapes and bits. Files of version ``1`` have no digest, and are
+read too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from lightning_sparse.atomic import write_atomically
 from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.functional.stored import digest, obstacle
 from lightning_sparse.masks.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -29,13 +32,16 @@ from lightning_sparse.masks.checkpoint import (
     some_of,
     state_dict_of,
 )
+from lightning_sparse.masks.places import canonical_name, printable
 from lightning_sparse.masks.plan import judge_parameters
+from lightning_sparse.masks.reading import metadata_of
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.masks.wrappers import as_named, unwrapped
 
 __all__ = ["load_masks", "read_masks", "save_masks"]
 
-_FORMAT, _VERSION = "lightning_sparse.masks", "1"
+_FORMAT, _VERSION, _WITHOUT_DIGEST = "lightning_sparse.masks", "2", "1"
 
 _HOW_TO_SAVE = (
     'save_masks takes the file and then what has the masks, as in save_masks("sparse.masks", method): a method such as'
@@ -55,17 +61,20 @@ def save_masks(
 ) -> None:
     """Write masks to a file: one bit a weight, in the safetensors format.
 
-    In a training on several processes, whose masks are the same, let one of them write.
+    In a training on several processes, whose masks are the same, let one of them write. The file is written whole or
+    not at all: whatever happens, there is the old one or the new one.
 
     Args:
-        path: The file; one that is there is overwritten.
+        path: The file; one that is there is replaced. It keeps its mode, and a link still leads to it.
         masks: A mapping from names to ``bool`` tensors, ``True`` = active; a registry; a callback, whose registry is
             meant, with the masks of every method of its module; or a module, whose zeros are meant: in a training its
-            registry, and otherwise the weights that a method would mask.
+            registry, and otherwise the weights that a method would mask. What wraps a module (``torch.compile``,
+            Fabric, DDP, DataParallel, AveragedModel) leaves no trace in the names.
 
     Raises:
         TypeError: The path is no path, as when the arguments are swapped, or the masks are nothing of these.
-        ValueError: There is no mask, or one is not ``bool``.
+        ValueError: There is no mask, or one is not ``bool``, or has no name that can be written.
+        OSError: The file cannot be written; the message says why, as where the disk is full.
 
     Example:
         >>> from lightning_sparse import load_masks, save_masks
@@ -87,8 +96,14 @@ def save_masks(
     for name, mask in tensors.items():
         _check_mask(name, mask)
     shapes = {name: list(mask.shape) for name, mask in tensors.items()}
+    packed = {name: pack(mask) for name, mask in tensors.items()}
     metadata = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(shapes)}
-    save_file({name: pack(mask) for name, mask in tensors.items()}, str(path), metadata)
+    metadata["digest"] = _digest(shapes, packed)
+    try:
+        content = save(packed, metadata)
+    except (SafetensorError, UnicodeEncodeError) as error:
+        raise ValueError(f"The masks cannot be written to {path}: {printable(str(error))}.") from error
+    write_atomically(path, content)
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -98,7 +113,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         ``bool`` tensors with the shapes of the weights, on the CPU, by name in alphabetical order.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds no masks.
+        CheckpointError: The file is missing, damaged, or holds no masks: what its digest does not fit is refused.
 
     Example:
         >>> from lightning_sparse import load_masks, save_masks
@@ -115,7 +130,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             packed = {name: cast("Tensor", file.get_tensor(name)) for name in sorted(file.keys())}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged or is not a file of masks: safetensors cannot read it ({error}). Files of masks are"
             " written by save_masks and by `lightning-sparse masks extract`."
@@ -125,22 +140,23 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds tensors in the safetensors format, but no masks. Files of masks are written by save_masks"
             " and by `lightning-sparse masks extract`."
         )
-    if metadata.get("version") != _VERSION:
+    if metadata.get("version") not in (_VERSION, _WITHOUT_DIGEST):
         raise CheckpointError(
-            f"{path} was written in version {metadata.get('version')} of the format of masks, and this is {_VERSION}."
-            " Upgrade lightning-sparse."
+            f"{path} was written in version {metadata.get('version', '')[:40]} of the format of masks, and this is"
+            f" {_VERSION}. Upgrade lightning-sparse."
         )
     return _unpacked(packed, metadata, path)
 
 
 def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Read masks from whatever holds some: a file of masks, a checkpoint of a method, or one with zeros in it.
+    """Read masks from whatever holds some: a file of masks, a checkpoint of a method, or weights with zeros in them.
 
     Args:
-        path: What :func:`save_masks` wrote, a Lightning checkpoint, or a file with a state dict. Masks that methods
-            have saved in a checkpoint go before the zeros of its weights.
-        names: The weights that are asked for where masks are read off zeros, those that the file does not have left
-            out; by default all that have some.
+        path: What :func:`save_masks` wrote, a Lightning checkpoint, or a file with a state dict, of ``torch.save`` or
+            in the safetensors format. Masks that methods have saved in a checkpoint go before the zeros of its weights.
+        names: The names of the module's weights, by which prefixes of wrappers in the file are known. Where masks are
+            read off zeros, these alone are read, those that the file does not have left out; by default all that have
+            some.
 
     Returns:
         ``bool`` tensors with the shapes of the weights, on the CPU, by name.
@@ -155,8 +171,10 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
         {'fc.weight': tensor([[ True, False],
                 [False,  True]])}
     """
-    if looks_like_safetensors(path):
-        return load_masks(path)
+    asked = None if names is None else list(names)
+    metadata = metadata_of(path) if looks_like_safetensors(path) else {}
+    if metadata is None or metadata.get("format") == _FORMAT:
+        return as_named(load_masks(path), asked)
     try:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
@@ -165,9 +183,9 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
         raise CheckpointError(f"{error} Nor is it a file of masks.") from error
     methods = masks_by_method(checkpoint, path)
     if methods:
-        return {name: mask for masks in methods.values() for name, mask in masks.items()}
-    state, asked = state_dict_of(checkpoint, path), None if names is None else list(names)
-    masks = masks_of_zeros(state, asked)
+        return as_named({name: mask for masks in methods.values() for name, mask in masks.items()}, asked)
+    state = state_dict_of(checkpoint, path)
+    masks = masks_of_zeros(state, asked, path)
     if asked and not masks:
         raise CheckpointError(
             f"{path} has none of the weights that are asked for, which are {some_of(asked)}; it has {some_of(state)}."
@@ -183,6 +201,7 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
 
 def _tensors(masks: Any) -> dict[str, Tensor]:
     if isinstance(masks, nn.Module):
+        masks = unwrapped(masks)
         registry = MaskRegistry.find(masks)
         if registry is None:
             return {weight.name: weight.parameter.detach() != 0 for weight in judge_parameters(masks).weights}
@@ -191,11 +210,18 @@ def _tensors(masks: Any) -> dict[str, Tensor]:
         masks = getattr(masks, "registry", masks)
     if not isinstance(masks, Mapping):
         raise TypeError(f"{_HOW_TO_SAVE}; what is to be written is a {type(masks).__name__}.")
-    return {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
+    if unnamed := [name for name in masks if not isinstance(name, str) or name == "__metadata__"]:
+        raise ValueError(f"The names of masks are those of weights, and {unnamed[0]!r} is none.")
+    return {
+        canonical_name(name): value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()
+    }
 
 
 def _check_mask(name: str, mask: Any) -> None:
+    name = printable(name)
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        if fault := obstacle(mask):
+            raise ValueError(f"The mask of {name} {fault}.")
         return
     found, remedy = str(getattr(mask, "dtype", "")), "as in `weight != 0`"
     if not isinstance(mask, Tensor):
@@ -205,13 +231,27 @@ def _check_mask(name: str, mask: Any) -> None:
     raise ValueError(f"The mask of {name} is {found}; give a tensor of torch.bool, True = active, {remedy}.")
 
 
+def _digest(shapes: Mapping[str, list[int]], packed: Mapping[str, Tensor]) -> str:
+    return digest({name: [shapes[name], bits] for name, bits in packed.items()})
+
+
 def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> dict[str, Tensor]:
     try:
         shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
         if shapes.keys() != packed.keys():
-            raise ValueError(f"there are shapes of {sorted(shapes)} and masks of {sorted(packed)}.")
-        return {name: unpack(bits, tuple(shapes[name])) for name, bits in packed.items()}
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"there are shapes of {some_of(sorted(shapes))} and masks of {some_of(sorted(packed))}.")
+        if not packed:
+            raise CheckpointError(f"{path} holds no masks: it is a file of masks without any. Write it anew.")
+        if metadata["version"] != _WITHOUT_DIGEST and metadata.get("digest") != _digest(shapes, packed):
+            raise CheckpointError(
+                f"{path} is damaged: it is not what was written (its digest differs). Copy or write it again."
+            )
+        if not all(isinstance(shape, list) for shape in shapes.values()):
+            raise ValueError("a shape is a list of sizes.")
+        return {name: unpack(bits, shapes[name]) for name, bits in packed.items()}
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged: its masks do not fit their shapes ({error}) Write it anew."
         ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.weight import MaskedWeight
 
@@ -18,7 +19,7 @@ def check_bool(masks: Mapping[str, Any]) -> None:
     """Refuse what is no mask.
 
     Raises:
-        ValueError: A value is no tensor of ``torch.bool``.
+        ValueError: A name is no string, or a value no tensor of ``torch.bool``.
 
     Example:
         >>> check_bool({"weight": torch.ones(2)})
@@ -27,6 +28,8 @@ def check_bool(masks: Mapping[str, Any]) -> None:
         ValueError: masks['weight'] is torch.float32; give a tensor of torch.bool, as in `weight != 0`.
     """
     for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise ValueError(f"masks has the name {name!r}; give the names of parameters, as named_parameters() does.")
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"masks[{name!r}] is {kind}; give a tensor of torch.bool, as in `weight != 0`.")
@@ -41,7 +44,7 @@ def wrong_shapes(masks: Mapping[str, Tensor], weights: Iterable[Candidate | Mask
         source: Whence the masks come, the subject of the sentence.
     """
     wrong = [
-        f"{weight.name} is {tuple(weight.parameter.shape)} and its mask {tuple(masks[weight.name].shape)}"
+        f"{printable(weight.name)} is {tuple(weight.parameter.shape)} and its mask {tuple(masks[weight.name].shape)}"
         for weight in weights
         if weight.name in masks and masks[weight.name].shape != weight.parameter.shape
     ]

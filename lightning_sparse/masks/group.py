@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, final
+from typing import Literal, TypedDict, final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.weight import MaskedWeight, MaskPool
 
@@ -67,13 +68,17 @@ class MaskGroup(MaskPool):
             for weight in self
         }
 
-    def load_(self, packed: Mapping[str, PackedMask]) -> None:
-        """Take the masks of a checkpoint: all of them or, where one does not fit, none.
+    def load_(self, packed: Mapping[str, PackedMask], source: Literal["checkpoint", "module"] = "checkpoint") -> None:
+        """Take saved masks: all of them or, where one does not fit, none.
+
+        Args:
+            packed: By name.
+            source: Whence they come, for the message: a checkpoint, or the last training of the module.
 
         Raises:
             MisconfigurationException: A mask is missing, has another shape or is cut short.
         """
-        masks = [_unpack(weight, packed) for weight in self]
+        masks = [_unpack(weight, packed, source) for weight in self]
         for weight, mask in zip(self, masks, strict=True):
             weight.mask.copy_(weight.layout.take(mask))
             weight.budget = packed[weight.name]["budget"]
@@ -81,27 +86,29 @@ class MaskGroup(MaskPool):
         self.recount()
 
 
-def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask]) -> Tensor:
+_WHOSE = {"checkpoint": "The checkpoint", "module": "The last training of this module"}
+_REMEDY = {
+    "checkpoint": "Resume with the module, include= and exclude= of the run that wrote it.",
+    "module": "Its layers have changed since: train it with a new callback, which begins with the masks that fit.",
+}
+
+
+def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask], source: str) -> Tensor:
+    whose, remedy, name = _WHOSE[source], _REMEDY[source], printable(weight.name)
     if weight.name not in packed:
-        raise MisconfigurationException(
-            f"The checkpoint holds no mask of {weight.name}; it has masks of {', '.join(packed) or 'nothing'}. Resume"
-            " with the same module and the same include= and exclude= as the run that wrote it."
-        )
+        known = ", ".join(map(printable, packed)) or "nothing"
+        raise MisconfigurationException(f"{whose} has no mask of {name}; it has masks of {known}. {remedy}")
     saved = packed[weight.name]
-    missing = PackedMask.__required_keys__ - saved.keys()
-    if not isinstance(saved.get("bits"), Tensor):
-        missing |= {"bits"}
-    if missing:
+    if missing := PackedMask.__required_keys__ - saved.keys():
         raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} is cut short: it lacks {', '.join(sorted(missing))}. Resume from"
-            " an earlier checkpoint."
+            f"{whose} has a mask of {name} that is cut short: it lacks {', '.join(sorted(missing))}. {remedy}"
         )
     if list(saved["shape"]) != list(weight.shape):
         raise MisconfigurationException(
-            f"The checkpoint's mask of {weight.name} has shape {tuple(saved['shape'])}, but the weight has"
-            f" {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
+            f"{whose} has a mask of {name} of shape {tuple(saved['shape'])}, but the weight has {tuple(weight.shape)}."
+            f" {remedy}"
         )
     try:
         return unpack(saved["bits"], weight.shape)
     except ValueError as error:
-        raise MisconfigurationException(f"The checkpoint's mask of {weight.name} cannot be read: {error}") from error
+        raise MisconfigurationException(f"{whose} has a mask of {name} that cannot be read: {error}") from error

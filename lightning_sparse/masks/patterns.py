@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sparse.functional.selection import Key, largest
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.weight import MaskedWeight
+from lightning_sparse.schedules import as_number
 
 __all__ = ["AnyPattern", "ConstantFanIn", "Filters", "NofM", "Pattern", "as_pattern"]
 
@@ -95,6 +96,8 @@ class NofM(Pattern):
     m: int = 4
 
     def __post_init__(self) -> None:
+        for name in ("n", "m"):
+            object.__setattr__(self, name, as_number(getattr(self, name)))
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.n, self.m))
         if not (whole and 1 <= self.n < self.m):
             raise ValueError(f"{self}: n weights of every m are active; give 1 ≤ n < m, such as NofM(2, 4).")

@@ -17,6 +17,9 @@ Part = Literal["whole", "direction", "magnitude", "scaled", "pruned", "other"]
 ``torch.nn.utils.prune`` masks, or what another parametrization computes it from."""
 
 
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module"}
+
+
 @dataclass(frozen=True)
 class Place:
     """A parameter where it is.
@@ -56,14 +59,13 @@ def places_of(module: nn.Module) -> list[Place]:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a parameter in the plain module: without what ``torch.compile`` and checkpoint wrappers add.
+    """The name of a parameter in the plain module: without what ``torch.compile``, Fabric and checkpoint wrappers add.
 
     Example:
         >>> canonical_name("encoder._orig_mod.0.weight")
         'encoder.0.weight'
     """
-    wrappers = {"_orig_mod", "_checkpoint_wrapped_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def printable(name: str) -> str:

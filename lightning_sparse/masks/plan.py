@@ -22,6 +22,7 @@ from lightning_sparse.masks.memory import overlapping
 from lightning_sparse.masks.places import canonical_name, places_of, printable
 from lightning_sparse.masks.remarks import enumerated, remarks_on
 from lightning_sparse.masks.selectors import NEVER, Choice, as_patterns, names_near
+from lightning_sparse.masks.wrappers import unwrapped
 
 __all__ = [
     "Candidate",
@@ -159,7 +160,7 @@ def select_weights(
     one that cannot be tried is masked, and named in :attr:`Plan.remarks`.
 
     Args:
-        module: Any module.
+        module: Any module; what wraps it, as DDP does, is left out of account.
         include: Patterns; where given, only what matches one is masked. A pattern is a glob over the parameter's name
             (``"encoder.*"``), the name of its module's type (``"Conv2d"``, base classes count), or a trait:
             ``"@depthwise"``, ``"@1x1"``, ``"@first"`` or ``"@last"``, the first or last weight that the rules mask, in
@@ -204,6 +205,7 @@ def judge_parameters(
         >>> plan.masked, [candidate.name for candidate in plan.weights]
         ([], ['weight'])
     """
+    module = unwrapped(module)
     include, exclude = as_patterns("include", include), as_patterns("exclude", exclude)
     candidates = _first_and_last(_recognised(module))
     chosen = _joined(candidates, Choice(candidates, include, exclude))

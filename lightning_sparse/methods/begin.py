@@ -12,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sparse.masks.distributed import agree_to_begin, broadcast_
 from lightning_sparse.masks.inheritance import forget_pruned, waking_zeros
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Plan, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.methods import checkpoints, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
-from lightning_sparse.methods.state import check_digest
 from lightning_sparse.trainer import steps_of_training, steps_taken
 
 __all__ = ["begin_together", "leave"]
@@ -125,8 +125,9 @@ def _initialize(method: Method, run: Run) -> None:
     for weight in method.weights:
         if weight.name in inherited and inherited[weight.name].shape != weight.shape:
             raise MisconfigurationException(
-                f"The checkpoint's mask of {weight.name} has shape {tuple(inherited[weight.name].shape)}, but the"
-                f" weight has {tuple(weight.shape)}. Resume with the module that wrote the checkpoint."
+                f"The mask that was left of {printable(weight.name)} has shape"
+                f" {tuple(inherited[weight.name].shape)}, but the weight has {tuple(weight.shape)}. Train the module"
+                " that the masks are of."
             )
     for group in run.groups:
         method.initialize_masks(group)
@@ -143,11 +144,10 @@ def _resume(method: Method, run: Run) -> None:
     state = run.beginning.state
     assert state is not None
     for group in run.groups:
-        group.load_(state["masks"])
+        group.load_(state["masks"], run.beginning.source)
     for group, lasted in zip(run.groups, state["not_finite_for"], strict=False):
         group.not_finite_for = lasted
     method.load_method_state(state["method"])
-    check_digest(state, method.state_key)
     if not run.beginning.goes_on:
         for group in run.groups:
             method.clock_starts(group)

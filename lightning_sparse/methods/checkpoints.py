@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
-from lightning_sparse.methods.state import check_state, sealed
+from lightning_sparse.methods.state import check_digest, check_state, sealed
 from lightning_sparse.trainer import callbacks_of, is_a
 
 __all__ = [
@@ -72,11 +73,10 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     states: Mapping[str, Any] = checkpoint.get("callbacks", {})
     own = states.get(method.state_key)
     if resumes and own is not None:
-        check_state(own, method.state_key)
-    if resumes:
-        _refuse_unshared(states, pl_module, trainer.ckpt_path)
+        check_state(own, method.state_key, method.state_fields())
     masks = _masks_of_all(checkpoint)
     if resumes:
+        _refuse_unshared(states, pl_module, trainer.ckpt_path)
         _refuse_other_shapes(masks, pl_module)
     if resumes and not masks and method.loaded is not None:
         return  # the file of the learning-rate finder, which puts back the weights that were loaded before
@@ -103,8 +103,8 @@ def _refuse_other_shapes(masks: Mapping[str, Tensor], module: pl.LightningModule
         mask, shape = masks.get(candidate.name), candidate.parameter.shape
         if mask is not None and mask.shape != shape:
             raise MisconfigurationException(
-                f"The checkpoint's mask of {candidate.name} has shape {tuple(mask.shape)}, but the weight has"
-                f" {tuple(shape)}. Resume with the module that wrote the checkpoint."
+                f"The checkpoint's mask of {printable(candidate.name)} has shape {tuple(mask.shape)}, but the weight"
+                f" has {tuple(shape)}. Resume with the module that wrote the checkpoint."
             )
 
 
@@ -116,13 +116,14 @@ def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path
         name
         for its in masks
         for name, mask in its.items()
-        if mask.get("uses", 1) > 1 and uses.get(name, 1) != mask["uses"]
+        if mask.get("uses", 1) != 1 and uses.get(name, 1) != mask["uses"]
     ]
     if differ:
+        shown = ", ".join(map(printable, differ))
         raise MisconfigurationException(
-            f"In the training of the checkpoint {path}, other convolutions used the weights of {', '.join(differ)}, as"
-            f" under EAST, and in this {type(module).__name__} they have their own, so neither masks nor optimizers"
-            " fit. Add WeightSharing() to the callbacks, with the arguments that it had there."
+            f"In the training of the checkpoint {path}, other convolutions used the weights of {shown}, as under EAST,"
+            f" and in this {type(module).__name__} they have their own, so neither masks nor optimizers fit. Add"
+            " WeightSharing() to the callbacks, with the arguments that it had there."
         )
 
 
@@ -138,9 +139,9 @@ def _follow(method: Method, module: pl.LightningModule, state: Mapping[str, Any]
     if run is None or run.active or run.module() is not module:
         return
     try:
-        check_state(state, method.state_key)
+        check_state(state, method.state_key, method.state_fields())
         for group in run.groups:
-            group.load_(state["masks"])
+            group.load_(state["masks"], "checkpoint")
     except (MisconfigurationException, CheckpointError):
         method.last_run = None  # it is not of these weights
         return
@@ -167,7 +168,7 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     loaded, run = method.loaded, method.last_run
     if loaded is not None and loaded.resumes:
         if loaded.state is not None:
-            return Beginning(check_state(loaded.state, method.state_key), goes_on=True)
+            return Beginning(_checked(method, loaded.state), goes_on=True)
         if loaded.left is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so resuming would go on"
@@ -180,10 +181,16 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     # A Trainer that has taken steps goes on; with a new one a new training begins.
     goes_on = trainer.global_step > 0
     if loaded is not None and loaded.state is not None and _is_still_there(loaded.left, module):
-        return Beginning(check_state(loaded.state, method.state_key), goes_on=goes_on)
+        return Beginning(_checked(method, loaded.state), goes_on=goes_on)
     if loaded is None and run is not None and run.module() is module and _is_still_there(run.left, module):
-        return Beginning(check_state(state_of(method), method.state_key), goes_on=goes_on)
+        return Beginning(_state(method, run), goes_on=goes_on, source="module")
     return Beginning(inherited=MaskRegistry.left_in(module))
+
+
+def _checked(method: Method, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_state(state, method.state_key, method.state_fields())
+    check_digest(state, method.state_key)
+    return state
 
 
 def inherited_by_all(methods: Sequence[Method], module: pl.LightningModule) -> Mapping[str, Tensor]:

@@ -29,11 +29,12 @@ from typing_extensions import override
 
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.schema import Check, any_of, mapping_of, record, refuse, whole, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.methods.paper import Paper
-from lightning_sparse.methods.steering import Steering
+from lightning_sparse.methods.steering import STEERING_FIELDS, Steering
 from lightning_sparse.schedules import as_number
 
 __all__ = ["DST"]
@@ -278,13 +279,19 @@ class DST(LatentMethod):
         }
 
     @override
+    def own_fields(self) -> Mapping[str, Check]:
+        return {"resets": mapping_of(whole()), "steering": any_of(record({}), record(STEERING_FIELDS))}
+
+    @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:
+        if fault := wrong_names(state["resets"], self._own.resets):
+            refuse(f"The checkpoint is damaged: what it holds of resets {fault}")
         self._own.resets |= state["resets"]
         self._own.unmoved |= set(state["unmoved"])
         steering = self._own.steering
         if steering is None:
             return
-        if self.run.beginning.goes_on:
+        if self.run.beginning.goes_on and state["steering"]:
             steering.load(state["steering"])
         else:
             steering.begin_at(self.actual_sparsity())

@@ -25,10 +25,14 @@ from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import looks_pruned
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import names_near
+from lightning_sparse.masks.schema import Check, mapping_of, packed_mask, whole
+from lightning_sparse.masks.wrappers import as_named
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.hard_mask import HardMaskMethod
 from lightning_sparse.methods.paper import Paper
+from lightning_sparse.methods.state import check_budgets
 from lightning_sparse.schedules import UpdateTimes
 
 __all__ = ["FixedMask"]
@@ -55,7 +59,7 @@ class FixedMask(HardMaskMethod):
     - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left masks,
       as after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
     - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a checkpoint
-      that nothing of ours has trained, whose zeros are taken.
+      or safetensors file that nothing of ours has trained, whose zeros are taken.
     - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
 
     A path or a mapping has a mask for every weight that is masked here, and wins over a checkpoint's.
@@ -171,10 +175,18 @@ class FixedMask(HardMaskMethod):
         return super().method_state() | {"asleep": packed}
 
     @override
+    def state_fields(self) -> Mapping[str, Check]:
+        return {**super().state_fields(), "stop": whole(0, 0), "asleep": mapping_of(packed_mask({}))}
+
+    @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         super().load_method_state(state)
+        check_budgets(self.groups, self.state_key)
         packed = state.get("asleep", {})
-        self.run.own = {name: unpack(its["bits"], its["shape"]) for name, its in packed.items()}
+        masks = {name: unpack(its["bits"], its["shape"]) for name, its in packed.items()}
+        if wrong := wrong_shapes(masks, self.run.plan.frozen, "The checkpoint"):
+            raise MisconfigurationException(wrong)
+        self.run.own = masks
 
     def _masks_in_module(self) -> Mapping[str, Tensor]:
         zeros = {weight.name: weight.value != 0 for weight in self.weights}
@@ -209,27 +221,29 @@ class FixedMask(HardMaskMethod):
 
     def _read(self, given: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
         """The masks by name, and whence they come."""
-        if isinstance(given, Mapping):
-            return given, "The mapping masks="
         names = [weight.name for weight in (*self.weights, *self.run.plan.frozen)]
-        return read_masks(given, names=names), f"{given}"
+        if isinstance(given, Mapping):
+            return as_named(given, names), "The mapping masks="
+        return read_masks(given, names=names), printable(f"{given}")
 
     def _checked(self, masks: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
         known = [weight.name for weight in self.weights] + [candidate.name for candidate in self.dense]
         unknown = [name for name in masks if name not in known]
         if unknown:
             near = names_near(unknown, [weight.name for weight in self.weights])
+            shown = ", ".join(map(printable, unknown))
             raise MisconfigurationException(
-                f"{source} has masks of {', '.join(unknown)}, which the module does not have. Its weights near them:"
-                f" {near}. Give the masks of this module."
+                f"{source} has masks of {shown}, which the module does not have. Its weights near them: {near}. Give"
+                " the masks of this module."
             )
         missing = [weight.name for weight in self.weights if weight.name not in masks]
         if missing:
+            shown = ", ".join(map(printable, masks)) or "nothing"
             raise MisconfigurationException(
-                f"{source} has no mask of {', '.join(missing)}; it has masks of {', '.join(masks) or 'nothing'}. To"
-                f" leave what has none dense, add exclude={[*(self.exclude or ()), *missing]}. If they come from a"
-                " training that shared weights (EAST, WeightSharing), add WeightSharing() before FixedMask instead,"
-                " with the arguments that it had there."
+                f"{source} has no mask of {', '.join(missing)}; it has masks of {shown}. To leave what has none dense,"
+                f" add exclude={[*(self.exclude or ()), *missing]}. If they come from a training that shared weights"
+                " (EAST, WeightSharing), add WeightSharing() before FixedMask instead, with the arguments that it had"
+                " there."
             )
         if wrong := wrong_shapes(masks, [*self.weights, *self.run.plan.frozen], source):
             raise MisconfigurationException(wrong)

@@ -15,6 +15,8 @@ from typing_extensions import override
 from lightning_sparse.masks.distributed import broadcast_, vote
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, as_stepped_on, clear_moments, keeps_zeros, warm_moments
+from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.schema import Check, any_of, mapping_of, nothing, refuse, tensor, whole
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
@@ -199,8 +201,14 @@ class HardMaskMethod(SparseMethod):
         }
 
     @override
+    def state_fields(self) -> Mapping[str, Check]:
+        return {"stop": any_of(nothing, whole()), "memory": mapping_of(mapping_of(tensor()))}
+
+    @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         run, times = self.run, self.run.timetable
+        for name, tensors in state.get("memory", {}).items():
+            _check_memory(name, tensors, self)
         run.memory = {
             name: {key: value.to(run.registry[key].value.device).clone() for key, value in tensors.items()}
             for name, tensors in state.get("memory", {}).items()
@@ -216,3 +224,14 @@ def _warm(trainer: pl.Trainer, group: MaskGroup, before: Tensor) -> None:
     seen = as_stepped_on(trainer, group.optimizer)
     for weight, was in zip(group, group.split(before), strict=True):
         warm_moments(group.optimizer, weight.parameter, weight.mask & ~was, weight.mask & was, seen(weight.grad))
+
+
+def _check_memory(name: str, tensors: Mapping[str, torch.Tensor], method: HardMaskMethod) -> None:
+    """Refuse what is remembered of other weights, or of weights of other shapes."""
+    shapes = {weight.name: weight.shape for weight in method.weights}
+    wrong = [key for key, value in tensors.items() if shapes.get(key) != value.shape]
+    if wrong:
+        refuse(
+            f"The checkpoint's state of {method.state_key} is damaged: its {printable(name)} of"
+            f" {', '.join(map(printable, wrong))} is not of a weight that it masks, or of another shape"
+        )

@@ -18,11 +18,12 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
 from lightning_sparse.masks.plan import Candidate, as_patterns
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.schema import Check
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.run import Loaded, Run
-from lightning_sparse.schedules import Timetable
+from lightning_sparse.schedules import Timetable, as_number
 
 __all__ = ["Method"]
 
@@ -57,6 +58,8 @@ class Method(pl.Callback, ABC):
     masks_new_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # numbers of numpy are numbers
+            setattr(self, item.name, as_number(getattr(self, item.name)))
         self.include, self.exclude = as_patterns("include", self.include), as_patterns("exclude", self.exclude)
         # Lightning asks for it at every hook.
         self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)
@@ -103,6 +106,10 @@ class Method(pl.Callback, ABC):
         """Take what :meth:`method_state` gave; :meth:`prepare` was called before, and masks are loaded."""
 
     # What a method may add.
+
+    def state_fields(self) -> Mapping[str, Check]:
+        """What each field of :meth:`method_state` may be; a checkpoint in which one is something else is refused."""
+        return {}
 
     def timetable(self, total_steps: float) -> Timetable | None:
         """When masks are updated in a training of ``total_steps`` (``inf`` where unknown); None: at every step.

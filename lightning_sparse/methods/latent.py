@@ -23,9 +23,11 @@ from typing_extensions import override
 
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, gradient_scale
+from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, refuse, tensor, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
+from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
 from lightning_sparse.methods.twins import set_like_its_user, twin_optimizer
 
 __all__ = ["LatentMethod"]
@@ -112,6 +114,10 @@ class LatentMethod(SparseMethod):
 
     def own_state(self) -> dict[str, Any]:
         """What the method must remember besides weights, masks and what it learns: tensors and primitives alone."""
+        return {}
+
+    def own_fields(self) -> Mapping[str, Check]:
+        """What each field of :meth:`own_state` may be."""
         return {}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
@@ -286,12 +292,20 @@ class LatentMethod(SparseMethod):
 
     @final
     @override
+    def state_fields(self) -> Mapping[str, Check]:
+        return {
+            "asleep": mapping_of(tensor()),
+            "learned": mapping_of(tensor()),
+            "twins": list_of(optimizer_state),
+            "own": record(self.own_fields(), closed=False),
+        }
+
+    @final
+    @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        missing = {"asleep", "learned", "twins", "own"} - state.keys()
-        if missing:
-            raise MisconfigurationException(
-                f"The checkpoint is cut short: it lacks {', '.join(sorted(missing))}. Resume from an earlier one."
-            )
+        check_budgets(self.groups, self.state_key)
+        if fault := wrong_names(state["asleep"], [weight.name for weight in self.weights]):
+            refuse(f"The checkpoint is damaged: what it holds of sleeping values {fault}")
         for weight in self.weights:
             self._begin(weight, self._dense_values(weight, state["asleep"]))
         for group in self.groups:
@@ -315,7 +329,9 @@ class LatentMethod(SparseMethod):
     @torch.no_grad()
     def _load_learned(self, learned: Mapping[str, Tensor], twins: Sequence[Mapping[str, Any]]) -> None:
         mine = self._kept.parameters
-        damaged = [name for name, value in mine.items() if name not in learned or learned[name].shape != value.shape]
+        if fault := wrong_names(learned, mine):
+            refuse(f"The checkpoint is damaged: what it holds of learned values {fault}")
+        damaged = [name for name, value in mine.items() if learned[name].shape != value.shape]
         own = [self._kept.twins[group] for group in self.groups if group in self._kept.twins]
         if damaged or len(twins) != len(own):
             raise MisconfigurationException(
@@ -325,4 +341,4 @@ class LatentMethod(SparseMethod):
         for name, value in mine.items():
             value.copy_(learned[name])
         for twin, saved in zip(own, twins, strict=True):
-            twin.load_state_dict(dict(saved))
+            load_optimizer(twin, saved)

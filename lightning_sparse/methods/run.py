@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import lightning.pytorch as pl
@@ -15,6 +15,9 @@ from lightning_sparse.masks.registry import Left, MaskRegistry
 from lightning_sparse.methods.averages import Averages
 from lightning_sparse.methods.guard import Guard
 from lightning_sparse.schedules import Timetable
+
+Source = Literal["checkpoint", "module"]
+"""Whence a state comes: from a checkpoint, or from the last training of this module in this process."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +49,13 @@ class Beginning:
         state: The method's own state; None where it begins.
         goes_on: Whether the state's clock goes on; else a new training begins with the weights and masks of that state.
         inherited: Masks that another method has left, by parameter name.
+        source: Whence the state comes.
     """
 
     state: Mapping[str, Any] | None = None
     goes_on: bool = False
     inherited: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    source: Source = "checkpoint"
 
 
 @dataclass

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from itertools import pairwise
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_whole
 from lightning_sparse.functional.selection import Scores
 from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, layer_budgets
 from lightning_sparse.masks.group import MaskGroup
@@ -24,6 +25,7 @@ from lightning_sparse.masks.weight import MaskedWeight, MaskPool
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
+from lightning_sparse.methods.state import check_budgets
 from lightning_sparse.schedules import (
     Duration,
     Polynomial,
@@ -102,7 +104,7 @@ class ScoredMethod(HardMaskMethod, ABC):
             _check_never_falls(self.sparsity)
         check_choice("allocation", self.allocation, Allocation)
         check_count("min_active", self.min_active)
-        self.seed, self.min_active = int(self.seed), int(self.min_active)
+        self.seed = check_whole("seed", self.seed, least=-(1 << 63))
         self.pattern = as_pattern(self.pattern)
         if self.allocation == "global" and self._shaped:
             raise ValueError(
@@ -290,6 +292,11 @@ class ScoredMethod(HardMaskMethod, ABC):
             weight.budget = self.shape.feasible(weight, budget, every)
             scores = random_scores(weight, self.seed, step=0)
             weight.mask.copy_(self.shape.largest(weight, scores, weight.budget, every))
+
+    @override
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        super().load_method_state(state)
+        check_budgets(self.groups, self.state_key)
 
     @final
     @override

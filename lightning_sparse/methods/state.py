@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_sparse.functional.masks import tensor_bytes
+from lightning_sparse.functional.stored import digest, tensors_in
+from lightning_sparse.masks.checkpoint import STATE_VERSION, fault_of_seal
+from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.schema import (
+    Check,
+    anything,
+    check_fields,
+    list_of,
+    mapping_of,
+    names,
+    packed_mask,
+    record,
+    refuse,
+    tensor,
+    whole,
+)
 
-__all__ = ["VERSION", "check_digest", "check_state", "digest", "sealed"]
+__all__ = ["check_budgets", "check_digest", "check_state", "load_optimizer", "optimizer_state", "sealed"]
 
-VERSION = 2
+_MASK = {"budget": whole(), "updated_at": whole(-1), "uses": whole(1)}
 
-_FIELDS: Mapping[str, type] = {
-    "step": int,
-    "origin": int,
-    "began_at": int,
-    "masks": dict,
-    "dense": list,
-    "frozen": list,
-    "not_finite_for": list,
-    "method": dict,
+_FIELDS: Mapping[str, Check] = {
+    "version": anything,
+    "step": whole(),
+    "origin": whole(),
+    "began_at": whole(),
+    "masks": mapping_of(packed_mask({**_MASK, "budget": whole(0, 1 << 48)})),
+    "dense": names,
+    "frozen": names,
+    "not_finite_for": list_of(whole(0, 1_000)),
+    "digest": anything,
 }
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
     """A state with the version of its format, and a digest by which damage is found."""
-    return {"version": VERSION, **state, "digest": digest(state)}
+    return {"version": STATE_VERSION, **state, "digest": digest(state)}
 
 
-def check_state(state: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-    """Refuse a state that is of another version, cut short or damaged.
+def check_state(state: Any, owner: str, method: Mapping[str, Check] | None = None) -> Mapping[str, Any]:
+    """Refuse a state that is of another version, cut short or damaged, field by field.
 
     Args:
         state: What a checkpoint holds.
         owner: Of which method, for the message.
+        method: The fields that the method itself writes, as far as it says what they may be.
 
     Returns:
         The state.
@@ -46,21 +64,16 @@ def check_state(state: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
         MisconfigurationException: It cannot be gone on from; the message says why.
     """
     whose = f"The checkpoint's state of {owner}"
-    missing = _FIELDS.keys() - state.keys()
-    if "version" in state and state["version"] != VERSION:
+    version = state.get("version", STATE_VERSION) if isinstance(state, Mapping) else STATE_VERSION
+    if type(version) is not int or version != STATE_VERSION:
         raise MisconfigurationException(
-            f"{whose} has version {state['version']!r}, and this lightning_sparse reads version {VERSION}. Resume with"
-            " the version that wrote it, or go on from its masks: apply_masks(module, path)."
+            f"{whose} has version {printable(str(version))[:40]}, and this lightning_sparse reads version"
+            f" {STATE_VERSION}. Resume with the version that wrote it; or load its weights with load_from_checkpoint,"
+            " and go on from their zeros with FixedMask."
         )
-    if missing or "version" not in state:
-        lacks = ", ".join(sorted(missing or {"version"}))
-        raise MisconfigurationException(f"{whose} is cut short: it lacks {lacks}. Resume from an earlier checkpoint.")
-    for name, kind in _FIELDS.items():
-        if not isinstance(state[name], kind) or isinstance(state[name], bool):
-            raise MisconfigurationException(
-                f"{whose} is damaged: {name} is {type(state[name]).__name__}, not {kind.__name__}. Resume from an"
-                " earlier checkpoint."
-            )
+    check_fields(state, {**_FIELDS, "method": record(method or {}, closed=False)}, whose)
+    if fault := _contradiction(state):
+        refuse(f"{whose} is damaged: {fault}")
     return state
 
 
@@ -70,33 +83,79 @@ def check_digest(state: Mapping[str, Any], owner: str) -> None:
     Raises:
         MisconfigurationException: Its digest is another.
     """
-    rest = {name: value for name, value in state.items() if name not in ("version", "digest")}
-    if state.get("digest") != digest(rest):
+    if fault := fault_of_seal(state):
         raise MisconfigurationException(
-            f"The checkpoint's state of {owner} is damaged: it is not what was written (its digest differs). Copy the"
-            " file again, or resume from an earlier checkpoint."
+            f"The checkpoint's state of {owner} {fault}. Copy the file again, or resume from an earlier checkpoint."
         )
 
 
-def digest(value: Any) -> str:
-    """A digest of nested primitives and tensors, as in a checkpoint."""
-    total = hashlib.blake2b(digest_size=16)
-    _feed(total, value)
-    return total.hexdigest()
+def check_budgets(groups: Iterable[MaskGroup], owner: str) -> None:
+    """Refuse loaded masks that have more or fewer active weights than their budgets, of a method that meets these.
+
+    Raises:
+        MisconfigurationException: One has.
+    """
+    for weight in (weight for group in groups for weight in group):
+        if weight.num_active != weight.budget:
+            refuse(
+                f"The checkpoint's state of {owner} is damaged: the mask of {printable(weight.name)} has"
+                f" {weight.num_active:,} active weights, and its budget is {weight.budget:,}"
+            )
 
 
-def _feed(total: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        total.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        total.update(tensor_bytes(value))
-    elif isinstance(value, Mapping):
-        total.update(f"mapping {len(value)}".encode())
-        for key in sorted(value, key=repr):
-            _feed(total, key)
-            _feed(total, value[key])
-    elif isinstance(value, list | tuple):
-        total.update(f"list {len(value)}".encode())
-        for item in value:
-            _feed(total, item)
-    else:
-        total.update(f"{type(value).__name__} {value!r}".encode())
+def optimizer_state(value: Any) -> str:
+    """What is wrong with the state of an optimizer, as the end of a sentence; empty where nothing is."""
+    groups = list_of(record({"params": list_of(whole())}, closed=False))
+    if fault := record({"state": anything, "param_groups": groups})(value):
+        return fault
+    known = {index for group in value["param_groups"] for index in group["params"]}
+    if not (isinstance(value["state"], Mapping) and known.issuperset(value["state"])):
+        return "is no state of an optimizer"
+    if not all(isinstance(own, Mapping) for own in value["state"].values()):
+        return "is no state of an optimizer"
+    try:
+        found = [tensor(floating=False)(each) for each in tensors_in(value)]
+    except ValueError as error:
+        return f"cannot be read: {error}"
+    return next((f"has a tensor that {fault}" for fault in found if fault), "")
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the state of an optimizer of vectors.
+
+    Raises:
+        MisconfigurationException: It is that of another optimizer, or of vectors of other sizes.
+    """
+    try:
+        optimizer.load_state_dict(dict(state))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"The checkpoint's state of the optimizer of what is learned beside the weights is that of another"
+            f" {type(optimizer).__name__}: {error} Resume with the optimizers that wrote it, or from an earlier one."
+        ) from error
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return  # others may keep tensors of any shape
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                refuse(
+                    f"The checkpoint's state of the optimizer of what is learned beside the weights is damaged:"
+                    f" {printable(str(name))} has shape {tuple(value.shape)} for values of {tuple(parameter.shape)}"
+                )
+
+
+def _contradiction(state: Mapping[str, Any]) -> str:
+    """What cannot be true of fields that are right each for itself."""
+    step = state["step"]
+    if state["origin"] > step:
+        return f"origin is {state['origin']:,}, after step {step:,}"
+    for name, mask in state["masks"].items():
+        numel = 8 * mask["bits"].numel()
+        if mask["updated_at"] > step:
+            return f"the mask of {printable(name)} was updated at step {mask['updated_at']:,}, after step {step:,}"
+        if mask["budget"] > numel:
+            return f"the mask of {printable(name)} has a budget of {mask['budget']:,} of at most {numel:,} weights"
+    for name in (*state["dense"], *state["frozen"]):
+        if name in state["masks"]:
+            return f"{printable(name)} has a mask, and is to stay dense too"
+    return ""

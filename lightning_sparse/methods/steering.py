@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from lightning_sparse.masks.schema import Check, number
 from lightning_sparse.schedules import Constant, Polynomial, check_fraction
 
-__all__ = ["Steering"]
+__all__ = ["STEERING_FIELDS", "Steering"]
 
 _ARRIVAL = 0.7  # the share of training after which the target is the final sparsity
 _BAND = 0.05  # b: the error, a ratio of densities, that is answered with full strength
@@ -30,6 +31,14 @@ _GROWTH = 100.0  # A grows tenfold in 2.3 % of training,
 _LARGEST_GROWTH = 0.25  # and by a quarter in a step at most: momentum answers after ten
 _FAST = 0.1  # of the band, in one step: a crossing that asks for a smaller scale
 _SMALLEST_DENSITY = 1e-6
+
+STEERING_FIELDS: Mapping[str, Check] = {
+    "error": number(),
+    "integral": number(-1.0, 1.0),
+    "scale": number(0.0, _LARGEST_SCALE),
+    "initial": number(0.0, 1.0),
+}
+"""What the fields of a saved :class:`Steering` may be."""
 
 
 class Steering:

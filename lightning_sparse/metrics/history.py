@@ -9,10 +9,14 @@ from torch import Tensor
 
 from lightning_sparse.functional.masks import pack
 from lightning_sparse.functional.topology import count_bits
+from lightning_sparse.masks.schema import Check, bits, mapping_of
 
-__all__ = ["HistoryState", "MaskHistory"]
+__all__ = ["HISTORY_FIELDS", "HistoryState", "MaskHistory"]
 
 PackedMasks = dict[str, Tensor]
+
+HISTORY_FIELDS: Mapping[str, Check] = {part: mapping_of(bits) for part in ("initial", "latest", "ever_active")}
+"""What the fields of a saved :class:`MaskHistory` may be."""
 
 
 class HistoryState(TypedDict):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
+
+from lightning_sparse.masks.schema import Check, any_of, list_of, names, nan, number, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SparsityTimeline", "TimelineState"]
+__all__ = ["TIMELINE_FIELDS", "SparsityTimeline", "TimelineState"]
 
 # A picture has no more columns than this; where a training has more, every second one is dropped.
 _MAX_COLUMNS = 1024
+
+
+TIMELINE_FIELDS: Mapping[str, Check] = {
+    "layers": names,
+    "steps": list_of(whole()),
+    "sparsity": list_of(list_of(any_of(nan, number(0.0, 1.0)))),
+}
+"""What the fields of a saved :class:`SparsityTimeline` may be."""
 
 
 class TimelineState(TypedDict):

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_whole
 from lightning_sparse.functional.dyrelu import dyrelu, dyrelu_coefficients
+from lightning_sparse.functional.stored import obstacle
+from lightning_sparse.masks.places import printable
 
 __all__ = ["DyReLU", "HyperLinear", "PhasedReLU", "phased_relus"]
 
@@ -48,7 +51,7 @@ class DyReLU(nn.Module):
         reduction: How many times fewer units the hidden layer has: 4 in EAST's code, 8 in DyReLU's paper.
 
     Raises:
-        ValueError: One of them is below 1.
+        ValueError: One of them is no whole number of at least 1.
 
     Example:
         >>> import torch
@@ -62,9 +65,8 @@ class DyReLU(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
-        if channels < 1 or reduction < 1:
-            raise ValueError(f"channels is {channels} and reduction {reduction}; both are at least 1.")
-        hidden = max(1, channels // reduction)
+        channels, reduction = check_whole("channels", channels), check_whole("reduction", reduction)
+        hidden = _hidden(channels, reduction)
         self.channels = channels
         self.squeeze = HyperLinear(channels, hidden)
         self.excite = HyperLinear(hidden, 4 * channels)
@@ -184,14 +186,44 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _metadata:
             del state[key]
 
 
-def _phase_as_saved(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _is_saved(state: dict[str, Any], prefix: str, size: str, reduction: int) -> bool:
+    """Whether a state holds all of a Dynamic ReLU, before any memory is taken for it: a name alone is no reason."""
+    if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size) > 0):
+        return False
+    channels, hidden = int(size), _hidden(int(size), reduction)
+    shapes = {"squeeze.weight": (hidden, channels), "excite.weight": (4 * channels, hidden)}
+    weights = [(state.get(f"{prefix}{name}"), shape) for name, shape in shapes.items()]
+    return all(isinstance(each, Tensor) and each.shape == shape and not obstacle(each) for each, shape in weights)
+
+
+def _hidden(channels: int, reduction: int) -> int:
+    return max(1, channels // reduction)
+
+
+def _phase_as_saved(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
     assert isinstance(module, PhasedReLU)
+    del metadata, strict, missing, unexpected
     if any(key.startswith(prefix) for key in state):
         module._phase.out = False  # pyright: ignore[reportPrivateUsage]
         start = f"{prefix}dyrelu."
-        for size in {key.removeprefix(start).split(".")[0] for key in state if key.startswith(start)}:
-            if size not in module.dyrelu:
+        sizes = {key.removeprefix(start).split(".")[0] for key in state if key.startswith(start)}
+        for size in sorted(sizes - module.dyrelu.keys()):
+            if _is_saved(state, f"{start}{size}.", size, module.reduction):
                 module.dyrelu[size] = DyReLU(int(size), module.reduction).to(module.beta.device)
+            else:
+                errors.append(
+                    f"{printable(start + size)} is no Dynamic ReLU of reduction {module.reduction}: its weights are"
+                    " missing or have other sizes. Load it with the reduction that it was saved with."
+                )
         return
     module.phase_out()
     # What is not there is not missing: it stays as it is, and is not used.

@@ -27,7 +27,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import distributed, nn
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag, check_globs, check_whole
 from lightning_sparse.masks.distributed import world_size
+from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.schema import check_fields, names
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
 from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
@@ -74,7 +77,8 @@ class DyReLUPhasing(pl.Callback):
         seed: Seed of the first values of the Dynamic ReLUs' parameters.
 
     Raises:
-        ValueError: A duration is negative or a fraction above 1, or ``stop`` comes before ``start``.
+        ValueError: A duration is negative or a fraction above 1, ``stop`` comes before ``start``, or an argument is of
+            another type.
         MisconfigurationException: On setup, if a glob matches no ReLU or the channels cannot be found.
 
     Example:
@@ -104,14 +108,11 @@ class DyReLUPhasing(pl.Callback):
         exclude: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if reduction < 1:
-            raise ValueError(f"reduction is {reduction}; the hidden layer has that many times fewer units, at least 1.")
+        self.reduction = check_whole("reduction", reduction)
         self.times = UpdateTimes(every=1, start=start, stop=stop)
-        self.reduction = reduction
-        self.freeze = freeze
-        self.include = None if include is None else tuple(include)
-        self.exclude = None if exclude is None else tuple(exclude)
-        self.seed = seed
+        self.freeze = check_flag("freeze", freeze)
+        self.include, self.exclude = check_globs("include", include), check_globs("exclude", exclude)
+        self.seed = check_whole("seed", seed, least=0)
         self.beta = 1.0
         self._timetable = Timetable(every=1, start=0, stop=0)
         self._sites: dict[str, PhasedReLU] = {}  # while a module is at work
@@ -298,11 +299,15 @@ class DyReLUPhasing(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("sites")
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state:
+            check_fields(state, {"sites": names}, "The checkpoint's state of DyReLUPhasing")
+        saved = state["sites"] if state else None
         if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
+            theirs = "none" if saved is None else ", ".join(map(printable, saved))
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
-                f" {'none' if saved is None else ', '.join(saved)}, so its optimizers do not know their parameters."
+                f" {theirs}, so its optimizers do not know their parameters."
                 " Resume with the callbacks that wrote it. To begin with its weights, load them with"
                 " load_from_checkpoint and call fit without ckpt_path."
             )

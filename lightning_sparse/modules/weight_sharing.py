@@ -8,7 +8,7 @@ Code:   https://github.com/TensorStrike/ES2
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, final
 
@@ -18,6 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_globs, check_whole
+from lightning_sparse.functional.stored import digest
+from lightning_sparse.masks.schema import anything, check_fields, mapping_of, refuse, tensor, wrong_names
+from lightning_sparse.schedules import as_number
 from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
@@ -146,7 +150,7 @@ def share_weights(
         Li et al., `Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning
         <https://arxiv.org/abs/2411.13545>`_, TMLR 2025.
     """
-    _check_own(own)
+    own, stages = _checked_own(own), check_globs("stages", stages)
     found = dict(_stages(module, own))
     # In a module that shares already, a glob may name a stage that has nothing left to share.
     for pattern in () if stages is None or shared_convolutions(module) else stages:
@@ -222,7 +226,7 @@ class WeightSharing(pl.Callback):
         seed: Seed of the scalars.
 
     Raises:
-        ValueError: ``own`` is below 1, or a glob matches no stage.
+        ValueError: ``own`` is below 1, an argument is of another type, or a glob matches no stage.
 
     Example:
         >>> from lightning_sparse import FGGP
@@ -235,10 +239,9 @@ class WeightSharing(pl.Callback):
     """
 
     def __init__(self, *, own: int = 2, stages: Sequence[str] | None = None, seed: int = 0) -> None:
-        _check_own(own)
-        self.own = own
-        self.stages = None if stages is None else tuple(stages)
-        self.seed = seed
+        self.own = _checked_own(own)
+        self.stages = check_globs("stages", stages)
+        self.seed = check_whole("seed", seed, least=0)
         self._convolutions: dict[str, SharedConvolution] = {}
 
     @override
@@ -265,20 +268,34 @@ class WeightSharing(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         scales = {name: convolution.scale.detach().cpu() for name, convolution in self._convolutions.items()}
-        return {"scales": scales}
+        return {"scales": scales, "digest": digest(scales)}
 
     @override
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        scales = state_dict.get("scales", {})
+        scales = _checked_scales(state_dict, self._convolutions)
         for name, convolution in self._convolutions.items():
             if name in scales:  # exactly; what the module's state gave is rounded
                 convolution.scale.copy_(scales[name])
 
 
-def _check_own(own: int) -> None:
-    if own < 1:
-        raise ValueError(f"own is {own}; a stage needs at least 1 block with weights of its own.")
+def _checked_own(own: int) -> int:
+    plain = as_number(own)
+    if isinstance(plain, bool) or not isinstance(plain, int) or plain < 1:
+        raise ValueError(f"own is {own!r}; a stage needs at least 1 block with weights of its own, an int.")
+    return plain
+
+
+def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
+    """The scalars that a checkpoint holds, exactly; none where it was written by a module that shared nothing."""
+    whose = "The checkpoint's state of WeightSharing"
+    check_fields(state, {"scales": mapping_of(tensor(dims=0)), "digest": anything}, whose)
+    scales = state["scales"]
+    if state["digest"] != digest(scales):
+        refuse(f"{whose} is damaged: it is not what was written (its digest differs)")
+    if scales and (fault := wrong_names(scales, shared)):
+        refuse(f"{whose} is of other convolutions: what it holds of scales {fault}")
+    return scales
 
 
 def _stages(module: nn.Module, own: int, prefix: str = "") -> Iterator[tuple[str, dict[str, str]]]:

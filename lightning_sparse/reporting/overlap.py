@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from lightning_sparse.execution.notes import printable
 from lightning_sparse.functional.topology import count_active, count_shared
+from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.wrappers import as_named
 
 __all__ = ["MaskOverlap", "compare_masks", "overlap_table"]
 
@@ -57,7 +58,7 @@ def compare_masks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     """Say for each layer how much of one topology is in another.
 
     Args:
-        before: ``bool`` masks by name.
+        before: ``bool`` masks by name; prefixes of wrappers count for nothing.
         after: Those of another run, or of another time, for the same layers.
 
     Raises:
@@ -70,15 +71,20 @@ def compare_masks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
         >>> compare_masks({"fc.weight": first}, {"fc.weight": second})
         [MaskOverlap(name='fc.weight', numel=3, active_before=2, active_after=2, shared=1)]
     """
+    before, after = as_named(before), as_named(after, as_named(before))
+    if before.keys() != after.keys():
+        before = as_named(before, after)
     if before.keys() != after.keys():
         only = {"first": before.keys() - after.keys(), "second": after.keys() - before.keys()}
-        sides = [f"{', '.join(sorted(names))} in the {side} alone" for side, names in only.items() if names]
+        sides = [
+            f"{', '.join(map(printable, sorted(names)))} in the {side} alone" for side, names in only.items() if names
+        ]
         raise ValueError(f"The masks are of different layers: {'; '.join(sides)}. Compare masks of one network.")
     for name, mask in before.items():
         if mask.shape != after[name].shape:
             raise ValueError(
-                f"The masks of {name} have the shapes {tuple(mask.shape)} and {tuple(after[name].shape)}. Compare masks"
-                " of one network."
+                f"The masks of {printable(name)} have the shapes {tuple(mask.shape)} and {tuple(after[name].shape)}."
+                " Compare masks of one network."
             )
     return [_overlap(name, mask, after[name]) for name, mask in before.items()]
 
@@ -111,8 +117,8 @@ def overlap_table(overlaps: Iterable[MaskOverlap], title: str | None = None) -> 
         table.add_row(
             escape(printable(overlap.name)),
             f"{overlap.numel:,}",
-            f"{1 - overlap.active_before / overlap.numel:.2%}",
-            f"{1 - overlap.active_after / overlap.numel:.2%}",
+            f"{1 - overlap.active_before / max(1, overlap.numel):.2%}",
+            f"{1 - overlap.active_after / max(1, overlap.numel):.2%}",
             f"{overlap.jaccard:.4f}",
             f"{overlap.kept:.2%}",
             style="bold" if overlap is total else None,

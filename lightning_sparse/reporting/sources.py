@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_sparse.execution.files import SparseFileError, is_sparse_file, load_sparse
-from lightning_sparse.execution.notes import printable
 from lightning_sparse.execution.packing import is_inflated
 from lightning_sparse.execution.shrink import Shrinkage, dead_units
 from lightning_sparse.functional.masks import count_true
@@ -24,12 +23,15 @@ from lightning_sparse.masks.checkpoint import (
     load_checkpoint,
     looks_like_safetensors,
     masks_by_method,
+    non_zeros,
     state_dict_of,
 )
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.layers import kind_of
+from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Candidate, Plan, canonical_name, judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.wrappers import unwrapped
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.reporting.gains import Gains, Layer
 from lightning_sparse.reporting.layers import LayerSparsity, SparsityReport
@@ -86,6 +88,7 @@ def report(
         1
     """
     if isinstance(source, nn.Module):
+        source = unwrapped(source)
         plan = judge_parameters(source, include=include, exclude=exclude)
         return _report_of_module(source, example, plan, everything=all_tensors, narrowed=include is not None)
     if not isinstance(source, (str, os.PathLike)):
@@ -182,7 +185,7 @@ def _count(
         LayerSparsity(
             name,
             tuple(tensor.shape),
-            count_true(tensor != 0),
+            count_true(non_zeros(name, tensor, path)),
             masked=canonical_name(name) in masked if masked else None,
         )
         for name, tensor in tensors.items()

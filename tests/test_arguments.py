@@ -1,0 +1,96 @@
+"""Arguments of any type: refused when they are given, with a sentence; numbers of numpy are numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_sparse import DST, EAST, FGGP, GMP, SET, DyReLUPhasing, RigL, SparsityMonitor, WeightSharing
+from lightning_sparse.masks.patterns import NofM
+from lightning_sparse.modules import DyReLU, share_weights
+from lightning_sparse.schedules import Cyclic, UpdateTimes
+
+ODD: list[Any] = ["2", None, 2.5, [], -1, math.nan, object(), torch.ones(3)]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: DyReLUPhasing(reduction=value),
+        lambda value: DyReLUPhasing(seed=value),
+        lambda value: WeightSharing(own=value),
+        lambda value: WeightSharing(seed=value),
+        lambda value: DyReLU(value),
+        lambda value: DyReLU(8, value),
+        lambda value: share_weights(torch.nn.Sequential(), own=value),
+        lambda value: EAST(0.9, cycles=value),
+        lambda value: Cyclic(0.9, cycles=value),
+        lambda value: GMP(0.9, min_active=value),
+        lambda value: NofM(value, 4),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_at_once(make: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"[A-Za-z].{20,}\.$"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, [], 0.5])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: DyReLUPhasing(freeze=value),
+        lambda value: RigL(0.9, regrow=value),
+        lambda value: SET(0.9, update_replaces_step=value),
+        lambda value: SparsityMonitor(heatmap=value),
+    ],
+)
+def test_what_is_no_bool_is_refused_at_once(make: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"give True or False\.$"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", ["relu1", 3, ["a", 3], {"a": 1}])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: DyReLUPhasing(include=value),
+        lambda value: DyReLUPhasing(exclude=value),
+        lambda value: WeightSharing(stages=value),
+    ],
+)
+def test_what_is_no_list_of_globs_is_refused_at_once(make: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"give a list of strings.* or None\.$"):
+        make(value)
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("growth", [1.0, 0.999999])
+def test_a_billion_cycles_are_refused_and_not_counted(growth: float) -> None:
+    with pytest.raises(ValueError, match="give at most 1000"):
+        EAST(0.9, cycles=10**9, cycle_length=1e-10, cycle_growth=growth)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["sparsity", "length", "growth", "multiplier"])
+def test_a_cycle_of_no_size_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match="give a finite number"):
+        Cyclic(**{"sparsity": 0.9, name: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    small, fraction = np.int64(2), np.float32(0.5)
+    assert RigL(np.float64(0.9), update_every=small, stop=np.int32(10), min_active=small, seed=small).update_every == 2
+    assert EAST(fraction, cycles=small, stop=np.int64(10), cycle_update_every=small).times.stop == 10
+    assert FGGP(0.9, pool=fraction, start=fraction).start == 0.5
+    assert DST(np.float64(1e-4)).alpha == 1e-4
+    assert DST(sparsity=np.float64(0.5), reset_sparsity=fraction).reset_sparsity == 0.5
+    assert RigL(0.9, regrow=np.bool_(False)).regrow is False
+    assert UpdateTimes(every=small, start=np.int64(0), stop=torch.tensor(9)).resolve(20).latest(9) == 9
+    assert DyReLUPhasing(small, np.int64(5), reduction=small).reduction == 2
+    assert WeightSharing(own=small).own == 2
+    assert NofM(small, np.int16(4)) == NofM(2, 4)
