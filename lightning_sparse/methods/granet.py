@@ -38,8 +38,8 @@ class GraNet(GrowingMethod):
 
     1. of all layers together the smallest :math:`|w|` are pruned until :math:`\lfloor (1 - s_t) N \rfloor` are active,
        :math:`s_t = s_f + (s_i - s_f) \bigl(1 - (t - t_0) / (n \Delta t)\bigr)^3`;
-    2. in each layer, of :math:`a` that are left, the :math:`\lfloor r_t\, a \rfloor` smallest :math:`|w|` are pruned, and
-       of all that are then inactive as many with the largest :math:`|\partial L / \partial w|` are grown.
+    2. in each layer, of :math:`a` that are left, the :math:`\lfloor r_t\, a \rfloor` smallest :math:`|w|` are pruned,
+       and of all that are then inactive as many with the largest :math:`|\partial L / \partial w|` are grown.
 
     :math:`s_f` is ``sparsity``, :math:`t_0` is ``start`` and :math:`\Delta t` is ``update_every``. The first stage ends
     when ``pruned_by`` of the time from ``start`` to ``stop`` has passed; the second, of which :math:`r_t` is

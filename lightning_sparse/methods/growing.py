@@ -65,7 +65,7 @@ class GrowingMethod(ScoredMethod, ABC):
         default="none",
         metadata=doc(
             'What the weights that masks leave are multiplied by as training begins: ``"density"`` by 1/√(1 − s) in a'
-            " layer of sparsity s, which gives its outputs the variance that they had when it was dense. It helps sparse"
+            " layer of sparsity s, which gives its outputs the variance that they had when it was dense. It helps"
             " networks without normalisation."
         ),
     )

@@ -30,8 +30,8 @@ class HardMaskMethod(SparseMethod):
 
     An update happens before the optimizer's step, on its gradients, which are the mean over accumulated batches and
     processes. Weights just pruned become zero, weights just grown are zero, and the optimizer's moments of both are
-    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that is
-    not finite waits for the next step.
+    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that
+    is not finite waits for the next step.
     """
 
     # What a method implements.

@@ -41,11 +41,11 @@ class SynFlow(AtInitialization):
 
     .. math:: S = \frac{\partial R}{\partial |w|} \odot |w|
 
-    are pruned, until :math:`\lfloor N (1 - s)^{k / n} \rfloor` are left. What flows into a neuron flows out of it, so that
-    no layer collapses before the others. :math:`n` is ``iterations``.
+    are pruned, until :math:`\lfloor N (1 - s)^{k / n} \rfloor` are left. What flows into a neuron flows out of it, so
+    that no layer collapses before the others. :math:`n` is ``iterations``.
 
-    That holds for linear layers, convolutions, ReLUs and BatchNorm; where a mean is subtracted (LayerNorm) flows cancel,
-    and their magnitudes are ranked.
+    That holds for linear layers, convolutions, ReLUs and BatchNorm; where a mean is subtracted (LayerNorm) flows
+    cancel, and their magnitudes are ranked.
 
     It is computed in evaluation mode and leaves nothing behind: weights, buffers, statistics of BatchNorm and random
     generators are as before. No step is taken on the first batch, which gives nothing but its shape.
@@ -102,8 +102,8 @@ class SynFlow(AtInitialization):
             if not all(bool(scores.isfinite().all()) for scores in its.values()):
                 raise MisconfigurationException(
                     "SynFlow's scores are inf or NaN: the sum of what flows through the magnitudes of"
-                    f" {type(module).__name__}'s weights is too large for {group[0].value.dtype}. Normalise the network,"
-                    " initialize it with smaller weights, or train in double precision."
+                    f" {type(module).__name__}'s weights is too large for {group[0].value.dtype}. Normalise the"
+                    " network, initialize it with smaller weights, or train in double precision."
                 )
             if iteration < iterations:
                 left = budget_of(group, Exponential(0.0, final)(iteration / iterations))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -167,9 +168,9 @@ def test_cyclic_budgets_are_exact_in_every_layer(shape: Any, tmp_path: Path) -> 
     make_trainer(tmp_path, callbacks=[rigl, counts]).fit(ConvToy())
     shapes = [weight.shape for weight in rigl.weights]
     numel = sum(math.prod(shape) for shape in shapes)
-    for step, layers in enumerate(counts.layers[1:], start=0):
+    for step, its in enumerate(counts.layers[1:], start=0):
         expected = erdos_renyi_kernel(shapes, num_active(cyclic(min(1.0, step / 10)), numel), min_active=1)
-        assert layers == expected, step
+        assert its == expected, step
 
 
 def test_east_begins_and_ends_each_cycle_at_its_sparsity(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_within_cycles_masks_move_by_what_budgets_ask_for_alone(tmp_path: Path) 
     # In cycles that rise and fall, a layer that grows prunes nothing, and one that shrinks grows nothing.
     east = EAST(0.9, cycle_update_every=1, update_every=4, phasing=False, sharing=False)
     masks = masks_of_each_step(east, tmp_path, max_epochs=5)
-    for before, after in zip(masks[:17], masks[1:18], strict=True):
+    for before, after in pairwise(masks[:18]):
         for was, its in zip(before.split([192, 128, 24]), after.split([192, 128, 24]), strict=True):
             assert not ((was & ~its).any() and (its & ~was).any())
 
@@ -248,7 +249,7 @@ def test_the_dense_norm_of_gradients_can_be_clipped(limit: float | None, expecte
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, True, "1"])
 def test_a_dense_norm_that_is_none_is_refused(limit: Any) -> None:
-    with pytest.raises(ValueError, match="clip_dense_norm is .*; give a norm above 0, or None not to clip"):
+    with pytest.raises(ValueError, match=r"clip_dense_norm is .*; give a norm above 0, or None not to clip"):
         EAST(0.9, clip_dense_norm=limit)
 
 
