@@ -1,4 +1,4 @@
-"""Imports run one way: functional, schedules, masks, methods, zoo, cli. Read from the import statements themselves."""
+"""Imports run one way: functional, execution, schedules, masks, methods, zoo, cli. Read from their statements."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sparse"
 # A part is a module or folder directly below the package. It may import its own layer and those before it.
 LAYERS = [
     {"_version", "functional"},
-    {"schedules", "modules"},
+    {"schedules", "timetable", "trainer", "execution"},
     {"masks"},
-    {"methods", "metrics", "monitor", "reporting"},
+    {"modules"},
+    {"methods", "metrics", "monitor", "overlap", "reporting"},
     {"__init__"},
     {"testing", "zoo"},
     {"cli", "__main__"},
@@ -99,6 +100,16 @@ def test_parts_of_one_layer_do_not_import_each_other_in_a_circle() -> None:
 def test_functional_imports_torch_and_numpy_alone(path: Path) -> None:
     assert foreign_packages(path) <= {"numpy", "torch"}
     assert "torch.distributed" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "execution").rglob("*.py")), ids=name_of)
+def test_execution_needs_no_lightning(path: Path) -> None:
+    assert not foreign_packages(path) & {"lightning", "lightning_utilities", "torchmetrics", "torchvision"}
+
+
+def test_llvmlite_is_imported_by_its_kernels_alone() -> None:
+    users = {own.parent.name for own in FILES if "llvmlite" in foreign_packages(own)}
+    assert users == {"llvm"}
 
 
 def test_schedules_import_the_standard_library_alone() -> None:
