@@ -53,8 +53,8 @@ class EAST(GrowingMethod):
       back, ``cycles`` times; see :class:`~lightning_sparse.schedules.Cyclic`. Weights are grown by the dense gradient
       and pruned by magnitude, to exact budgets for each layer; while cycles last, by what the budgets ask for alone.
 
-    After the cycles an exchange takes :math:`\lceil p_t n \rceil` of a layer's :math:`n` active weights;
-    :math:`p_t` is ``drop_fraction``.
+    After the cycles an exchange takes :math:`\lceil p_t n \rceil` of a layer's :math:`n` active weights, :math:`p_t`
+    being ``drop_fraction``.
 
     The parts are callbacks and a schedule of their own and work with the other methods too: for example
     ``[FGGP(0.99), DyReLUPhasing()]`` or ``RigL(Cyclic(0.99))``.

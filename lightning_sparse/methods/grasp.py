@@ -41,7 +41,7 @@ class GraSP(AtInitialization):
     .. math:: S = -\,w \odot (H g), \qquad g = \nabla L, \quad H = \nabla^2 L .
 
     Of all layers together the weights with the highest :math:`S` are pruned, until
-    :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. :math:`g` comes from the first ``batches`` batches
+    :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. :math:`g` comes from the first ``batches`` batches,
     and :math:`H g` from as many more; no step is taken on either. :math:`H g` is the gradient of
     :math:`\langle \nabla L,\, g \rangle` with :math:`g` held fixed: a second derivative of the loss.
 

@@ -66,7 +66,7 @@ class GrowingMethod(ScoredMethod, ABC):
         metadata=doc(
             'What the weights that masks leave are multiplied by as training begins: ``"density"`` by 1/√(1 − s) in a'
             " layer of sparsity s, which gives its outputs the variance that they had when it was dense. It helps"
-            " networks without normalisation."
+            " sparse networks without normalisation."
         ),
     )
     stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))

@@ -43,8 +43,8 @@ class RigL(GrowingMethod):
     ITOP's settings (Liu et al. 2021), which explore more: ``RigL(0.9, drop_fraction=Cosine(0.5, 0.005),
     update_every=4000, stop=1.0, update_replaces_step=False)``.
 
-    Frequent updates hurt transformers: in trials with a small ViT, RigL stayed behind SET. Convolutional networks
-    without normalisation hardly train from 98 % on; ``initial_scale="density"`` helps.
+    Frequent updates hurt transformers: in trials with a small ViT, RigL stayed behind SET. Networks without
+    normalisation hardly train from 98 % on; ``initial_scale="density"`` helps.
 
     Raises:
         ValueError: An argument is out of its range.

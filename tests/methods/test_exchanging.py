@@ -205,8 +205,7 @@ def test_what_mest_cannot_do_is_refused(arguments: dict[str, Any], message: str)
 
 def test_snfs_gives_what_was_pruned_to_layers_with_much_momentum() -> None:
     # Each layer of two loses ⌊½·2⌋ = 1: .1 and .2. The mean |m| of what was active is 3 and 1, so of the 2 the first
-    # gets 1.5 and the second 0.5, rounded by largest remainder, the first before: 2 and 0. It grows where |m| is 9
-    # and 5.
+    # gets 1.5 and the second 0.5, rounded by largest remainder, the first before: 2 and 0. It grows where |m| is 9, 5.
     snfs = SNFS(**HALF)
     group = layers(
         [[0.9, 0.1, 0.0, 0.0], [0.8, 0.2, 0.0, 0.0]],

@@ -168,9 +168,9 @@ def test_cyclic_budgets_are_exact_in_every_layer(shape: Any, tmp_path: Path) -> 
     make_trainer(tmp_path, callbacks=[rigl, counts]).fit(ConvToy())
     shapes = [weight.shape for weight in rigl.weights]
     numel = sum(math.prod(shape) for shape in shapes)
-    for step, its in enumerate(counts.layers[1:], start=0):
+    for step, counted in enumerate(counts.layers[1:], start=0):
         expected = erdos_renyi_kernel(shapes, num_active(cyclic(min(1.0, step / 10)), numel), min_active=1)
-        assert its == expected, step
+        assert counted == expected, step
 
 
 def test_east_begins_and_ends_each_cycle_at_its_sparsity(tmp_path: Path) -> None:
