@@ -13,6 +13,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, final
 
 import torch
@@ -100,11 +101,11 @@ class GraSP(AtInitialization):
             return
         weights = self.weights
         try:
-            first = torch.autograd.grad(loss, [w.parameter for w in weights], create_graph=True, allow_unused=True)
+            first = _gradients(loss, weights, create_graph=True)
             pairs = zip(weights, first, strict=True)
             slope = sum((self.memory(w, "gradient") * g).sum() for w, g in pairs if g is not None)
             assert isinstance(slope, Tensor)
-            second = torch.autograd.grad(slope, [w.parameter for w in group], retain_graph=True, allow_unused=True)
+            second = _gradients(slope, group, create_graph=False)
         except RuntimeError as error:
             raise MisconfigurationException(
                 "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
@@ -127,4 +128,12 @@ class GraSP(AtInitialization):
     @override
     def dropped(self, pool: MaskedWeight | MaskPool, among: Tensor, n: int) -> Tensor:
         # The highest S = −w ⊙ (H g) go: the smallest w ⊙ (H g), with their signs.
-        return pool.smallest(self.ranked(pool, self.drop_scores), n, among)
+        if isinstance(pool, MaskPool):
+            return pool.smallest(pool.flat(self.drop_scores), n, among)
+        return pool.smallest(self.drop_scores(pool), n, among)
+
+
+def _gradients(of: Tensor, weights: Sequence[MaskedWeight], *, create_graph: bool) -> Sequence[Tensor | None]:
+    """Gradients with respect to weights; None where one plays no part."""
+    parameters = [weight.parameter for weight in weights]
+    return torch.autograd.grad(of, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True)

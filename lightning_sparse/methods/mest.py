@@ -31,9 +31,6 @@ from lightning_sparse.schedules import Duration, Schedule, Steps, as_number
 
 __all__ = ["MEST"]
 
-_ELASTIC = Steps((0.2, 0.1, 0.0), at=(0.75, 1.0))
-_SOFT = Steps((0.5, 0.25, 0.0), at=(0.75, 1.0))
-
 
 @final
 @method
@@ -84,11 +81,11 @@ class MEST(GrowingMethod):
     )
     gradient_weight: float = field(default=0.01, metadata=doc("λ: what a gradient counts beside a weight, at least 0."))
     soft: bool = field(default=False, metadata=doc("Whether the memory bound is soft (EM&S)."))
-    drop_fraction: float | Schedule | None = field(
-        default=None,
+    drop_fraction: float | Schedule = field(
+        default=Steps((0.2, 0.1, 0.0), at=(0.75, 1.0)),
         metadata=doc(
-            "Fraction of a layer's budget that is exchanged, or with ``soft`` added, or a schedule of it. By default"
-            " 0.2 and from three quarters of the time to ``stop`` 0.1; with ``soft`` 0.5 and 0.25; 0 at ``stop``."
+            "Fraction of a layer's budget that is exchanged, or with ``soft`` added, or a schedule of it over the time"
+            " to ``stop``. The default is that of EM; that of EM&S is ``Steps((0.5, 0.25, 0.0), at=(0.75, 1.0))``."
         ),
     )
     update_every: Duration = field(
@@ -96,8 +93,6 @@ class MEST(GrowingMethod):
     )
 
     def __post_init__(self) -> None:
-        if self.drop_fraction is None:
-            self.drop_fraction = _SOFT if self.soft else _ELASTIC
         super().__post_init__()
         self.gradient_weight = as_number(self.gradient_weight)
         if isinstance(self.gradient_weight, bool) or not (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -52,7 +52,8 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
             with torch.enable_grad(), torch.autocast(numbers.device.type, enabled=False):
                 outputs = _call(module, ones)
                 total = cast("Tensor", sum(out.sum() for out in tree_flatten(outputs)[0] if _is_number(out)))
-                flows = torch.autograd.grad(total, parameters, allow_unused=True)
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+                flows = cast("Sequence[Tensor | None]", gradients)
         except Exception as error:  # whatever a user's code may raise
             raise MisconfigurationException(
                 f"SynFlow computes {type(module).__name__}.forward on ones, which raised {error!r}. Set"
@@ -66,7 +67,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Generator[None]:
     """A module in evaluation mode, which in the end is as before: parameters, buffers, modes and random generators."""
     tensors = [*module.parameters(), *module.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]

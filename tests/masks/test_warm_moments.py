@@ -32,7 +32,7 @@ def stateful(**state: list[float]) -> tuple[Optimizer, nn.Parameter]:
     return optimizer, parameter
 
 
-def warmed(survivors: Tensor = SURVIVORS, **state: list[float]) -> dict[str, list[float]]:
+def warmed(state: dict[str, list[float]], survivors: Tensor = SURVIVORS) -> dict[str, list[float]]:
     optimizer, parameter = stateful(**state)
     warm_moments(optimizer, parameter, GROWN, survivors, GRADIENT)
     return {key: value.tolist() for key, value in optimizer.state[parameter].items()}
@@ -41,26 +41,26 @@ def warmed(survivors: Tensor = SURVIVORS, **state: list[float]) -> dict[str, lis
 @pytest.mark.parametrize("key", ["exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "exp_avg_var"])
 def test_a_second_moment_begins_at_the_squared_gradient_or_the_mean_of_the_survivors(key: str) -> None:
     # The three survivors have 1, 2 and 6, 3 in the mean; the grown have g² = 9 and 1.
-    assert warmed(**{key: [1.0, 2.0, 6.0, 0, 0, 0, 0, 0]})[key] == [1.0, 2.0, 6.0, 0, 9.0, 3.0, 0, 0]
+    assert warmed({key: [1.0, 2.0, 6.0, 0, 0, 0, 0, 0]})[key] == [1.0, 2.0, 6.0, 0, 9.0, 3.0, 0, 0]
 
 
 def test_the_root_of_one_begins_at_the_gradients_magnitude() -> None:
-    assert warmed(exp_inf=[1.0, 2.0, 3.0, 0, 0, 0, 0, 0])["exp_inf"] == [1.0, 2.0, 3.0, 0, 3.0, 2.0, 0, 0]
+    assert warmed({"exp_inf": [1.0, 2.0, 3.0, 0, 0, 0, 0, 0]})["exp_inf"] == [1.0, 2.0, 3.0, 0, 3.0, 2.0, 0, 0]
 
 
 def test_where_none_survive_it_begins_at_the_squared_gradient() -> None:
     none = torch.zeros(8, dtype=torch.bool)
-    assert warmed(none, exp_avg_sq=[0.0] * 8)["exp_avg_sq"] == [0, 0, 0, 0, 9.0, 1.0, 0, 0]
+    assert warmed({"exp_avg_sq": [0.0] * 8}, none)["exp_avg_sq"] == [0, 0, 0, 0, 9.0, 1.0, 0, 0]
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "momentum_buffer", "grad_avg", "acc_delta", "prev", "ax", "velocity"])
 def test_what_is_no_second_moment_is_left_alone(key: str) -> None:
     state = [1.0, 2.0, 6.0, 0, 0, 0, 0, 0]
-    assert warmed(**{key: state})[key] == state
+    assert warmed({key: state})[key] == state
 
 
 def test_what_has_another_shape_is_left_alone() -> None:
-    assert warmed(step_sum=[3.0], row_var=[2.0, 2.0]) == {"step_sum": [3.0], "row_var": [2.0, 2.0]}
+    assert warmed({"step_sum": [3.0], "row_var": [2.0, 2.0]}) == {"step_sum": [3.0], "row_var": [2.0, 2.0]}
 
 
 def test_in_bfloat16_the_mean_is_of_wide_numbers() -> None:

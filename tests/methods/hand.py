@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -61,4 +61,4 @@ def updated(method: HardMaskMethod, group: MaskGroup) -> list[list[int]]:
 
 
 def masks_after(group: MaskGroup) -> list[list[int]]:
-    return [cast("Tensor", weight.mask).int().flatten().tolist() for weight in group]
+    return [weight.mask.int().flatten().tolist() for weight in group]

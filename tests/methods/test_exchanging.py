@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 ONCE: dict[str, Any] = {"update_every": 1, "start": 0, "stop": 1}
 HALF: dict[str, Any] = {"sparsity": Constant(0.5), "drop_fraction": Constant(0.5), **ONCE}
 
+
+def _any(**arguments: Any) -> dict[str, Any]:
+    return arguments
+
+
 # Eight weights in two layers.
 A, B = [0.9, -0.6, 0.5, -0.7], [0.3, 0.1, -0.4, 0.05]
 ROW = st.lists(st.sampled_from([-1.0, -0.5, -0.25, 0.125, 0.25, 0.75, 2.0]), min_size=4, max_size=4)
@@ -173,12 +178,14 @@ def test_under_a_soft_bound_mest_prunes_to_its_budget_and_grows_beyond() -> None
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_mest_ends_at_its_sparsity_in_the_authors_steps(soft: bool) -> None:
-    mest, group = MEST(0.9, soft=soft, update_every=1, stop=160), layers([[1.0] * 1000])
+    fractions = Steps((0.5, 0.25, 0.0) if soft else (0.2, 0.1, 0.0), at=(0.75, 1.0))
+    mest = MEST(0.9, soft=soft, drop_fraction=fractions, update_every=1, stop=120)
+    group = layers([[1.0] * 1000])
     seen = []
-    for epoch in (1, 100, 130, 160):
-        prepared(mest, group, step=epoch, total_steps=200)
+    for epoch in (1, 89, 90, 119, 120):
+        prepared(mest, group, step=epoch, total_steps=160)
         seen.append(round(mest.target_sparsity(), 9))
-    assert seen == ([0.85, 0.85, 0.875, 0.9] if soft else [0.9] * 4)  # 90 and 120 of 160 epochs, stop at 120
+    assert seen == ([0.85, 0.85, 0.875, 0.875, 0.9] if soft else [0.9] * 5)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_snfs_gives_what_was_pruned_to_layers_with_much_momentum() -> None:
 
 
 def test_a_full_layer_passes_on_what_it_cannot_hold() -> None:
-    snfs = SNFS(**(HALF | {"sparsity": Constant(0.25)}))
+    snfs = SNFS(**(HALF | _any(sparsity=Constant(0.25))))
     group = layers([[0.9, 0.1], [0.8, 0.2, 0.3, 0.4, 0.0, 0.0]], [[1, 1], [1, 1, 1, 1, 0, 0]], [[9.0] * 2, [1.0] * 6])
     prepared(snfs, group)
     assert [sum(mask) for mask in updated(snfs, group)] == [2, 4]
@@ -317,7 +324,7 @@ def test_a_threshold_of_zero_is_refused() -> None:
 # SRigL
 
 STEPPING: dict[str, Any] = HALF | {"allocation": "uniform", "update_replaces_step": False}
-A_QUARTER: dict[str, Any] = STEPPING | {"drop_fraction": Constant(0.25)}
+A_QUARTER: dict[str, Any] = STEPPING | _any(drop_fraction=Constant(0.25))
 
 
 def neurons(weights: list[Row], masks: list[Row], grads: list[Row]) -> MaskGroup:
@@ -378,7 +385,7 @@ def test_a_neuron_with_too_few_salient_weights_is_ablated_and_the_others_take_it
 
 def test_neurons_are_left_to_hold_the_budget() -> None:
     # All salient weights are the first neuron's, but its four places do not hold a budget of six.
-    srigl = SRigL(**(A_QUARTER | {"sparsity": Constant(0.25)}), ablation=1.0)
+    srigl = SRigL(**(A_QUARTER | _any(sparsity=Constant(0.25))), ablation=1.0)
     group = neurons([[0.9, 0.8, 0.7, 0.6], [0.1, 0.1, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]], [[9] * 4, [0] * 4])
     prepared(srigl, group)
     updated(srigl, group)
