@@ -106,8 +106,10 @@ def _assert_equal(ends: Any, expected: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*pruned weights of .* they are zero again")  # of averages that are swapped in
-@pytest.mark.parametrize("first", [False, True], ids=["method first", "average first"])
-@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize(
+    ("average", "first"),
+    [("lightning", False), ("lightning", True), ("own", True), ("own, late", False), ("own, late, .data", True)],
+)
 @latent_methods
 def test_validating_or_saving_at_every_step_changes_no_training(
     case: Case, average: str, first: bool, tmp_path: Path
