@@ -3,8 +3,8 @@
 A real Trainer trains a network of so many weights with SGD and momentum, and masks change at every step. Timed is the
 whole: the choice, the optimizer's moments, the masks of weights and gradients. Right after it ``torch.sort`` sorts the
 magnitudes of the initial weights, as other libraries do to find a threshold. GMP and FGGP rank all weights together and
-prune some more each time, from dense to 95 %; SET, RigL and EAST exchange 30 % of each layer at 99 %; DST, whose masks
-change at every step, is timed before and after the optimizer's step.
+prune some more each time, from dense to 95 %; SET, RigL and EAST exchange 30 % of each layer at 99 %; DST, SR-STE, STR,
+Top-KAST and Feather, whose masks change at every step, are timed before and after the optimizer's step.
 
 The rivals do the same on the same weights: a sort of all magnitudes; RigL with two sorts of each layer, as in the code
 of ITOP and GraNet; ``torch.nn.utils.prune.global_unstructured``; Lightning's ``ModelPruning``; torch.ao's sparsifier::
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from benchmarks.harness import Ratio, argument_parser, quiet_trainer, report, write
-from lightning_sparse import DST, EAST, FGGP, GMP, SET, RigL
+from lightning_sparse import DST, EAST, FGGP, GMP, SET, SRSTE, STR, Feather, RigL, TopKAST
 from lightning_sparse.schedules import Constant
 
 TITLE = "An update over one torch.sort"
@@ -80,6 +80,10 @@ METHODS: dict[str, Callable[[int], L.Callback]] = {
     "RigL": lambda steps: RigL(0.99, **_every_step(steps), update_replaces_step=False),
     "EAST": lambda steps: EAST(0.99, **_every_step(steps), cycles=0, phasing=False, sharing=False),
     "DST": lambda steps: DST(ALPHA),
+    "SRSTE": lambda steps: SRSTE("2:4"),
+    "STR": lambda steps: STR(-5.0, decay=1e-4),
+    "TopKAST": lambda steps: TopKAST(0.95),
+    "Feather": lambda steps: Feather(0.95, stop=steps - 1),
 }
 """Each method, such that masks change at every one of so many steps."""
 

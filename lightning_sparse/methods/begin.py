@@ -105,10 +105,11 @@ def _without_refused(method: Method, plan: Plan) -> Plan:
         return plan
     left = plan.without(reasons)
     if not left.masked:
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise MisconfigurationException(
-            f"{method!r} can mask no weight of this module: "
-            + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            + ". Give another pattern, or a module that it fits."
+            f"{method!r} can mask no weight of this module: {some}{more}. Give another pattern, or a module that it"
+            " fits."
         )
     numel = sum(candidate.parameter.numel() for candidate in masked if candidate.name in reasons)
     total = sum(candidate.parameter.numel() for candidate in masked)

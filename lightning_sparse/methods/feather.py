@@ -162,7 +162,7 @@ class Feather(LatentMethod):
             key=torch.abs,
         )
         masks = group.split(~pruned)
-        largest = [self.latent(w).abs().masked_fill_(m, 0.0).max() for w, m in zip(group, masks, strict=True)]
+        largest = [torch.where(m, 0.0, self.latent(w)).abs_().amax() for w, m in zip(group, masks, strict=True)]
         threshold = float(torch.stack(largest).max())
         self._own.masks = {weight.name: mask for weight, mask in zip(group, masks, strict=True)}
         self._own.thresholds |= {weight.name: threshold for weight in group}
@@ -180,12 +180,13 @@ class Feather(LatentMethod):
 
     @override
     def effective(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
-        threshold = self.threshold(weight)
+        threshold, p = self.threshold(weight), self.power
         if threshold == 0.0:
             return latent.masked_fill(~weight.mask, 0.0)
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        cut = (wide.abs() ** self.power - threshold**self.power).clamp_(min=0.0) ** (1.0 / self.power)
-        return cut.copysign_(wide).to(latent.dtype).masked_fill_(~weight.mask, 0.0)
+        cut = wide.abs().pow_(p).sub_(threshold**p).clamp_(min=0.0).pow_(1.0 / p).copysign_(wide).to(latent.dtype)
+        weight.zero_pruned_(cut)
+        return cut
 
     @override
     def written(self, weight: MaskedWeight, value: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import field
 from typing import ClassVar, cast, final
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -99,10 +98,9 @@ class SRSTE(LatentMethod):
 
     @override
     def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
-        pattern = cast("NofM", self.pattern)
-        n_of_each_m = weight.numel // pattern.m * pattern.n
-        return pattern.largest(weight, latent, n_of_each_m, torch.ones_like(weight.mask), key=torch.abs)
+        return cast("NofM", self.pattern).best(weight, latent.abs())
 
     @override
     def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
+        # g = dL/dW~ + lambda (1 - M) W
         weight.grad.add_(latent.masked_fill(weight.mask, 0.0), alpha=self.decay * scale)

@@ -112,7 +112,8 @@ class STR(LatentMethod):
     @override
     def effective(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
         shrunk = latent.abs().sub_(self.threshold(weight)).clamp_(min=0.0).copysign_(latent)
-        return shrunk.masked_fill_(~weight.mask, 0.0)
+        weight.zero_pruned_(shrunk)
+        return shrunk
 
     @override
     def written(self, weight: MaskedWeight, value: Tensor) -> Tensor:

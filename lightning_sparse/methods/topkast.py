@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
 from lightning_sparse.masks.budgets import LayerAllocation, check_budget, layer_budgets
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import clear_moments
@@ -136,29 +136,29 @@ class TopKAST(LatentMethod):
         trained = layer_budgets(group, self.backward_sparsity, self.allocation, self.min_active, grow=True)
         for weight, a, b in zip(group, used, trained, strict=True):
             own.used[weight.name] = a
-            own.trained[weight.name] = self._largest(weight, max(a, b))
+            own.trained[weight.name] = self._largest(weight, max(a, b), torch.ones_like(weight.mask))
 
     @override
     def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
-        return self._largest(weight, self._own.used[weight.name]) if self._own.due else weight.mask
+        own = self._own
+        return self._largest(weight, own.used[weight.name], own.trained[weight.name]) if own.due else weight.mask
 
-    def _largest(self, weight: MaskedWeight, k: int) -> Tensor:
-        return weight.largest(self.latent(weight), k, torch.ones_like(weight.mask), key=torch.abs)
+    def _largest(self, weight: MaskedWeight, k: int, among: Tensor) -> Tensor:
+        return weight.largest(self.latent(weight), k, among, key=torch.abs)
 
     @override
     def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
-        a, b = weight.mask, self.trained[weight.name]
-        density = max(1, weight.num_active) / weight.numel
-        pull = latent * (self.decay * scale)
-        weight.grad.add_(torch.where(a, pull, pull / density)).masked_fill_(~b, 0.0)
+        strength, density = self.decay * scale, max(1, weight.num_active) / weight.numel
+        # lambda in A, where the module still holds W, and lambda / D in the rest of B
+        weight.grad.add_(latent, alpha=strength / density).add_(weight.value, alpha=strength - strength / density)
+        zero_pruned_(weight.grad, self.trained[weight.name])
 
     @override
     def take_step(self, group: MaskGroup) -> None:
         for weight in group:
-            still = ~self.trained[weight.name]
-            latent = self.latent(weight)
-            latent.copy_(torch.where(still, latent, weight.value))
-            clear_moments(group.optimizer, weight.parameter, still)
+            trained, latent = self.trained[weight.name], self.latent(weight)
+            torch.where(trained, weight.value, latent, out=latent)
+            clear_moments(group.optimizer, weight.parameter, ~trained)
 
     @override
     def own_state(self) -> dict[str, Any]:

@@ -458,8 +458,12 @@ def test_thresholds_of_a_layer_of_zeros_wait_for_its_first_gradient(tmp_path: Pa
             self.unused = nn.Linear(4, 4)
             nn.init.zeros_(self.unused.weight)
 
+    path = tmp_path / "zeros.ckpt"
+    trainer = make_trainer(tmp_path, callbacks=[DST(0.05)], max_epochs=1)
+    trainer.fit(Unused())
+    trainer.save_checkpoint(path)
     method = DST(0.05)
-    make_trainer(tmp_path, callbacks=[method]).fit(Unused())
+    make_trainer(tmp_path, callbacks=[method]).fit(Unused(), ckpt_path=path)
     assert float(method.thresholds["unused.weight"].detach().abs().max()) < 1e-30
     assert method.registry["unused.weight"].sparsity == 0.0
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_sparse import SRSTE, STR, Feather, TopKAST
+from lightning_sparse.masks.patterns import NofM
+from lightning_sparse.masks.plan import select_weights
+from lightning_sparse.masks.weight import MaskPool
 from lightning_sparse.schedules import Constant
 from tests.helpers import ConvToy, ToyModel, fit_two_processes, make_trainer
 from tests.methods.reference_latent import (
@@ -298,6 +301,21 @@ def test_srste_holds_its_pattern_in_every_block_of_every_layer(tmp_path: Path) -
         assert (blocks.sum(dim=2) == 1).all()
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (4, 8), (4, 16)])
+def test_the_best_of_every_block_is_that_of_a_sort(n: int, m: int) -> None:
+    generator = torch.Generator().manual_seed(n * m)
+    for layer in (nn.Linear(2 * m, 5), nn.Conv2d(m, 6, 3), nn.ConvTranspose2d(2 * m, 4, 2)):
+        (weight,) = MaskPool(select_weights(layer).masked)
+        scores = torch.randint(0, 4, weight.shape, generator=generator).float()  # with ties
+        rows = weight.rows(scores)
+        inputs = weight.shape[0 if isinstance(layer, nn.ConvTranspose2d) else 1]
+        rows = rows.reshape(len(rows), inputs // m, m, -1)
+        found = weight.rows(NofM(n, m).best(weight, scores)).reshape(rows.shape)
+        for block, mask in zip(rows.movedim(2, -1).reshape(-1, m), found.movedim(2, -1).reshape(-1, m), strict=True):
+            expected = sorted(range(m), key=lambda place, of=block: (-float(of[place]), place))[:n]
+            assert mask.nonzero().flatten().tolist() == sorted(expected)
+
+
 def test_feather_ends_at_its_sparsity_to_the_weight(tmp_path: Path) -> None:
     method = Feather(0.97)
     make_trainer(tmp_path, callbacks=[method]).fit(ToyModel())
@@ -350,8 +368,8 @@ class _Odd(ToyModel):
         (partial(TopKAST, 0.5, backward_sparsity=0.8), r"backward_sparsity is 0\.8 and sparsity is 0\.5, but every"),
         (partial(TopKAST, 1.0), r"sparsity is 1.*\[0, 1\)"),
         (partial(TopKAST, 90), r"Did you mean 0\.9"),
-        (partial(TopKAST, 0.9, allocation="global"), r"allocation is 'global'; it is one of"),
-        (partial(TopKAST, 0.9, update_every=0.5), r"update_every is 0\.5; give a number of steps"),
+        (partial(TopKAST, 0.9, **{"allocation": "global"}), r"allocation is 'global'; it is one of"),
+        (partial(TopKAST, 0.9, **{"update_every": 0.5}), r"update_every is 0\.5; give a number of steps"),
         (partial(Feather, 1.0), r"sparsity is 1.*\[0, 1\)"),
         (partial(Feather, 0.9, theta=2.0), r"theta is 2\.0"),
         (partial(Feather, 0.9, power=0.5), r"power is 0\.5"),
