@@ -135,6 +135,12 @@ class AcceleratedModule(nn.Module):
         self.training = False
         self._watch()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call ``forward``, or the module itself where nothing was faster: of small layers a call is half the time."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            return super().__call__(*args, **kwargs)
+        return self._direct(*args, **kwargs)
+
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module would.
@@ -223,7 +229,7 @@ class AcceleratedModule(nn.Module):
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 self._refuse_stale(name)
-        return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call", "_direct")}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -241,6 +247,7 @@ class AcceleratedModule(nn.Module):
         # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
         ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
         self._call: Callable[..., Any] = module.forward if ours else module
+        self._direct: Callable[..., Any] = module if self.recipe is None else self.forward
 
     def _made(self) -> nn.Module:
         return self._source[0] if self.recipe is None else self.recipe.make(self._source[0])

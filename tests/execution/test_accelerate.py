@@ -191,6 +191,13 @@ class TestTheModuleReturned:
         with pytest.raises(ValueError, match="stays on cpu"):
             fast.to("meta")
 
+    def test_calls_hooks_that_are_registered_on_it(self) -> None:
+        fast = made_sparse(wide_perceptron(), torch.randn(3, 512), {"1"})
+        seen: list[int] = []
+        fast.register_forward_hook(lambda *_: seen.append(1))
+        fast(torch.randn(3, 512))
+        assert seen == [1]
+
     def test_is_called_by_several_threads_at_once(self) -> None:
         network = sparsify(residual_network())
         x = torch.randn(2, 3, 32, 32)
