@@ -106,3 +106,12 @@ def test_functional_imports_torch_and_numpy_alone(path: Path) -> None:
 def test_execution_needs_no_lightning(path: Path) -> None:
     assert foreign_packages(path) <= {"llvmlite", "numpy", "rich", "safetensors", "torch", "typing_extensions"}
     assert imported_parts(path) <= {"execution", "functional"}
+
+
+def test_llvmlite_is_imported_by_its_kernels_alone() -> None:
+    assert {path.parent.name for path in FILES if "llvmlite" in foreign_packages(path)} == {"llvm"}
+
+
+@pytest.mark.parametrize("name", ["schedules.py", "timetable.py"])
+def test_schedules_import_the_standard_library_alone(name: str) -> None:
+    assert not foreign_packages(PACKAGE / name)
