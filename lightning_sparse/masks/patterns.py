@@ -171,8 +171,13 @@ class ConstantFanIn(Pattern):
         alive = eligible.any(dim=1)
         keys = weight.rows(scores if key is None else key(scores)).masked_fill(~eligible, -torch.inf)
         fan_in = k // max(1, int(alive.sum()))
-        order = keys.argsort(dim=1, descending=True, stable=True)[:, :fan_in]
-        chosen = torch.zeros_like(eligible).scatter_(1, order, True) & alive.unsqueeze(1)
+        if fan_in == 0:
+            return torch.zeros_like(among)
+        # A partition finds the last of each row; those that equal it are taken in the order of their places.
+        last = keys.topk(fan_in, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        above, ties = keys > last, keys == last
+        missing = fan_in - above.sum(dim=1, keepdim=True, dtype=torch.int32)
+        chosen = above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= missing))
         return weight.from_rows(chosen & eligible)
 
 
