@@ -76,6 +76,8 @@ def sparse_network(name: str, sparsity: float) -> nn.Module:
     for layer_name, layer in network.named_modules():
         if isinstance(layer, nn.MultiheadAttention):
             layer.in_proj_weight.mul_(torch.rand_like(layer.in_proj_weight) >= sparsity)
+        if layer_name == "heads.head":
+            nn.init.normal_(layer.get_parameter("weight"))  # torchvision begins with zeros, and all outputs would be
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer_name not in dense:
             layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)
     return network

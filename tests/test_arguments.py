@@ -79,18 +79,23 @@ def test_a_billion_cycles_are_refused_and_not_counted(growth: float) -> None:
 @pytest.mark.parametrize("name", ["sparsity", "length", "growth", "multiplier"])
 def test_a_cycle_of_no_size_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match="give a finite number"):
-        Cyclic(**{"sparsity": 0.9, name: value})
+        arguments: dict[str, Any] = {"sparsity": 0.9, name: value}
+        Cyclic(**arguments)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    small, fraction = np.int64(2), np.float32(0.5)
-    assert RigL(np.float64(0.9), update_every=small, stop=np.int32(10), min_active=small, seed=small).update_every == 2
-    assert EAST(fraction, cycles=small, stop=np.int64(10), cycle_update_every=small).times.stop == 10
+    small: Any = np.int64(2)
+    fraction: Any = np.float32(0.5)
+    ten: Any = np.int64(10)
+    off: Any = np.bool_(False)
+    nine: Any = torch.tensor(9)
+    assert RigL(np.float64(0.9), update_every=small, stop=ten, min_active=small, seed=small).update_every == 2
+    assert EAST(fraction, cycles=small, stop=ten, cycle_update_every=small).times.stop == 10
     assert FGGP(0.9, pool=fraction, start=fraction).start == 0.5
     assert DST(np.float64(1e-4)).alpha == 1e-4
     assert DST(sparsity=np.float64(0.5), reset_sparsity=fraction).reset_sparsity == 0.5
-    assert RigL(0.9, regrow=np.bool_(False)).regrow is False
-    assert UpdateTimes(every=small, start=np.int64(0), stop=torch.tensor(9)).resolve(20).latest(9) == 9
-    assert DyReLUPhasing(small, np.int64(5), reduction=small).reduction == 2
+    assert RigL(0.9, regrow=off).regrow is False
+    assert UpdateTimes(every=small, start=0, stop=nine).resolve(20).latest(9) == 9
+    assert DyReLUPhasing(small, ten, reduction=small).reduction == 2
     assert WeightSharing(own=small).own == 2
-    assert NofM(small, np.int16(4)) == NofM(2, 4)
+    assert NofM(small, ten) == NofM(2, 10)

@@ -5,7 +5,7 @@ Code:   none by the authors is public.
 Differs from the paper:
     - The gradient is computed dense, and cut to B before the optimizer steps; what is saved is the update, not time.
     - Momentum and weight decay move nothing outside B either, whatever the optimizer; the paper trains without
-      momentum. A weight that leaves B loses its moments.
+      momentum. A weight that leaves B loses its moments; one that enters B has the mean second moment of those in it.
     - Which norm the exploration penalty has could not be read; here it is half the square of the Euclidean one, so
       that its gradient is a weight decay, larger by 1/D in B without A.
     - Gradients that are inf or NaN change neither A nor B.
@@ -25,7 +25,7 @@ from typing_extensions import override
 from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
 from lightning_sparse.masks.budgets import LayerAllocation, check_budget, layer_budgets
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.moments import clear_moments
+from lightning_sparse.masks.moments import clear_moments, warm_moments
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count, check_sparsity, check_steps, check_strength
@@ -136,7 +136,14 @@ class TopKAST(LatentMethod):
         trained = layer_budgets(group, self.backward_sparsity, self.allocation, self.min_active, grow=True)
         for weight, a, b in zip(group, used, trained, strict=True):
             own.used[weight.name] = a
-            own.trained[weight.name] = self._largest(weight, max(a, b), torch.ones_like(weight.mask))
+            trained, before = (
+                self._largest(weight, max(a, b), torch.ones_like(weight.mask)),
+                own.trained.get(weight.name),
+            )
+            if before is not None:  # cleared moments would give what enters B steps of three learning rates under Adam
+                nothing = torch.zeros_like(weight.value)
+                warm_moments(group.optimizer, weight.parameter, trained & ~before, trained & before, nothing)
+            own.trained[weight.name] = trained
 
     @override
     def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:

@@ -149,6 +149,9 @@ class TopKASTNetwork(Reparametrized):
             for moment in optimizer.state[weight].values():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moment[~b] = 0.0
+            entered, second = self.trained(name) & ~b, optimizer.state[weight].get("exp_avg_sq")
+            if second is not None:
+                second[entered] = second[self.trained(name) & b].mean()
 
 
 class FeatherNetwork(Reparametrized):

@@ -18,7 +18,7 @@ from lightning_sparse import EAST, GMP, SET, DyReLUPhasing, RigL, WeightSharing
 from lightning_sparse.functional import erdos_renyi_kernel, num_active
 from lightning_sparse.masks import select_weights
 from lightning_sparse.modules import share_weights
-from lightning_sparse.schedules import Constant, Cyclic, Linear
+from lightning_sparse.schedules import Constant, Cyclic, Linear, as_schedule
 from lightning_sparse.zoo import ResNet34, ResNet50
 from tests.helpers import ConvToy, ToyModel, make_trainer
 from tests.methods.hand import layers, prepared
@@ -423,7 +423,7 @@ def test_the_last_update_of_the_cycles_comes_when_they_are_over() -> None:
     for stop in range(1, 200):
         east = EAST(0.9, cycles=3, cycle_length=0.1, stop=stop)  # 0.1 + 0.1 + 0.1 is a little above 0.3
         assert east.times.start == math.ceil(Fraction(3, 10) * stop)
-        assert east.sparsity(east.times.start / stop) == pytest.approx(0.9)
+        assert as_schedule(east.sparsity)(east.times.start / stop) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(

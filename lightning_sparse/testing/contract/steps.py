@@ -76,7 +76,8 @@ class StepContract(Contract):
         assert method.step == 24 - 9
         assert zeros.leaks == []
         if case.is_gradual:  # the first update may find nothing to prune
-            times = method.times.resolve(method.step)
+            times = method.run.timetable
+            assert times is not None
             due = [step for step in range(method.step) if times.latest(step) == step]
             assert [seen["step"] for seen in watch.history if seen["updates"]][-5:] == due[-5:]
 
