@@ -23,7 +23,6 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.arguments import check_whole
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
@@ -127,8 +126,8 @@ class EAST(GrowingMethod):
     def __post_init__(self) -> None:
         _check_part("phasing", self.phasing, DyReLUPhasing)
         _check_part("sharing", self.sharing, WeightSharing)
-        self.cycles = check_whole("cycles", self.cycles, least=0)
-        if self.cycles:
+        cycles = as_number(self.cycles)
+        if not (isinstance(cycles, int) and cycles == 0):
             cycle = (self.cycles, self.cycle_length, self.cycle_growth, self.multiplier, self.cycle_shape)
             self.sparsity = Cyclic(_checked_number("sparsity", self.sparsity), *cycle)
         super().__post_init__()
