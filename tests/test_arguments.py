@@ -83,14 +83,19 @@ def test_a_cycle_of_no_size_is_refused(name: str, value: float) -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    small, fraction = np.int64(2), np.float32(0.5)
-    assert RigL(np.float64(0.9), update_every=small, stop=np.int32(10), min_active=small, seed=small).update_every == 2
-    assert EAST(fraction, cycles=small, stop=np.int64(10), cycle_update_every=small).times.stop == 10
+    small: Any = np.int64(2)
+    fraction: Any = np.float32(0.5)
+    one: Any = np
+    tensor: Any = torch.tensor
+    assert (
+        RigL(one.float64(0.9), update_every=small, stop=one.int32(10), min_active=small, seed=small).update_every == 2
+    )
+    assert EAST(fraction, cycles=small, stop=one.int64(10), cycle_update_every=small).times.stop == 10
     assert FGGP(0.9, pool=fraction, start=fraction).start == 0.5
-    assert DST(np.float64(1e-4)).alpha == 1e-4
-    assert DST(sparsity=np.float64(0.5), reset_sparsity=fraction).reset_sparsity == 0.5
-    assert RigL(0.9, regrow=np.bool_(False)).regrow is False
-    assert UpdateTimes(every=small, start=np.int64(0), stop=torch.tensor(9)).resolve(20).latest(9) == 9
-    assert DyReLUPhasing(small, np.int64(5), reduction=small).reduction == 2
+    assert DST(one.float64(1e-4)).alpha == 1e-4
+    assert DST(sparsity=one.float64(0.5), reset_sparsity=fraction).reset_sparsity == 0.5
+    assert RigL(0.9, regrow=one.bool_(False)).regrow is False
+    assert UpdateTimes(every=small, start=one.int64(0), stop=tensor(9)).resolve(20).latest(9) == 9
+    assert DyReLUPhasing(small, one.int64(5), reduction=small).reduction == 2
     assert WeightSharing(own=small).own == 2
-    assert NofM(small, np.int16(4)) == NofM(2, 4)
+    assert NofM(small, one.int16(4)) == NofM(2, 4)
