@@ -78,8 +78,9 @@ def test_a_billion_cycles_are_refused_and_not_counted(growth: float) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["sparsity", "length", "growth", "multiplier"])
 def test_a_cycle_of_no_size_is_refused(name: str, value: float) -> None:
+    arguments: dict[str, Any] = {"sparsity": 0.9, name: value}
+    arguments: dict[str, Any] = {"sparsity": 0.9, name: value}
     with pytest.raises(ValueError, match="give a finite number"):
-        arguments: dict[str, Any] = {"sparsity": 0.9, name: value}
         Cyclic(**arguments)
 
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
-from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +33,7 @@ from lightning_sparse.masks.checkpoint import (
 )
 from lightning_sparse.masks.places import canonical_name, printable
 from lightning_sparse.masks.plan import judge_parameters
-from lightning_sparse.masks.reading import metadata_of
+from lightning_sparse.masks.reading import is_archive, metadata_of
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.masks.wrappers import as_named, unwrapped
@@ -178,7 +177,7 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
     try:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
-        if not Path(path).is_file() or is_zipfile(path):  # a zip archive is a checkpoint, if a bad one
+        if not Path(path).is_file() or is_archive(path):  # a zip archive is a checkpoint, if a bad one
             raise
         raise CheckpointError(f"{error} Nor is it a file of masks.") from error
     methods = masks_by_method(checkpoint, path)

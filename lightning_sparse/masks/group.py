@@ -97,7 +97,7 @@ def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask], source: str)
     whose, remedy, name = _WHOSE[source], _REMEDY[source], printable(weight.name)
     if weight.name not in packed:
         known = ", ".join(map(printable, packed)) or "nothing"
-        raise MisconfigurationException(f"{whose} has no mask of {name}; it has masks of {known}. {remedy}")
+        raise MisconfigurationException(f"{whose} holds no mask of {name}; it has masks of {known}. {remedy}")
     saved = packed[weight.name]
     if missing := PackedMask.__required_keys__ - saved.keys():
         raise MisconfigurationException(
@@ -105,7 +105,7 @@ def _unpack(weight: MaskedWeight, packed: Mapping[str, PackedMask], source: str)
         )
     if list(saved["shape"]) != list(weight.shape):
         raise MisconfigurationException(
-            f"{whose} has a mask of {name} of shape {tuple(saved['shape'])}, but the weight has {tuple(weight.shape)}."
+            f"{whose}'s mask of {name} has shape {tuple(saved['shape'])}, but the weight has {tuple(weight.shape)}."
             f" {remedy}"
         )
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_sparse.masks.places import printable
 
-__all__ = ["CheckpointError", "load_checkpoint", "looks_like_safetensors", "metadata_of"]
+__all__ = ["CheckpointError", "is_archive", "load_checkpoint", "looks_like_safetensors", "metadata_of"]
 
 _AT_ONCE = 1 << 20
 _LONGEST_HEADER = 100_000_000  # safetensors reads none that is longer
@@ -56,18 +56,32 @@ def load_checkpoint(path: str | Path) -> Any:
     path = _existing(path)
     if looks_like_safetensors(path):
         return _load_safetensors(path)
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         _check_records(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint lead torch to any exception
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        if isinstance(error, pickle.UnpicklingError) and is_archive(path):
             raise CheckpointError(
                 f"{path} holds Python objects besides tensors and plain values. They are not loaded, because they "
                 "could run code. If you trust the file, save its tensors on their own: "
                 "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')."
             ) from error
         raise _damaged(path, error) from error
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether a file is a zip archive, as checkpoints are, if perhaps a damaged one.
+
+    Example:
+        >>> torch.save({"weight": torch.eye(2)}, "eye.pt")
+        >>> is_archive("eye.pt")
+        True
+    """
+    try:
+        return zipfile.is_zipfile(path)
+    except (zipfile.BadZipFile, ValueError, OverflowError):  # its end is that of an archive, and damaged
+        return True
 
 
 def looks_like_safetensors(path: str | Path) -> bool:

@@ -18,6 +18,7 @@ from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.methods import checkpoints, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
+from lightning_sparse.methods.state import check_digest
 from lightning_sparse.trainer import steps_of_training, steps_taken
 
 __all__ = ["begin_together", "leave"]
@@ -149,6 +150,8 @@ def _resume(method: Method, run: Run) -> None:
     for group, lasted in zip(run.groups, state["not_finite_for"], strict=False):
         group.not_finite_for = lasted
     method.load_method_state(state["method"])
+    if run.beginning.source == "checkpoint":
+        check_digest(state, method.state_key)
     if not run.beginning.goes_on:
         for group in run.groups:
             method.clock_starts(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sparse.functional.masks import count_true
-from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, masks_by_method
+from lightning_sparse.masks.checkpoint import CheckpointError, fault_of_seal, load_checkpoint, masks_by_method
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
-from lightning_sparse.methods.state import check_digest, check_state, sealed
+from lightning_sparse.methods.state import check_state, sealed
 from lightning_sparse.trainer import callbacks_of, is_a
 
 __all__ = [
@@ -74,13 +74,16 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
     own = states.get(method.state_key)
     if resumes and own is not None:
         check_state(own, method.state_key, method.state_fields())
-    masks = _masks_of_all(checkpoint)
+    # A digest says least of what is wrong, so it is looked at last: that of its own state in begin, with masks laid.
+    masks = _masks_of_all(checkpoint, unchecked=list(states) if resumes else [])
     if resumes:
         _refuse_unshared(states, pl_module, trainer.ckpt_path)
         _refuse_other_shapes(masks, pl_module)
+        _masks_of_all(checkpoint, unchecked=[method.state_key])
     if resumes and not masks and method.loaded is not None:
         return  # the file of the learning-rate finder, which puts back the weights that were loaded before
-    left = MaskRegistry.leave(pl_module, masks, given=False) if masks else None
+    is_whole = not resumes or own is None or not fault_of_seal(own)
+    left = MaskRegistry.leave(pl_module, masks, given=False) if masks and is_whole else None
     # One of the same class with other include= or exclude= is no other method: that resume is refused.
     same_class = any(key.startswith(f"{type(method).__name__}{{") and key != method.state_key for key in states)
     if resumes and own is None and same_class:
@@ -90,9 +93,9 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
         _follow(method, pl_module, own)
 
 
-def _masks_of_all(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def _masks_of_all(checkpoint: Mapping[str, Any], unchecked: Collection[str]) -> dict[str, Tensor]:
     try:
-        methods = masks_by_method(checkpoint, "the checkpoint")
+        methods = masks_by_method(checkpoint, "the checkpoint", unchecked)
     except CheckpointError as error:
         raise MisconfigurationException(f"{error} Resume from an earlier checkpoint.") from error
     return {name: mask for masks in methods.values() for name, mask in masks.items()}
@@ -168,7 +171,7 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     loaded, run = method.loaded, method.last_run
     if loaded is not None and loaded.resumes:
         if loaded.state is not None:
-            return Beginning(_checked(method, loaded.state), goes_on=True)
+            return Beginning(check_state(loaded.state, method.state_key, method.state_fields()), goes_on=True)
         if loaded.left is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so resuming would go on"
@@ -181,16 +184,10 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     # A Trainer that has taken steps goes on; with a new one a new training begins.
     goes_on = trainer.global_step > 0
     if loaded is not None and loaded.state is not None and _is_still_there(loaded.left, module):
-        return Beginning(_checked(method, loaded.state), goes_on=goes_on)
+        return Beginning(check_state(loaded.state, method.state_key, method.state_fields()), goes_on=goes_on)
     if loaded is None and run is not None and run.module() is module and _is_still_there(run.left, module):
         return Beginning(_state(method, run), goes_on=goes_on, source="module")
     return Beginning(inherited=MaskRegistry.left_in(module))
-
-
-def _checked(method: Method, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    check_state(state, method.state_key, method.state_fields())
-    check_digest(state, method.state_key)
-    return state
 
 
 def inherited_by_all(methods: Sequence[Method], module: pl.LightningModule) -> Mapping[str, Tensor]:

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.arguments import check_whole
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import gradient_scale
 from lightning_sparse.masks.weight import MaskedWeight
@@ -145,8 +144,8 @@ class EAST(GrowingMethod):
     def __post_init__(self) -> None:
         _check_part("phasing", self.phasing, DyReLUPhasing)
         _check_part("sharing", self.sharing, WeightSharing)
-        self.cycles = check_whole("cycles", self.cycles, least=0)
-        if self.cycles:
+        cycles = as_number(self.cycles)
+        if not (isinstance(cycles, int) and cycles == 0):
             cycle = (self.cycles, self.cycle_length, self.cycle_growth, self.multiplier, self.cycle_shape)
             self.sparsity = Cyclic(_checked_number("sparsity", self.sparsity), *cycle)
         super().__post_init__()

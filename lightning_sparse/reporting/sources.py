@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_sparse.execution.files import SparseFileError, is_sparse_file, load_sparse
-from lightning_sparse.execution.packing import is_inflated
 from lightning_sparse.execution.shrink import Shrinkage, dead_units
 from lightning_sparse.functional.masks import count_true
+from lightning_sparse.functional.stored import obstacle
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.checkpoint import (
     CheckpointError,
@@ -28,7 +28,6 @@ from lightning_sparse.masks.checkpoint import (
 )
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.layers import kind_of
-from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Candidate, Plan, canonical_name, judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.wrappers import unwrapped
@@ -170,11 +169,8 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
     checkpoint = load_checkpoint(path)
     state = state_dict_of(checkpoint, path)
     for name, tensor in state.items():
-        if is_inflated(tensor):
-            raise CheckpointError(
-                f"{path} is damaged or hostile: {printable(name)} would be {tensor.nbytes:,} bytes, and there are"
-                f" {tensor.untyped_storage().nbytes():,} of it in the file."
-            )
+        if fault := obstacle(tensor):
+            raise CheckpointError(f"{name} in {path} {fault}.")
     return state, {name for masks in masks_by_method(checkpoint, path).values() for name in masks}
 
 

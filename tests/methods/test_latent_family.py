@@ -200,6 +200,17 @@ def test_a_compiled_optimizer_step_is_the_plain_one(tmp_path: Path) -> None:
         torch.testing.assert_close(found[key], value, msg=key)
 
 
+class _Table(nn.Embedding):
+    """An embedding whose gradients are sparse without its saying so, which the plan cannot know."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__(8, 12)
+        self.gives_sparse = sparse
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.embedding(inputs, self.weight, sparse=self.gives_sparse)
+
+
 class _Embedded(ToyModel):
     """An embedding with sparse or dense gradients, before the toy's network."""
 
@@ -207,7 +218,7 @@ class _Embedded(ToyModel):
         super().__init__(partial(torch.optim.SGD, lr=0.1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            self.embedding = nn.Embedding(8, 12, sparse=sparse)
+            self.embedding = _Table(sparse)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.network(self.embedding(inputs[:, 0].abs().long().clamp(max=7)))

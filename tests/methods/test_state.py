@@ -229,7 +229,7 @@ def test_a_flipped_bit_in_the_masks_is_refused_wherever_they_are_read(tmp_path: 
     training = Resumable.of(tmp_path, lambda: [FGGP(0.8, update_every=2)])
     ((key, state),) = training.checkpoint["callbacks"].items()
     state["masks"]["network.0.weight"]["bits"][3] ^= 16
-    with pytest.raises(MisconfigurationException, match="is not what was written"):
+    with pytest.raises(MisconfigurationException, match=r"is not what was written|and its budget is"):
         training.resume(key, state)
     path = tmp_path / "mutated.ckpt"
     for read in (read_masks, lambda path: apply_masks(ToyModel(), path)):
@@ -243,7 +243,7 @@ def test_a_layer_that_was_added_since_is_not_blamed_on_a_checkpoint(tmp_path: Pa
     method, model = GMP(0.5, update_every=2), ToyModel()
     make_trainer(tmp_path, callbacks=[method], max_epochs=1).fit(model)
     model.network.append(nn.Linear(3, 3))
-    with pytest.raises(MisconfigurationException, match="The last training of this module has no mask of") as refused:
+    with pytest.raises(MisconfigurationException, match="The last training of this module holds no mask of") as refused:
         make_trainer(tmp_path, callbacks=[method], max_epochs=1).fit(model)
     assert "checkpoint" not in str(refused.value)
     make_trainer(tmp_path, callbacks=[GMP(0.6, update_every=2)], max_epochs=1).fit(model)
