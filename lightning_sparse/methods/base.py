@@ -153,7 +153,8 @@ class SparseMethod(Method):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         holding.look_at_all(self, trainer, pl_module)
-        if self.last_run is None or self.last_run.trainer() is not trainer:
+        never_began = self.last_run is None or self.last_run.trainer() is not trainer
+        if never_began and trainer.global_step == 0:  # a training that is resumed may be at its end
             rank_zero_warn(
                 f"{type(self).__name__} had no batch to train on, so no weight was masked. Look at the data loader, at"
                 " limit_train_batches, and whether max_epochs or max_steps were reached before."

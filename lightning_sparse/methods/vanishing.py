@@ -12,10 +12,11 @@ __all__ = ["vanished"]
 # Norm of the gradient over that of the weights, at the start. A small CNN without normalisation has 6e-3 in its first
 # layer when dense, 5e-5 at a sparsity of 0.95, from which it still learns, and 2e-6 at 0.99, where it stays at chance.
 _LEAST = 1e-5
+_SHARE = 0.5  # of the layers
 
 
 def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
-    """Names of the layers to whose active weights nearly no gradient comes.
+    """Names of the layers to whose active weights nearly no gradient comes, where these are at least half of all.
 
     Empty where a gain or a layer begins at zero, as the last norm of a residual branch often does: gradients behind it
     are zero for now, and that is meant.
@@ -31,7 +32,9 @@ def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
     gains = [parameter.any() for name, parameter in module.named_parameters() if not name.endswith("bias")]
     # One transfer from the device: the ratios, and whether every gain has something in it.
     *found, all_live = torch.stack([*ratios, torch.stack(gains).all().float()]).tolist()
-    return [weight.name for weight, ratio in zip(layers, found, strict=True) if ratio < _LEAST] if all_live else []
+    names = [weight.name for weight, ratio in zip(layers, found, strict=True) if ratio < _LEAST]
+    # A few layers with small gradients are no sign: those that feed a softmax or a gate have small ones when dense too.
+    return names if all_live and len(names) >= _SHARE * len(layers) else []
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -171,7 +171,8 @@ def draw_accuracy(axes: Axes, dense: Run, sparse: Run) -> None:
             verticalalignment="center",
             annotation_clip=False,
         )
-    axes.set_ylim(90, 100)
+    lowest = min(100 * run.accuracy for run in (dense, sparse))
+    axes.set_ylim(min(90, 10 * (lowest // 10)), 100)
     axes.set_title("Validation accuracy (%)", loc="left", fontsize=11)
     axes.tick_params(labelbottom=False)
     tidy(axes)
