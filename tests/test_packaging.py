@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from configparser import ConfigParser
 from functools import cache
-from importlib.metadata import Distribution, distribution, packages_distributions
+from importlib.metadata import Distribution, distribution, distributions
 from importlib.resources import files
 from pathlib import Path
 
@@ -45,13 +45,21 @@ def requirement_names(lines: str) -> set[str]:
 
 def distributions_of(packages: set[str]) -> set[str]:
     """The distributions from which importable packages were installed."""
-    return {normalized(owners()[package][0]) for package in packages}
+    return {owners()[package] for package in packages}
 
 
 @cache
-def owners() -> Mapping[str, list[str]]:
-    """The distributions that each importable package comes from; to read all of their metadata takes seconds."""
-    return packages_distributions()
+def owners() -> Mapping[str, str]:
+    """The distribution that each importable package comes from, by the files that it installed.
+
+    Python 3.10's ``packages_distributions`` knows only those that list their packages in ``top_level.txt``.
+    """
+    return {
+        file.parts[0].removesuffix(".py"): normalized(each.metadata["Name"])
+        for each in distributions()
+        for file in each.files or ()
+        if file.suffix == ".py"
+    }
 
 
 def test_the_version_is_stated_once(installed: Distribution) -> None:

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import textwrap
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 
@@ -30,7 +30,7 @@ def public_definitions() -> dict[str, Any]:
     return {
         f"{value.__module__}.{value.__qualname__}": value
         for value in values
-        if inspect.isclass(value) or inspect.isfunction(value)
+        if (inspect.isclass(value) or inspect.isfunction(value)) and get_origin(value) is None  # as of an alias
     }
 
 

@@ -97,7 +97,7 @@ def pack_tensor(tensor: Tensor, cast: torch.dtype | None = None) -> Packed:
     numel = flat.numel()
     pieces = {
         f".{plan.form.name}": plan.form.encode(plan.positions, numel),
-        ".values": _stored(flat[plan.positions], cast),
+        ".values": _stored(_integers(flat)[plan.positions].view(flat.dtype), cast),
     }
     if plan.minus is not None and plan.minus_form is not None:
         pieces[f".minus.{plan.minus_form.name}"] = plan.minus_form.encode(plan.minus, numel)
