@@ -12,11 +12,11 @@ __all__ = ["vanished"]
 # Norm of the gradient over that of the weights, at the start. A small CNN without normalisation has 6e-3 in its first
 # layer when dense, 5e-5 at a sparsity of 0.95, from which it still learns, and 2e-6 at 0.99, where it stays at chance.
 _LEAST = 1e-5
-_SHARE = 0.5  # of the layers
+_SHARE = 1 / 3  # of the layers: a transformer's queries and keys are as many
 
 
 def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
-    """Names of the layers to whose active weights nearly no gradient comes, where these are at least half of all.
+    """Names of the layers to whose active weights nearly no gradient comes, where these are more than a third of all.
 
     Empty where a gain or a layer begins at zero, as the last norm of a residual branch often does: gradients behind it
     are zero for now, and that is meant.
@@ -34,7 +34,7 @@ def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
     *found, all_live = torch.stack([*ratios, torch.stack(gains).all().float()]).tolist()
     names = [weight.name for weight, ratio in zip(layers, found, strict=True) if ratio < _LEAST]
     # A few layers with small gradients are no sign: those that feed a softmax or a gate have small ones when dense too.
-    return names if all_live and len(names) >= _SHARE * len(layers) else []
+    return names if all_live and len(names) > _SHARE * len(layers) else []
 
 
 def _norm(tensor: Tensor) -> Tensor:
