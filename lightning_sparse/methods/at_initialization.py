@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_sparse.masks.budgets import budget_of
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.schema import Check, mapping_of, whole
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.scored import Allocation, ScoredMethod
@@ -136,6 +137,10 @@ class AtInitialization(ScoredMethod, ABC):
         return super().method_state() | {"seen": dict(self.watched.seen)}
 
     @override
+    def state_fields(self) -> Mapping[str, Check]:
+        return {**super().state_fields(), "seen": mapping_of(whole())}
+
+    @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         super().load_method_state(state)
-        self.watched.seen = dict(state.get("seen", {}))
+        self.watched.seen = dict(state["seen"])

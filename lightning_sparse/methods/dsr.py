@@ -21,6 +21,7 @@ from lightning_sparse.functional.allocation import proportional, share
 from lightning_sparse.functional.masks import counts_true
 from lightning_sparse.masks.budgets import budget_of
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.schema import Check, number
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.growing import GrowingMethod
 from lightning_sparse.methods.paper import Paper
@@ -143,6 +144,10 @@ class DSR(GrowingMethod):
         return super().method_state() | {"threshold": self._adaptive.threshold}
 
     @override
+    def state_fields(self) -> Mapping[str, Check]:
+        return {**super().state_fields(), "threshold": number(0.0)}
+
+    @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         super().load_method_state(state)
-        self._adaptive.threshold = float(state.get("threshold", self.threshold))
+        self._adaptive.threshold = float(state["threshold"])

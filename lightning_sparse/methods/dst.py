@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.schema import Check, any_of, mapping_of, record, refuse, whole, wrong_names
+from lightning_sparse.masks.schema import Check, any_of, mapping_of, names, record, refuse, whole, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.latent import LatentMethod
@@ -280,7 +280,8 @@ class DST(LatentMethod):
 
     @override
     def own_fields(self) -> Mapping[str, Check]:
-        return {"resets": mapping_of(whole()), "steering": any_of(record({}), record(STEERING_FIELDS))}
+        steering = any_of(record({}), record(STEERING_FIELDS))
+        return {"resets": mapping_of(whole()), "unmoved": names, "steering": steering}
 
     @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ def check_state(state: Any, owner: str, method: Mapping[str, Check] | None = Non
             f" {STATE_VERSION}. Resume with the version that wrote it; or load its weights with load_from_checkpoint,"
             " and go on from their zeros with FixedMask."
         )
-    check_fields(state, {**_FIELDS, "method": record(method or {}, closed=False)}, whose)
+    check_fields(state, {**_FIELDS, "method": record(method or {}, closed=method is not None)}, whose)
     if fault := _contradiction(state):
         refuse(f"{whose} is damaged: {fault}")
     return state
@@ -137,10 +137,17 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         return  # others may keep tensors of any shape
     for parameter, own in optimizer.state.items():
         for name, value in own.items():
-            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+            if isinstance(value, Tensor):
+                shapes = f"has shape {tuple(value.shape)} for values of {tuple(parameter.shape)}"
+                fault = shapes if value.numel() != 1 and value.shape != parameter.shape else ""
+            else:  # torch's count steps by numbers or tensors, and SGD may have no momentum yet
+                is_number = name == "step" and isinstance(value, int | float)
+                is_missing = name == "momentum_buffer" and value is None
+                fault = "" if is_number or is_missing else "is no tensor"
+            if fault:
                 refuse(
                     f"The checkpoint's state of the optimizer of what is learned beside the weights is damaged:"
-                    f" {printable(str(name))} has shape {tuple(value.shape)} for values of {tuple(parameter.shape)}"
+                    f" {printable(str(name))} {fault}"
                 )
 
 

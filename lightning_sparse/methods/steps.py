@@ -40,7 +40,7 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     for group in [group for group in run.groups if group.optimizer is optimizer]:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
-        _make_gradients_dense(method, group)
+        _check_gradients(method, group)
         method.before_step(trainer, group)
         if method.clears_gradients:
             run.guards[group].note_gradients()
@@ -48,11 +48,20 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
             run.guards[group].note_weights()  # their dense values are laid in
 
 
-def _make_gradients_dense(method: Method, group: MaskGroup) -> None:
-    """Give dense gradients to weights that have sparse ones, as of ``nn.Embedding(sparse=True)``."""
+def _check_gradients(method: Method, group: MaskGroup) -> None:
+    """Refuse gradients that an optimizer may differentiate; make those of ``Embedding(sparse=True)`` dense."""
     for weight in group:
         grad = weight.parameter.grad
-        if grad is None or grad.layout == torch.strided:
+        if grad is None:
+            continue
+        if grad.grad_fn is not None and not type(group.optimizer).__module__.startswith("torch.optim"):
+            optimizer = type(group.optimizer).__name__
+            raise MisconfigurationException(
+                f"The gradient of {weight.name} was made with create_graph=True, so {optimizer} may differentiate it in"
+                f" its step, and {type(method).__name__} has to change gradients and weights before that step."
+                f" Train without create_graph=True, or give {optimizer} the weights that are left out with exclude=."
+            )
+        if grad.layout == torch.strided:
             continue
         if isinstance(group.optimizer, torch.optim.SparseAdam):
             raise MisconfigurationException(

@@ -55,13 +55,15 @@ def _replacements(value: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         yield from _of_tensors(value)
     elif isinstance(value, Mapping):
         yield "with a key more", lambda its: {**its, "bogus": 1}
-        yield "empty", lambda _: {}
+        if value:
+            yield "empty", lambda _: {}
         yield "is a list", lambda its: list(its)
         yield "is None", lambda _: None
     elif isinstance(value, list):
         yield "with bogus in it", lambda its: [*its, "bogus"]
-        yield "with its first twice", lambda its: [*its, *its[:1]]
-        yield "empty", lambda _: []
+        if value:
+            yield "with its first twice", lambda its: [*its, *its[:1]]
+            yield "empty", lambda _: []
         yield "is a string", lambda _: "bogus"
     elif isinstance(value, str):
         yield "is another string", lambda its: its[::-1] + "x"

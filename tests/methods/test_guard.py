@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -358,3 +359,35 @@ def test_a_second_training_explores_again(tmp_path: Path) -> None:
         updates.append(method.registry.num_updates)
     assert updates[0] == updates[1] > 0
     assert method.step == 32
+
+
+class DifferentiatesGradients(torch.optim.SGD):
+    """Stands for AdaHessian and SophiaH, which differentiate gradients in their steps."""
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, DifferentiatesGradients])
+@pytest.mark.parametrize("method", [GMP(sparsity=0.8), DST(alpha=1e-3)], ids=["GMP", "DST"])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_gradients_that_an_optimizer_may_differentiate_are_refused_in_words(
+    kind: type[torch.optim.Optimizer], method: SparseMethod, tmp_path: Path
+) -> None:
+    class Manual(ToyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return kind(self.parameters(), lr=0.1)  # type: ignore[call-arg]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]), create_graph=True)
+            optimizer.step()
+
+    trainer = make_trainer(tmp_path, callbacks=[copy.deepcopy(method)], max_epochs=1)
+    if kind is torch.optim.SGD:
+        trainer.fit(Manual())  # which differentiates nothing
+        return
+    with pytest.raises(MisconfigurationException, match=r"create_graph=True, so DifferentiatesGradients.*exclude="):
+        trainer.fit(Manual())

@@ -118,6 +118,13 @@ def test_some_mutated_states_are_refused_or_harmless(case: Case, reseal: bool, t
     assert faults(training, key, sample(training.checkpoint["callbacks"][key], 6), reseal=reseal) == {}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_each_field_that_a_method_writes_is_checked(case: Case, tmp_path: Path) -> None:
+    training = of_case(case, tmp_path)
+    written = training.checkpoint["callbacks"][case.make().state_key]["method"]
+    assert case.make().state_fields().keys() == written.keys()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("reseal", [False, True], ids=["as it is", "with its digest"])
