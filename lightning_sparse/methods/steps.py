@@ -37,7 +37,10 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     module = run.module()
     if module is not None:
         run.averages.notice(trainer, module, method.weights)
-    for group in [group for group in run.groups if group.optimizer is optimizer]:
+    groups = [group for group in run.groups if group.optimizer is optimizer]
+    if not groups:
+        run.steps.stepped = True  # as of a discriminator, while the generator's turn comes every fifth batch
+    for group in groups:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
         _check_gradients(method, group)

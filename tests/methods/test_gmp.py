@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.functional import erdos_renyi, erdos_renyi_kernel, num_active, uniform
@@ -308,3 +310,38 @@ def test_a_schedule_that_leaves_the_range_is_refused_where_it_does() -> None:
 
     with pytest.raises(ValueError, match=r"sparsity is 2 at progress 1\.00"):
         GMP(Rising())
+
+
+class Adversarial(L.LightningModule):
+    """A generator whose turn comes every few batches, and a discriminator that is stepped at each."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.every = every
+        self.generator, self.discriminator = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        generator, discriminator = cast("list[LightningOptimizer]", self.optimizers())
+        discriminator.zero_grad()
+        loss = self.discriminator(self.generator(batch).detach()).mean() - self.discriminator(batch).mean()
+        self.manual_backward(loss)
+        discriminator.step()
+        if batch_idx % self.every == 0:
+            generator.zero_grad()
+            self.manual_backward(-self.discriminator(self.generator(batch)).mean())
+            generator.step()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        return torch.optim.Adam(self.generator.parameters()), torch.optim.Adam(self.discriminator.parameters())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.randn(64, 8), batch_size=8)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_clock_counts_batches_where_another_optimizer_steps_oftener(every: int, tmp_path: Path) -> None:
+    method = GMP(0.75, include=["generator.*"])
+    make_trainer(tmp_path, callbacks=[method], max_epochs=8).fit(Adversarial(every))
+    assert method.step == 64
+    assert method.registry.sparsity == 0.75
