@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, final
 
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sparse.arguments import check_flag
-from lightning_sparse.functional.flops import inference_flops, sparse_flops, training_flops
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.masks.registry import MaskRegistry
@@ -25,6 +24,7 @@ from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.saved import check_monitor
+from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
 from lightning_sparse.trainer import callbacks_of, steps_of_training
 
@@ -116,7 +116,7 @@ class SparsityMonitor(pl.Callback):
         self._counted = self._recorded = 0  # updates that went into the operations, and into a record
         self._update_step = 0  # the step at which an update was last recorded
         self._pause = 1.0
-        self._flops: _FLOPs | None = None
+        self._flops: SpentFLOPs | None = None
         self._counter: ForwardFLOPs | None = None
         self._attempts = 0
 
@@ -241,7 +241,7 @@ class SparsityMonitor(pl.Callback):
         self._history.load_state_dict(state["history"])
         # Checkpoints of older versions do not name the layers; their history has the same, in their order.
         self.timeline.load_state_dict({"layers": list(state["history"]["initial"])} | state["timeline"])
-        self._flops = None if state["flops"] is None else _FLOPs(**state["flops"])
+        self._flops = None if state["flops"] is None else SpentFLOPs(**state["flops"])
         self._step, self._update_step = state["step"], state["update_step"]
         self._counted -= state["uncounted"]
         self._recorded -= state["unrecorded"]
@@ -255,7 +255,7 @@ class SparsityMonitor(pl.Callback):
         step = _batches_stepped(trainer)
         updated = self._registry.num_updates != self._counted
         if self._flops is not None:
-            self._flops.add(step - self._step, self._flops.of_dense_gradients(trainer, updated))
+            self._flops.add(step - self._step, _dense_gradients(trainer, self._flops, updated=updated))
             if updated:  # a layer of a resumed training that is frozen now keeps the sparsity that it had
                 self._flops.sparsity |= {name: weight.sparsity for name, weight in self._registry.items()}
         self._step, self._counted = step, self._registry.num_updates
@@ -292,8 +292,8 @@ class SparsityMonitor(pl.Callback):
         if not any(layers.values()):
             return
         sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
-        past = self._flops or _FLOPs(0, {}, {})
-        self._flops = _FLOPs(counter.total, layers, sparsity, past.spent, past.steps)
+        past = self._flops or SpentFLOPs(0, {}, {})
+        self._flops = SpentFLOPs(counter.total, layers, sparsity, past.spent, past.steps)
         self._write(trainer, {"flops/inference": self._flops.inference})
 
     # What is written.
@@ -338,64 +338,28 @@ class SparsityMonitor(pl.Callback):
                     add_histogram(f"weights/{name}", active, global_step=self._step)
 
 
-@dataclass
-class _FLOPs:
-    """The operations of a forward pass, and of training so far.
-
-    Attributes:
-        total: Those of the dense network.
-        layers: Those of each masked weight, dense.
-        sparsity: Of the masks with which the coming step computes.
-        spent: Those of training so far, in steps of dense training.
-        steps: Steps of training so far.
-    """
-
-    total: int
-    layers: dict[str, int]
-    sparsity: dict[str, float]
-    spent: float = 0.0
-    steps: int = 0
-
-    @property
-    def _arguments(self) -> tuple[list[int], list[float], int]:
-        dense = list(self.layers.values())
-        return dense, [self.sparsity[name] for name in self.layers], self.total - sum(dense)
-
-    @property
-    def inference(self) -> float:
-        return inference_flops(*self._arguments)
-
-    @property
-    def values(self) -> dict[str, float]:
-        training = {"flops/training": self.spent / self.steps} if self.steps else {}
-        return {"flops/inference": self.inference, **training}
-
-    def of_dense_gradients(self, trainer: pl.Trainer, updated: bool) -> float:
-        """What the last step has spent on the gradients of pruned weights, where methods need them.
-
-        Args:
-            trainer: Has the methods.
-            updated: Whether masks have changed at that step.
-        """
-        return sum(
-            self.layers[weight.name] * self.sparsity[weight.name]
-            for method in _methods(trainer)
-            if method.needs_dense_gradients
-            for group in method.groups
-            # Latent methods need them at every step, the others where they update their masks.
-            if isinstance(method, LatentMethod) or (updated and group.updated_at == method.step - 1)
-            for weight in group
-            if weight.name in self.layers  # not before operations are counted anew, where it has just thawed
-        )
-
-    def add(self, steps: int, dense_gradients: float) -> None:
-        if steps:  # none, while batches accumulate
-            self.spent += steps * training_flops(sparse_flops(*self._arguments), self.total, dense_gradients)
-            self.steps += steps
-
-
 def _methods(trainer: pl.Trainer) -> list[SparseMethod]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, SparseMethod)]
+
+
+def _dense_gradients(trainer: pl.Trainer, flops: SpentFLOPs, *, updated: bool) -> float:
+    """What the last step has spent on the gradients of pruned weights, where methods need them.
+
+    Args:
+        trainer: Has the methods.
+        flops: The operations of each layer.
+        updated: Whether masks have changed at that step.
+    """
+    return sum(
+        flops.layers[weight.name] * flops.sparsity[weight.name]
+        for method in _methods(trainer)
+        if method.needs_dense_gradients
+        for group in method.groups
+        # Latent methods need them at every step, the others where they update their masks.
+        if isinstance(method, LatentMethod) or (updated and group.updated_at == method.step - 1)
+        for weight in group
+        if weight.name in flops.layers  # not before operations are counted anew, where it has just thawed
+    )
 
 
 def _layers(trainer: pl.Trainer) -> dict[str, float]:

@@ -17,8 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lightning_sparse.atomic import write_atomically
 from lightning_sparse.execution import save_sparse
-from lightning_sparse.execution.atomic import write_atomically
 from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, looks_like_safetensors
 from lightning_sparse.reporting import read_state
 from lightning_sparse.zoo import recipe_path

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_sparse.execution.atomic import write_atomically
+from lightning_sparse.atomic import write_atomically
 from lightning_sparse.execution.notes import DTYPES, TensorNotes, dump_notes, parse_notes, printable
 from lightning_sparse.execution.packing import (
     is_inflated,

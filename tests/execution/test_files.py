@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_sparse.execution import SparseFileError, atomic, load_sparse, packing, save_sparse
+from lightning_sparse import atomic
+from lightning_sparse.execution import SparseFileError, load_sparse, packing, save_sparse
 from lightning_sparse.execution.files import is_sparse_file, sparse_nbytes
 from lightning_sparse.execution.notes import DTYPES
 from tests.execution import sparse_reader
