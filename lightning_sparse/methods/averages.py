@@ -7,8 +7,9 @@ are masked once training is seen to write to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from lightning_sparse.trainer import callbacks_of
 __all__ = ["Averages"]
 
 _SAMPLE = 64  # entries of a copy at which a quick look looks
+_MOST = 100  # entries of a container in which copies are looked for
 
 
 @dataclass
@@ -126,7 +128,7 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
     for callback in callbacks_of(trainer):
         # Lightning's averaging callbacks keep their copy under this name.
         known = getattr(callback, "_average_model", None)
-        for copy in _modules_in(vars(callback)):
+        for copy in _modules_in(vars(callback).values()):
             if copy is not module:
                 yield _inside(copy), copy is known or isinstance(copy, AveragedModel)
     for name, child in module.named_modules():
@@ -136,17 +138,19 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
 
 def _quickly_beside(trainer: pl.Trainer, module: nn.Module) -> frozenset[int]:
     """What modules there are in callbacks and at the top of the module."""
-    held = (id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback)))
+    held = (id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback).values()))
     return frozenset(held) | frozenset(map(id, module.children()))
 
 
-def _modules_in(values: Any, depth: int = 2) -> Iterator[nn.Module]:
+def _modules_in(values: Iterable[Any], depth: int = 2) -> Iterator[nn.Module]:
     """The modules among attributes, in containers, and in plain objects that hold one, as timm's ModelEma does."""
-    for value in values.values() if isinstance(values, Mapping) else values:
+    for value in values:
         if isinstance(value, nn.Module):
             yield value
         elif depth and isinstance(value, Mapping | list | tuple):
-            yield from _modules_in(value, depth - 1)
+            # A callback may keep something of each step, and this is looked at in each: long containers hold no copies.
+            entries = value.values() if isinstance(value, Mapping) else value
+            yield from _modules_in(islice(entries, _MOST), depth - 1)
         elif depth and isinstance(getattr(value, "module", None), nn.Module):
             yield value.module
 

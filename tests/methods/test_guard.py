@@ -19,7 +19,7 @@ from tests.helpers import ConvToy, ToyModel, make_trainer
 from tests.methods.spies import ZeroWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 METHODS: dict[str, Callable[[], SparseMethod]] = {
@@ -391,3 +391,24 @@ def test_gradients_that_an_optimizer_may_differentiate_are_refused_in_words(
         return
     with pytest.raises(MisconfigurationException, match=r"create_graph=True, so DifferentiatesGradients.*exclude="):
         trainer.fit(Manual())
+
+
+class KeepsMuch(list[float]):
+    """A list that counts how many of its entries are read."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[float]:
+        for value in super().__iter__():
+            KeepsMuch.read += 1
+            yield value
+
+
+def test_what_a_callback_keeps_of_each_step_is_not_read_at_each(tmp_path: Path) -> None:
+    class Recorder(L.Callback):
+        def __init__(self) -> None:
+            self.losses = KeepsMuch([0.0] * 10_000)
+
+    KeepsMuch.read = 0
+    make_trainer(tmp_path, callbacks=[Recorder(), GMP(0.5)], max_epochs=1).fit(ToyModel())
+    assert 0 < KeepsMuch.read < 10_000
