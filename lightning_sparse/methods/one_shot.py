@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import count_true
-from lightning_sparse.masks.budgets import budget_of, check_budget, layer_budgets
+from lightning_sparse.masks.budgets import budget_of, check_budget, feasible_budgets, layer_budgets
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate, judge_parameters, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight, MaskPool
-from lightning_sparse.methods.checks import check_choice
+from lightning_sparse.masks.wrappers import unwrapped
+from lightning_sparse.methods.checks import check_choice, check_sparsity
 from lightning_sparse.methods.scored import Allocation
-from lightning_sparse.schedules import as_number, as_schedule, check_fraction
 
 __all__ = ["prune"]
 
@@ -41,7 +41,7 @@ def prune(
     :func:`~lightning_sparse.apply_masks` after each optimizer step.
 
     Args:
-        module: Any module; frozen weights are pruned too.
+        module: Any module; frozen weights are pruned too. What wraps it, as DDP does, is left out of account.
         sparsity: Fraction of zeros, in [0, 1), of the masked weights together.
         allocation: ``"global"`` ranks all weights together; ``"uniform"``, ``"er"`` and ``"erk"`` give each layer its
             share.
@@ -69,21 +69,21 @@ def prune(
         tensor([[False,  True, False, False],
                 [ True, False, False, False]])
     """
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     if MaskRegistry.find(module):
         raise ValueError(
             f"{type(module).__name__} is in training, where its masks are those of its method. Call prune before fit."
         )
-    check_fraction("sparsity", as_schedule(sparsity), below_one=True)
+    number = check_sparsity("sparsity", sparsity)
     check_choice("allocation", allocation, Allocation)
-    shape, number = as_pattern(pattern), float(as_number(sparsity))
+    shape = as_pattern(pattern)
     if allocation == "global" and shape != AnyPattern():
         raise ValueError(
             f"pattern is {shape} and allocation 'global', but a pattern is chosen layer by layer. Give"
             " allocation='uniform' or 'erk'."
         )
     pool = MaskPool(_candidates(module, shape, include, exclude))
-    check_budget(pool, number, min_active=0)
+    check_budget(pool, number, min_active=0, pattern=shape)
     ranked = [_scores_of(weight, scores) for weight in pool]
     if allocation == "global":
         flat = [weight.flatten(its) for weight, its in zip(pool, ranked, strict=True)]
@@ -91,9 +91,9 @@ def prune(
         pool.mask &= ~pool.smallest(flat, n, pool.mask, key=torch.abs)
     else:
         budgets = layer_budgets(pool, number, allocation, min_active=0)
+        budgets = feasible_budgets(pool, budgets, shape, lambda weight: weight.mask)
         for weight, its, budget in zip(pool, ranked, budgets, strict=True):
-            k = shape.feasible(weight, budget, weight.mask)
-            weight.mask.copy_(shape.largest(weight, its, k, weight.mask, key=torch.abs))
+            weight.mask.copy_(shape.largest(weight, its, budget, weight.mask, key=torch.abs))
     pool.recount()
     pool.apply_()
     masks = {weight.name: weight.mask.clone(memory_format=torch.contiguous_format) for weight in pool}
