@@ -129,6 +129,15 @@ class ScoredMethod(HardMaskMethod, ABC):
         """
         return pool.smallest(self.ranked(pool, self.drop_scores), n, among, key=torch.abs)
 
+    def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
+        """With a :attr:`pattern`, what :meth:`dropped` is without: those with the largest magnitude of this stay.
+
+        Args:
+            weight: One layer.
+            keep: How many stay.
+        """
+        return self.drop_scores(weight)
+
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
         """The weights with the largest magnitude of this are grown; shaped like ``weight.value``."""
         return random_scores(weight, self.seed, self.step)
@@ -246,7 +255,8 @@ class ScoredMethod(HardMaskMethod, ABC):
         """The mask of a layer that is pruned to ``keep`` weights."""
         if self._shaped:
             feasible = self.shape.feasible(weight, keep, weight.mask)
-            return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
+            scores = self.pattern_scores(weight, feasible)
+            return self.shape.largest(weight, scores, feasible, weight.mask, key=torch.abs)
         n = weight.num_active - keep
         return weight.mask & ~self.dropped(weight, weight.mask, n) if n > 0 else weight.mask
 
