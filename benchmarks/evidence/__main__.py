@@ -26,11 +26,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.contenders import METHODS, ONLY_ON, STR_DECAY, VARIANTS
+from benchmarks.evidence.figure import draw
 from benchmarks.evidence.networks import NETWORKS
+from benchmarks.evidence.tables import RESULTS, Evidence, markdown
 from benchmarks.evidence.training import Run, train
 from benchmarks.runs import train_missing
 
-RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 SPARSITIES = (0.9, 0.95, 0.98, 0.99)
 SEEDS = (0, 1, 2)
 STAGES = (("lenet300",), ("cnn-bn", "cnn"), ("resnet8",))
@@ -57,15 +60,39 @@ def all_runs(networks: Sequence[str] = (), methods: Sequence[str] = (), seeds: S
     return [run for run in runs if (not networks or run.network in networks) and (not methods or run.method in methods)]
 
 
+def written(page: str, evidence: Evidence) -> str:
+    """The page with the tables between its markers.
+
+    Args:
+        page: The text of ``docs/evidence.md``.
+        evidence: The runs.
+    """
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"The page has no {BEGIN} before {END}.")
+    return f"{before}{BEGIN}\n\n{markdown(evidence)}\n\n{END}{after}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing."""
+    """Train what is missing, or write what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST's and CIFAR-10's files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file that runs are appended to")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--only", nargs="+", default=[], help="names of networks and methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--table", action="store_true", help="train nothing; print the tables of what is in --out")
+    parser.add_argument("--docs", action="store_true", help="train nothing; write tables and figure into docs")
     arguments = parser.parse_args(argv)
+    if arguments.table or arguments.docs:
+        evidence = Evidence.read(arguments.out)
+        if arguments.docs:
+            PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), evidence), encoding="utf-8")
+            draw(evidence, PAGE.with_name("evidence.svg"))
+        else:
+            print(markdown(evidence))
+        return
     networks = [name for name in arguments.only if name in NETWORKS]
     methods = [name for name in arguments.only if name not in NETWORKS]
     runs = all_runs(networks, methods, arguments.seeds)
