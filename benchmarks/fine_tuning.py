@@ -8,6 +8,7 @@ as a teacher besides, and by adapters of rank 4 (LoRA) that are masked in traini
 Accuracy on the 360 images that are held out, after the last epoch; mean ± sample standard deviation over seeds::
 
     python -m benchmarks.fine_tuning --seeds 0 1 2
+    python -m benchmarks.fine_tuning --docs
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.harness import conditions, print_table, quiet_trainer
+from benchmarks.harness import conditions, quiet_trainer
+from benchmarks.pages import as_markdown, put_into
 from benchmarks.runs import begin, mean_and_deviation
 from lightning_sparse import FixedMask, prune
 from lightning_sparse.masks.patterns import AnyPattern
@@ -36,6 +38,8 @@ from lightning_sparse.zoo import DigitsDataModule
 
 DENSE_EPOCHS, TUNING_EPOCHS = 15, 5
 HEAD = ["*classifier.*"]
+PAGE = Path(__file__).parents[1] / "docs" / "fine-tuning.md"
+RESULTS = Path(__file__).parent / "results" / "fine_tuning.json"
 
 
 class Tuned(L.LightningModule):
@@ -190,17 +194,25 @@ def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def figures(content: dict[str, Any]) -> str:
+    """What stands in the documentation: the table, and how it was measured."""
+    measured_on = ", ".join(f"{name} {value}" for name, value in content["conditions"].items())
+    return f"{as_markdown(tabulate(content['rows']))}\n\n`python -m benchmarks.fine_tuning`: {measured_on}."
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and print the table."""
+    """Measure, or write what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where the figures are kept")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write what is in --json into the docs")
     arguments = parser.parse_args(argv)
-    rows = [row for seed in arguments.seeds for row in measure(seed)]
-    print(", ".join(f"{name} {value}" for name, value in conditions().items()))
-    print_table(tabulate(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=2) + "\n")
+    if arguments.docs:
+        put_into(PAGE, "fine-tuning", figures(json.loads(arguments.json.read_text())))
+        return
+    content = {"conditions": conditions(), "rows": [row for seed in arguments.seeds for row in measure(seed)]}
+    arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    print(figures(content))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from benchmarks.evidence.figure import draw
 from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.tables import RESULTS, Evidence, markdown
 from benchmarks.evidence.training import Run, train
+from benchmarks.pages import put_into
 from benchmarks.runs import train_missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 SPARSITIES = (0.95, 0.99, 0.9, 0.98)
 SEEDS = (0, 1, 2)
 STAGES = (("lenet300",), ("cnn-bn", "cnn"), ("resnet8",))
@@ -60,20 +60,6 @@ def all_runs(networks: Sequence[str] = (), methods: Sequence[str] = (), seeds: S
     return [run for run in runs if (not networks or run.network in networks) and (not methods or run.method in methods)]
 
 
-def written(page: str, evidence: Evidence) -> str:
-    """The page with the tables between its markers.
-
-    Args:
-        page: The text of ``docs/evidence.md``.
-        evidence: The runs.
-    """
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"The page has no {BEGIN} before {END}.")
-    return f"{before}{BEGIN}\n\n{markdown(evidence)}\n\n{END}{after}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, or write what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.table or arguments.docs:
         evidence = Evidence.read(arguments.out)
         if arguments.docs:
-            PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), evidence), encoding="utf-8")
+            put_into(PAGE, "evidence", markdown(evidence))
             draw(evidence, PAGE.with_name("evidence.svg"))
         else:
             print(markdown(evidence))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,13 +20,13 @@ from typing_extensions import override
 
 from benchmarks.evidence.contenders import METHODS, VARIANTS
 from benchmarks.evidence.networks import NETWORKS, Network, equal_width, num_weights
-from benchmarks.harness import quiet_trainer, versions
+from benchmarks.harness import machine, quiet_trainer, versions
 from benchmarks.runs import Plain, begin, truncate
 from lightning_sparse import FixedMask, SparsityMonitor, accelerate, prune, save_sparse
 from lightning_sparse.metrics import ForwardFLOPs
 from lightning_sparse.zoo import CIFAR10DataModule, MNISTDataModule
 
-__all__ = ["Falling", "Run", "fit", "machine", "new_module", "train"]
+__all__ = ["Falling", "Run", "fit", "new_module", "train"]
 
 
 @dataclass(frozen=True)
@@ -221,14 +220,3 @@ def _times_faster(one: nn.Module, other: nn.Module, images: torch.Tensor, rounds
                 network(images)
                 seconds[network].append(time.perf_counter() - start)
     return median(seconds[other]) / median(seconds[one])
-
-
-@lru_cache
-def machine() -> str:
-    """The processor, as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()

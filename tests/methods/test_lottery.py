@@ -1,8 +1,9 @@
-"""The lottery tickets of docs/fine-tuning.md: what a level trains is what its masks and the early weights say, no more."""
+"""The lottery tickets of docs/fine-tuning.md: a level trains what its masks and the early weights say, no more."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_each_level_leaves_four_fifths_and_wakes_nothing(namespace: dict[str, An
     total = sum(mask.numel() for mask in levels[0].values())
     counts = [sum(int(mask.sum()) for mask in masks.values()) for masks in levels]
     assert counts == [int(total * 0.8**level + 1e-9) for level in (1, 2, 3)]
-    for before, after in zip(levels, levels[1:], strict=False):
+    for before, after in pairwise(levels):
         assert not any((after[name] & ~before[name]).any() for name in before)
 
 
