@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median, quantiles
 from threading import Condition
@@ -188,6 +189,17 @@ def versions() -> dict[str, str]:
     }
 
 
+@lru_cache
+def machine() -> str:
+    """Return the processor, as the system names it, and how many cores there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+
+
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Make a parser with the options that the benchmarks of speed share; keeps Lightning's remarks out of them."""
     silence_lightning()
@@ -216,7 +228,7 @@ def wall_time() -> float:
 def conditions() -> dict[str, Any]:
     """Return what figures were measured on."""
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return versions() | {"cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
+    return versions() | {"machine": machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None = None) -> None:
