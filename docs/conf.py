@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import lightning_sparse  # noqa: E402
 from lightning_sparse.methods.catalog import all_methods, methods_table  # noqa: E402
@@ -22,7 +22,8 @@ author = "the authors of lightning_sparse"
 version = release = lightning_sparse.__version__
 html_title = f"lightning_sparse {version}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "equations"]
+html_math_renderer = "svg"
 html_theme = "furo"
 exclude_patterns = ["ruff.toml"]
 
