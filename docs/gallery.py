@@ -11,6 +11,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def digest(notebook: Any) -> str:
 
 def keep(path: Path) -> None:
     """Run a notebook in an empty folder, and write what it shows to :data:`GALLERY`."""
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # no browser shows tqdm's bars
     notebook: Any = nbformat.read(path, as_version=4)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,6 +70,8 @@ def kept(cell: Any, stem: str) -> Any:
             name = f"{stem}-{cell.id}-{number}.png"
             write_picture(base64.b64decode(data["image/png"]), GALLERY / name)
             yield {"picture": name}
+        elif output.get("name") == "stderr":
+            continue  # remarks on this machine
         elif text := output.get("text") or data.get("text/plain"):
             yield {"text": text.rstrip()}
 

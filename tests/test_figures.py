@@ -34,6 +34,14 @@ def test_every_table_but_the_summary_says_what_it_was_measured_with() -> None:
         assert name == "goals" or re.search(r"\n\nMeasured on .+, with Python [\d.]+, torch .+\.$", table()), name
 
 
+def test_the_figures_of_the_readme_are_measured_ones() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## What it gives\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"\d+\.\d+", section)
+    assert len(shown) > 10
+    assert [number for number in shown if number not in PAGE] == []
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_is_there(command: list[str]) -> None:
     assert importlib.util.find_spec(command[command.index("-m") + 1])
