@@ -15,7 +15,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ def keep(path: Path) -> None:
     """Run a notebook in an empty folder, and write what it shows to :data:`GALLERY`."""
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # no browser shows tqdm's bars
     notebook: Any = nbformat.read(path, as_version=4)
-    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": folder}})
         client.execute()
@@ -55,7 +53,6 @@ def keep(path: Path) -> None:
         old.unlink()
     record = {
         "digest": digest(notebook),
-        "seconds": round(time.monotonic() - begun),
         "machine": f"{processor()}, Python {platform.python_version()}, torch {version('torch')}",
         "outputs": {cell.id: list(kept(cell, path.stem)) for cell in notebook.cells if cell.get("outputs")},
     }

@@ -72,7 +72,7 @@ def notebook(stem: str) -> str:
     """The cells of a notebook, and below each what it has printed and drawn."""
     content = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
     kept = _kept(stem)
-    ran = f"*Ran in {kept['seconds']} s on {kept['machine']}.*" if kept else ""
+    ran = f"*Ran on {kept['machine']}.*" if kept else ""
     return "\n\n".join([*_cells(content["cells"], kept.get("outputs", {})), ran])
 
 
