@@ -190,14 +190,18 @@ def versions() -> dict[str, str]:
 
 
 @lru_cache
+def cpu_name() -> str:
+    """Return the processor's name, and how wide its vectors are."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    wide = any("avx512f" in line for line in lines if line.startswith("flags"))
+    return f"{name}, AVX-512" if wide else name
+
+
 def machine() -> str:
-    """Return the processor, as the system names it, and how many cores there are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+    """Return the processor and how many cores there are."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -228,7 +232,7 @@ def wall_time() -> float:
 def conditions() -> dict[str, Any]:
     """Return what figures were measured on."""
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return versions() | {"machine": machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
+    return versions() | {"cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None = None) -> None:

@@ -44,7 +44,7 @@ class _Adaptive:
 @final
 @method
 class DSR(GrowingMethod):
-    r"""Dynamic sparse reparameterization: one threshold prunes all layers, and survivors say who grows.
+    r"""Dynamic sparse reparameterization: one threshold prunes all layers; layers grow as much as they kept.
 
     At an update, with :math:`R` active weights,
 

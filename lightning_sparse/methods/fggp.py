@@ -40,7 +40,7 @@ First = Literal["gradient", "magnitude"]
 @final
 @method
 class FGGP(ScoredMethod):
-    r"""Fixed-rate gradient-first gradual pruning: of the weights with small gradients, the smallest go.
+    r"""Fixed-rate gradient-first gradual pruning: prunes the smallest of the weights with small gradients.
 
     At update time :math:`t`, with :math:`R` active of :math:`N` weights and :math:`n = R - \lfloor (1 - s_t) N \rfloor`
     to prune,

@@ -34,7 +34,7 @@ __all__ = ["GraSP"]
 @final
 @method
 class GraSP(AtInitialization):
-    r"""Gradient signal preservation: at initialization, weights without which gradients flow best go for good.
+    r"""Gradient signal preservation: prunes once, at initialization, the weights that gradient flow needs least.
 
     To remove a weight changes the squared norm of the gradient, to first order, by its score times a positive number,
 

@@ -37,7 +37,7 @@ __all__ = ["SNFS"]
 @final
 @method
 class SNFS(GrowingMethod):
-    r"""Sparse momentum: prune by magnitude, grow where momentum is largest, in the layers whose momentum is largest.
+    r"""Sparse momentum: prunes by magnitude, grows where momentum is largest, most in layers with much momentum.
 
     With the momentum :math:`m \leftarrow \beta m + \partial L / \partial w` of every weight, at an update
 

@@ -36,7 +36,7 @@ __all__ = ["SRigL"]
 @final
 @method
 class SRigL(GrowingMethod):
-    r"""Structured RigL: every neuron has the same number of active inputs, and neurons that matter little go wholly.
+    r"""Structured RigL: every neuron has equally many active inputs, and unimportant neurons are removed.
 
     At an update, in each layer of :math:`n` active weights, with :math:`k = \lfloor f(t)\, n \rfloor` as in
     :class:`RigL`,
