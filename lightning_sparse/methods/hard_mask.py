@@ -172,7 +172,9 @@ class HardMaskMethod(SparseMethod):
     def _gradients_are_usable(self, group: MaskGroup, *, due: bool) -> bool:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
         finite = bool(gradients) and all_finite(gradients)  # there is none where training_step returned None
-        usable = vote(finite, group) if due else finite  # a process without gradients votes too
+        # A process without gradients votes too; where readiness is counted, all count the same steps.
+        together = due or type(self).is_ready is not HardMaskMethod.is_ready
+        usable = vote(finite, group) if together else finite
         if usable:
             group.not_finite_for = 0
         elif gradients and due:

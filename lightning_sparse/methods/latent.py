@@ -28,7 +28,7 @@ from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
-from lightning_sparse.methods.twins import set_like_its_user, twin_optimizer
+from lightning_sparse.methods.twins import descend, set_like_its_user, twin_optimizer
 
 __all__ = ["LatentMethod"]
 
@@ -192,11 +192,16 @@ class LatentMethod(SparseMethod):
                 self.without_gradient(weight, scale)
             else:
                 self.rewrite_gradient(weight, latent, scale)
-            weight.value.copy_(latent)
+            if group not in self.run.steps.differentiated:
+                weight.value.copy_(latent)
 
     @final
     @override
     def after_step(self, group: MaskGroup) -> None:
+        if group in self.run.steps.differentiated:
+            for weight in group:  # it has moved what the module computed with: W moves as far
+                latent = self.latent(weight)
+                weight.value.add_(latent - self.effective(weight, latent))
         self.take_step(group)
         if self._kept.finite:
             self._learn(group)
@@ -243,8 +248,15 @@ class LatentMethod(SparseMethod):
         if twin is None:
             return
         set_like_its_user(twin, group, self.twin_settings())
-        with torch.enable_grad():  # differentiable optimizers ask for it
-            twin.step()
+        if group in self.run.steps.differentiated:
+            self.warn_once(
+                f"{type(twin).__name__} differentiates gradients, and what {type(self).__name__} learns beside the"
+                " weights has gradients in closed form, so plain SGD of the same learning rate steps it"
+            )
+            descend(twin)
+        else:
+            with torch.enable_grad():  # differentiable optimizers ask for it
+                twin.step()
         twin.zero_grad()
 
     @final
