@@ -197,8 +197,11 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
     """End a training, however it ended: leave the module sparse, and nothing else behind."""
     run = method.last_run
     if run is None or not run.active:
+        checkpoints.resume_no_more(method)
         return
     for group in run.groups:
+        if group in run.steps.awaiting:  # an error between the gradients and the step
+            method.step_skipped(group)
         group.apply_()
         run.steps.unhook(group)
     run.averages.apply_(method.weights)

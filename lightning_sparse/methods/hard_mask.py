@@ -145,12 +145,14 @@ class HardMaskMethod(SparseMethod):
     @final
     def _update(self, group: MaskGroup) -> Tensor | None:
         """Let masks change; return those before, or None where none has."""
-        before = group.mask.clone()
+        before, budgets = group.mask.clone(), [weight.budget for weight in group]
         try:
             self.update_masks(group)
         except Exception:  # nothing half-applied
             group.mask.copy_(before)
             group.recount()
+            for weight, budget in zip(group, budgets, strict=True):
+                weight.budget = budget
             raise
         broadcast_(group.mask)
         group.updated_at = self.step

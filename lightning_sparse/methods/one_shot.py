@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import count_true
-from lightning_sparse.masks.budgets import budget_of, check_budget, layer_budgets
+from lightning_sparse.masks.budgets import budget_of, check_budget, feasible_budgets, layer_budgets
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate, judge_parameters, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight, MaskPool
-from lightning_sparse.methods.checks import check_choice
+from lightning_sparse.masks.wrappers import unwrapped
+from lightning_sparse.methods.checks import check_choice, check_sparsity
 from lightning_sparse.methods.scored import Allocation
 from lightning_sparse.methods.wanda import wanda_scores
-from lightning_sparse.schedules import as_number, as_schedule, check_fraction
 
 __all__ = ["prune"]
 
@@ -50,7 +50,7 @@ def prune(
     :func:`~lightning_sparse.apply_masks` after each optimizer step.
 
     Args:
-        module: Any module; frozen weights are pruned too.
+        module: Any module; frozen weights are pruned too. What wraps it, as DDP does, is left out of account.
         sparsity: Fraction of zeros, in [0, 1), of the masked weights together.
         allocation: ``"global"``, the default, ranks all weights together; ``"uniform"``, the default of Wanda, ``"er"``
             and ``"erk"`` give each layer its share.
@@ -92,25 +92,25 @@ def prune(
         Sun, Liu, Bair & Kolter, `A Simple and Effective Pruning Approach for Large Language Models
         <https://arxiv.org/abs/2306.11695>`_, ICLR 2024 (Wanda).
     """
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     if MaskRegistry.find(module):
         raise ValueError(
             f"{type(module).__name__} is in training, where its masks are those of its method. Call prune before fit."
         )
-    check_fraction("sparsity", as_schedule(sparsity), below_one=True)
+    number = check_sparsity("sparsity", sparsity)
     by_wanda = _asks_for_wanda(scores, batches)
     allocation = allocation or ("uniform" if by_wanda else "global")
     if pattern is None:
         pattern = ConstantFanIn() if by_wanda and allocation != "global" else "any"
     check_choice("allocation", allocation, Allocation)
-    shape, number = as_pattern(pattern), float(as_number(sparsity))
+    shape = as_pattern(pattern)
     if allocation == "global" and shape != AnyPattern():
         raise ValueError(
             f"pattern is {shape} and allocation 'global', but a pattern is chosen layer by layer. Give"
             " allocation='uniform' or 'erk'."
         )
     pool = MaskPool(_candidates(module, shape, include, exclude))
-    check_budget(pool, number, min_active=0)
+    check_budget(pool, number, min_active=0, pattern=shape)
     if isinstance(scores, str):
         scores = wanda_scores(module, batches or (), [weight.candidate for weight in pool])
     ranked = [_scores_of(weight, scores) for weight in pool]
@@ -120,9 +120,9 @@ def prune(
         pool.mask &= ~pool.smallest(flat, n, pool.mask, key=torch.abs)
     else:
         budgets = layer_budgets(pool, number, allocation, min_active=0)
+        budgets = feasible_budgets(pool, budgets, shape, lambda weight: weight.mask)
         for weight, its, budget in zip(pool, ranked, budgets, strict=True):
-            k = shape.feasible(weight, budget, weight.mask)
-            weight.mask.copy_(shape.largest(weight, its, k, weight.mask, key=torch.abs))
+            weight.mask.copy_(shape.largest(weight, its, budget, weight.mask, key=torch.abs))
     pool.recount()
     pool.apply_()
     masks = {weight.name: weight.mask.clone(memory_format=torch.contiguous_format) for weight in pool}

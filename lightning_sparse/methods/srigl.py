@@ -105,13 +105,14 @@ class SRigL(GrowingMethod):
 
     @override
     def budgets(self, group: MaskGroup) -> list[int]:
-        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
-        for weight, budget in zip(group, shares, strict=True):
+        budgets = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
+        for weight, budget in zip(group, budgets, strict=True):
             self._alive[weight.name] = self._neurons_left(weight, budget)
-        return [
-            self.shape.feasible(weight, budget, self._alive[weight.name])
-            for weight, budget in zip(group, shares, strict=True)
-        ]
+        return budgets
+
+    @override
+    def allowed(self, weight: MaskedWeight) -> Tensor:
+        return self._alive[weight.name]
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
@@ -125,13 +126,18 @@ class SRigL(GrowingMethod):
         return weight.grad
 
     @override
-    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
-        alive = self._alive[weight.name]
-        kept = weight.largest(weight.value, keep, weight.mask, key=torch.abs) & alive
+    def pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+        return weight.largest(weight.value, keep, weight.mask, key=torch.abs) & self._alive[weight.name]
+
+    @override
+    def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
+        return super().free(weight, kept) & self._alive[weight.name]
+
+    @override
+    def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
         # All kept weights come before all others: those by magnitude, these by gradient.
         ranked = torch.where(kept, 2.0 + _to_one(weight.value), _to_one(weight.grad))
-        free = alive if self.regrows else alive & (kept | ~weight.mask)
-        return self.shape.largest(weight, ranked, budget, free)
+        return self.shape.largest(weight, ranked, weight.budget, kept | free)
 
     def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:
         """The mask of all weights of the neurons that are not ablated."""
