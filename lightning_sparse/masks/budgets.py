@@ -14,8 +14,7 @@ from lightning_sparse.functional.allocation import (
     num_active,
     uniform,
 )
-from lightning_sparse.functional.masks import counts_true
-from lightning_sparse.masks.weight import MaskPool
+from lightning_sparse.masks.pool import MaskPool
 
 __all__ = ["LayerAllocation", "budget_of", "check_budget", "check_met", "layer_budgets"]
 
@@ -75,7 +74,7 @@ def check_met(group: MaskPool) -> None:
     Raises:
         ValueError: A layer holds more or fewer weights than its budget.
     """
-    for weight, active in zip(group, counts_true([weight.mask for weight in group]), strict=True):
+    for weight, active in zip(group, group.counts([weight.mask for weight in group]), strict=True):
         if active != weight.budget:
             raise ValueError(
                 f"{weight.name} has {active} active weights after an update, but its budget is {weight.budget}. Scores"

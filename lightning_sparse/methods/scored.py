@@ -20,8 +20,9 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import inherit_
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -141,10 +142,7 @@ class ScoredMethod(HardMaskMethod, ABC):
             return [weight.num_active for weight in group]
         shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
         allowed = [torch.ones_like(weight.mask) if self.grows else weight.mask for weight in group]
-        return [
-            self.shape.feasible(weight, budget, mask)
-            for weight, budget, mask in zip(group, shares, allowed, strict=True)
-        ]
+        return group.each(self.shape.feasible, shares, allowed)
 
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
         """What pruning leaves of each layer, before growth fills it up to its budget."""
@@ -190,11 +188,13 @@ class ScoredMethod(HardMaskMethod, ABC):
         if self.allocation == "global":
             self.prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
         budgets = self.budgets(group)
-        for weight, keep, budget in zip(group, self.kept(group, budgets), budgets, strict=True):
-            weight.mask.copy_(self.new_mask(weight, keep, budget))
-            weight.budget = budget
+        group.each(self._renew, self.kept(group, budgets), budgets)
         check_met(group)
         self.after_update(group)
+
+    def _renew(self, weight: MaskedWeight, keep: int, budget: int) -> None:
+        weight.mask.copy_(self.new_mask(weight, keep, budget))
+        weight.budget = budget
 
     def before_update(self, group: MaskGroup) -> None:
         """An update is about to choose the masks of ``group``."""
@@ -225,16 +225,15 @@ class ScoredMethod(HardMaskMethod, ABC):
         if n == group.numel - sum(active):
             return [weight.numel for weight in group]
         grown = group.smallest(group.flat(self.grow_scores), n, ~group.mask, key=lambda part: part.abs().neg())
-        parts = zip(group, group.split(grown), active, strict=True)
-        return [its_active + weight.count(its_grown) for weight, its_grown, its_active in parts]
+        return [sum(pair) for pair in zip(active, group.counts(group.split(grown)), strict=True)]
 
     def _prunable(self, group: MaskGroup) -> Tensor:
         """The active weights but for the ``min_active`` largest of each layer."""
         if self.min_active == 0:
             return group.mask
-        kept = [
-            weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs) for weight in group
-        ]
+        kept = group.each(
+            lambda weight: weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs)
+        )
         return group.mask & ~group.flatten(kept)
 
     def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
@@ -279,19 +278,25 @@ class ScoredMethod(HardMaskMethod, ABC):
             self._draw(group, first)
         inherit_(group, self.inherited, self.seed)
         if self._shaped:
-            for weight in group:  # of masks without the pattern the largest weights that fit it stay
-                weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
-                weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+            group.each(self._shape)
         self.clock_starts(group)
+
+    def _shape(self, weight: MaskedWeight) -> None:
+        """Of masks without the pattern the largest weights that fit it stay."""
+        weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
+        weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
         allocation = "erk" if self.allocation == "global" else self.allocation
-        for weight, budget in zip(group, layer_budgets(group, sparsity, allocation, self.min_active), strict=True):
+
+        def draw(weight: MaskedWeight, budget: int) -> None:
             every = torch.ones_like(weight.mask)
             weight.budget = self.shape.feasible(weight, budget, every)
             scores = random_scores(weight, self.seed, step=0)
             weight.mask.copy_(self.shape.largest(weight, scores, weight.budget, every))
+
+        group.each(draw, layer_budgets(group, sparsity, allocation, self.min_active))
 
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import laid_like
 from lightning_sparse.masks.moments import skipped_step
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
@@ -65,6 +66,8 @@ def _check_gradients(method: Method, group: MaskGroup) -> None:
                 f" Train without create_graph=True, or give {optimizer} the weights that are left out with exclude=."
             )
         if grad.layout == torch.strided:
+            if (laid := laid_like(grad, weight.parameter)) is not grad:
+                weight.parameter.grad = laid
             continue
         if isinstance(group.optimizer, torch.optim.SparseAdam):
             raise MisconfigurationException(

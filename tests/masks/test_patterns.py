@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sparse import FGGP, GMP, SET, RigL
 from lightning_sparse.masks import MaskedWeight, select_weights
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Filters, NofM, Pattern, as_pattern
-from lightning_sparse.masks.weight import MaskPool
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.testing import ToyClassifier
 from tests.helpers import make_trainer
 
