@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, cast, final
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.masks.distributed import all_agree
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, gradient_scale
 from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, refuse, tensor, wrong_names
@@ -180,20 +182,25 @@ class LatentMethod(SparseMethod):
     @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
-        self._kept.finite = not gradients or all_finite(gradients)
+        finite = not gradients or all_finite(gradients)
+        self._kept.finite = all_agree(finite, group.mask.device) if group.is_spread else finite
         if self._kept.finite:
             group.not_finite_for = 0
         else:
             self.be_patient(group)
         scale = gradient_scale(trainer, group.optimizer)
-        for weight in group:
-            latent = self.latent(weight)
-            if weight.parameter.grad is None:
-                self.without_gradient(weight, scale)
-            else:
-                self.rewrite_gradient(weight, latent, scale)
-            if group not in self.run.steps.differentiated:
-                weight.value.copy_(latent)
+        lay = group not in self.run.steps.differentiated
+        group.each(partial(self._prepare_step, scale=scale, lay=lay))
+
+    def _prepare_step(self, weight: MaskedWeight, scale: float, lay: bool) -> None:
+        """Give the dense weight its gradient, and lay it back unless the optimizer differentiates gradients."""
+        latent = self.latent(weight)
+        if weight.parameter.grad is None:
+            self.without_gradient(weight, scale)
+        else:
+            self.rewrite_gradient(weight, latent, scale)
+        if lay:
+            weight.value.copy_(latent)
 
     @final
     @override
@@ -268,8 +275,7 @@ class LatentMethod(SparseMethod):
 
     def _renew_all(self, group: MaskGroup, step: int) -> None:
         self.before_masks(group, step)
-        for weight in group:
-            weight.mask.copy_(self.new_mask(weight, self.latent(weight)))
+        group.each(lambda weight: weight.mask.copy_(self.new_mask(weight, self.latent(weight))))
         group.recount()
         for weight in group:
             weight.budget = weight.num_active

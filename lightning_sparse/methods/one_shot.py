@@ -12,8 +12,9 @@ from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.budgets import budget_of, check_budget, feasible_budgets, layer_budgets
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate, judge_parameters, select_weights
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.registry import MaskRegistry
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.masks.wrappers import unwrapped
 from lightning_sparse.methods.checks import check_choice, check_sparsity
 from lightning_sparse.methods.scored import Allocation

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import laid_like
 from lightning_sparse.masks.moments import skipped_step
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
@@ -78,6 +79,8 @@ def _make_plain(method: Method, group: MaskGroup) -> dict[MaskedWeight, Tensor]:
         elif grad.grad_fn is not None and not torchs:
             graphs[weight] = grad
             weight.parameter.grad = grad.detach().clone()
+        elif (laid := laid_like(grad, weight.parameter)) is not grad:
+            weight.parameter.grad = laid
     return graphs
 
 
