@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import throughput_monitor
 from torch import nn
 
 __all__ = [
+    "batches_stepped",
     "callbacks_of",
     "check_in_optimizer",
     "clips_gradients",
     "copy_again",
+    "count_dense_peak",
     "is_a",
     "refuse_twins",
     "steps_of_training",
     "steps_taken",
+    "writers_of",
 ]
+
+
+def batches_stepped(trainer: pl.Trainer) -> int:
+    """The batches in which an optimizer stepped, however many did: where Lightning's own monitors log."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -83,6 +93,21 @@ def copy_again(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: pl.
             earlier.setup(trainer, pl_module, "fit")
 
 
+def count_dense_peak(trainer: pl.Trainer) -> None:
+    """Let a ``ThroughputMonitor`` compare with the dense peak of the GPU, unless it was told what to compare with.
+
+    Releases of Lightning whose ``Throughput`` takes ``using_sparse_model`` warn where it is not set. Masked weights are
+    multiplied by dense kernels, so the answer is False; a release without the argument is left alone.
+
+    Args:
+        trainer: Its ``ThroughputMonitor`` must not have been set up yet, or this comes too late and changes nothing.
+    """
+    if "using_sparse_model" in inspect.signature(throughput_monitor.Throughput).parameters:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, throughput_monitor.ThroughputMonitor):
+                callback.kwargs.setdefault("using_sparse_model", False)
+
+
 def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[str]) -> None:
     """Refuse another callback of the same class that would act on the same places in another way.
 
@@ -121,3 +146,11 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
 def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
     return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))
+
+
+def writers_of(trainer: pl.Trainer, name: str) -> Iterator[Callable[..., object]]:
+    """The method ``name`` of each logger's experiment that has one, such as ``"add_figure"``."""
+    for logger in trainer.loggers:
+        writer = getattr(getattr(logger, "experiment", None), name, None)
+        if callable(writer):
+            yield writer

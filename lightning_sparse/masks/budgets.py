@@ -15,9 +15,9 @@ from lightning_sparse.functional.allocation import (
     num_active,
     uniform,
 )
-from lightning_sparse.functional.masks import counts_true
 from lightning_sparse.masks.patterns import AnyPattern, Pattern
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["LayerAllocation", "budget_of", "check_budget", "check_met", "feasible_budgets", "layer_budgets"]
 
@@ -67,7 +67,7 @@ def feasible_budgets(
         allowed: Where masks may be, of each weight: ``bool``, its shape.
     """
     places = [allowed(weight) for weight in group]
-    met = [pattern.feasible(*layer) for layer in zip(group, budgets, places, strict=True)]
+    met = group.each(pattern.feasible, budgets, places)
     for layer in sorted(range(len(group)), key=lambda index: -met[index]):
         while sum(met) > sum(budgets):
             less = pattern.feasible(group[layer], met[layer] - 1, places[layer])
@@ -104,7 +104,7 @@ def check_met(group: MaskPool) -> None:
     Raises:
         ValueError: A layer holds more or fewer weights than its budget.
     """
-    for weight, active in zip(group, counts_true([weight.mask for weight in group]), strict=True):
+    for weight, active in zip(group, group.counts([weight.mask for weight in group]), strict=True):
         if active != weight.budget:
             raise ValueError(
                 f"{weight.name} has {active} active weights after an update, but its budget is {weight.budget}. Scores"

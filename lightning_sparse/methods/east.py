@@ -43,7 +43,7 @@ __all__ = ["EAST"]
 @final
 @method
 class EAST(GrowingMethod):
-    r"""Extreme adaptive sparse training: RigL that explores for long, with three helps for 99.9 % and more.
+    r"""Extreme adaptive sparse training: RigL with longer exploration and three additions, for 99.9 % and more.
 
     - **DyReLU phasing**: activations begin as Dynamic ReLUs and end as ReLUs; see
       :class:`~lightning_sparse.modules.DyReLUPhasing`.

@@ -25,7 +25,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice
 from lightning_sparse.methods.paper import Paper
@@ -42,7 +43,7 @@ Criterion = Callable[[MaskedWeight], Tensor]
 @final
 @method
 class FGGP(ScoredMethod):
-    r"""Fixed-rate gradient-first gradual pruning: of the weights with small gradients, the smallest go.
+    r"""Fixed-rate gradient-first gradual pruning: prunes the smallest of the weights with small gradients.
 
     At update time :math:`t`, with :math:`R` active of :math:`N` weights and :math:`n = R - \lfloor (1 - s_t) N \rfloor`
     to prune,

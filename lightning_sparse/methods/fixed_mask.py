@@ -44,7 +44,7 @@ _LEFT_OUT = ("excluded", "not included", "frozen", "tied", "dense in the run", "
 @final
 @method
 class FixedMask(HardMaskMethod):
-    r"""Fixed masks: fine-tune with a topology that does not move.
+    r"""Fixed masks: trains the weights that are left, and keeps the zeros where they are.
 
     With :math:`M` from where ``masks`` says, each step trains the active weights alone:
 

@@ -20,8 +20,9 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import inherit_
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -196,15 +197,17 @@ class ScoredMethod(HardMaskMethod, ABC):
         budgets = self.budgets(group)
         if self._shaped:
             budgets = feasible_budgets(group, budgets, self.shape, self.allowed)
-        for weight, keep, budget in zip(group, self.kept(group, budgets), budgets, strict=True):
-            mask, weight.budget = self.pruned_to(weight, keep), budget
-            if self.grows and (budget > keep or self._shaped):
-                free = self.free(weight, mask)
-                weight.budget = self.shape.feasible(weight, budget, mask | free) if self._shaped else budget
-                mask = self.grown_to(weight, mask, weight.budget - keep, free)
-            weight.mask.copy_(mask)
+        group.each(self._renew, self.kept(group, budgets), budgets)
         check_met(group)
         self.after_update(group)
+
+    def _renew(self, weight: MaskedWeight, keep: int, budget: int) -> None:
+        mask, weight.budget = self.pruned_to(weight, keep), budget
+        if self.grows and (budget > keep or self._shaped):
+            free = self.free(weight, mask)
+            weight.budget = self.shape.feasible(weight, budget, mask | free) if self._shaped else budget
+            mask = self.grown_to(weight, mask, weight.budget - keep, free)
+        weight.mask.copy_(mask)
 
     def before_update(self, group: MaskGroup) -> None:
         """An update is about to choose the masks of ``group``."""
@@ -235,16 +238,15 @@ class ScoredMethod(HardMaskMethod, ABC):
         if n == group.numel - sum(active):
             return [weight.numel for weight in group]
         grown = group.smallest(group.flat(self.grow_scores), n, ~group.mask, key=lambda part: part.abs().neg())
-        parts = zip(group, group.split(grown), active, strict=True)
-        return [its_active + weight.count(its_grown) for weight, its_grown, its_active in parts]
+        return [sum(pair) for pair in zip(active, group.counts(group.split(grown)), strict=True)]
 
     def _prunable(self, group: MaskGroup) -> Tensor:
         """The active weights but for the ``min_active`` largest of each layer."""
         if self.min_active == 0:
             return group.mask
-        kept = [
-            weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs) for weight in group
-        ]
+        kept = group.each(
+            lambda weight: weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs)
+        )
         return group.mask & ~group.flatten(kept)
 
     def allowed(self, weight: MaskedWeight) -> Tensor:
@@ -294,10 +296,13 @@ class ScoredMethod(HardMaskMethod, ABC):
             self._draw(group, first)
         inherit_(group, self.inherited, self.seed)
         if self._shaped:
-            for weight in group:  # of masks without the pattern the largest weights that fit it stay
-                weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
-                weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+            group.each(self._shape)
         self.clock_starts(group)
+
+    def _shape(self, weight: MaskedWeight) -> None:
+        """Of masks without the pattern the largest weights that fit it stay."""
+        weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
+        weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
@@ -305,10 +310,13 @@ class ScoredMethod(HardMaskMethod, ABC):
         budgets = layer_budgets(group, sparsity, allocation, self.min_active)
         if self._shaped:
             budgets = feasible_budgets(group, budgets, self.shape, lambda weight: torch.ones_like(weight.mask))
-        for weight, budget in zip(group, budgets, strict=True):
+
+        def draw(weight: MaskedWeight, budget: int) -> None:
             weight.budget = budget
             scores = random_scores(weight, self.seed, step=0)
             weight.mask.copy_(self.shape.largest(weight, scores, budget, torch.ones_like(weight.mask)))
+
+        group.each(draw, budgets)
 
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:

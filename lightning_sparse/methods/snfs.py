@@ -37,7 +37,7 @@ __all__ = ["SNFS"]
 @final
 @method
 class SNFS(GrowingMethod):
-    r"""Sparse momentum: prune by magnitude, grow where momentum is largest, in the layers whose momentum is largest.
+    r"""Sparse momentum: prunes by magnitude, grows where momentum is largest, most in layers with much momentum.
 
     With the momentum :math:`m \leftarrow \beta m + \partial L / \partial w` of every weight, at an update
 
@@ -116,8 +116,8 @@ class SNFS(GrowingMethod):
         ]
 
     def _mean_momentum(self, group: MaskGroup) -> list[float]:
-        sums = [
-            self.memory(weight, "momentum").abs().mul_(weight.mask).sum(dtype=torch.float64) / max(1, weight.num_active)
-            for weight in group
-        ]
-        return torch.stack(sums).tolist()  # type: ignore[no-any-return]
+        def mean(weight: MaskedWeight) -> Tensor:
+            total = self.memory(weight, "momentum").abs().mul_(weight.mask).sum(dtype=torch.float64)
+            return weight.layout.sum(total) / max(1, weight.num_active)
+
+        return torch.stack(group.each(mean)).tolist()  # type: ignore[no-any-return]

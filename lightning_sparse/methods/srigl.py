@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.selection import largest
 from lightning_sparse.masks.budgets import layer_budgets
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.patterns import ConstantFanIn, Pattern
@@ -36,7 +35,7 @@ __all__ = ["SRigL"]
 @final
 @method
 class SRigL(GrowingMethod):
-    r"""Structured RigL: every neuron has the same number of active inputs, and neurons that matter little go wholly.
+    r"""Structured RigL: every neuron has equally many active inputs, and unimportant neurons are removed.
 
     At an update, in each layer of :math:`n` active weights, with :math:`k = \lfloor f(t)\, n \rfloor` as in
     :class:`RigL`,
@@ -106,8 +105,11 @@ class SRigL(GrowingMethod):
     @override
     def budgets(self, group: MaskGroup) -> list[int]:
         budgets = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
-        for weight, budget in zip(group, budgets, strict=True):
+
+        def leave(weight: MaskedWeight, budget: int) -> None:
             self._alive[weight.name] = self._neurons_left(weight, budget)
+
+        group.each(leave, budgets)
         return budgets
 
     @override
@@ -136,7 +138,7 @@ class SRigL(GrowingMethod):
     @override
     def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
         # All kept weights come before all others: those by magnitude, these by gradient.
-        ranked = torch.where(kept, 2.0 + _to_one(weight.value), _to_one(weight.grad))
+        ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
         return self.shape.largest(weight, ranked, weight.budget, kept | free)
 
     def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:
@@ -148,16 +150,17 @@ class SRigL(GrowingMethod):
         top = weight.largest(weight.value, weight.num_active - k, weight.mask, key=torch.abs)
         wanted = weight.largest(weight.grad, k, ~top, key=torch.abs)
         salient = weight.rows(top | wanted).sum(dim=1)
-        fan_in = weight.num_active / max(1, weight.count(weight.rows(weight.mask).any(dim=1)))
+        fan_in = weight.num_active / max(1, weight.count_rows(weight.rows(weight.mask).any(dim=1)))
         alive = salient >= max(1.0, self.ablation * fan_in)
         row = weight.rows(every)
         needed = -(-budget // row.shape[1])
-        if weight.count(alive) < needed:
-            alive = largest(salient.double(), needed, torch.ones_like(alive))
+        if weight.count_rows(alive) < needed:
+            alive = weight.largest_rows(salient.double(), needed, torch.ones_like(alive))
         return weight.from_rows(alive.unsqueeze(1).expand_as(row).contiguous())
 
 
-def _to_one(scores: Tensor) -> Tensor:
+def _to_one(weight: MaskedWeight, scores: Tensor) -> Tensor:
     """Magnitudes in [0, 1], in their order."""
     magnitudes = scores.abs().double()
-    return magnitudes / magnitudes.max().clamp(min=torch.finfo(torch.float64).tiny)
+    largest = torch.cat([magnitudes.flatten(), magnitudes.new_zeros(1)]).max()  # a process may hold none
+    return magnitudes / weight.layout.largest(largest).clamp(min=torch.finfo(torch.float64).tiny)

@@ -33,7 +33,7 @@ __all__ = ["SRSTE"]
 @final
 @method
 class SRSTE(LatentMethod):
-    r"""Sparse-refined straight-through estimator: N of M weights by magnitude, chosen anew at every step.
+    r"""Sparse-refined straight-through estimator: keeps the N largest of every M weights, chosen again at each step.
 
     The module computes with :math:`\widetilde W = W \odot M`, where :math:`M` has the N largest :math:`|W|` of every M
     neighbours along the inputs. The optimizer is given

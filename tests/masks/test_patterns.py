@@ -15,7 +15,7 @@ from lightning_sparse import DSR, FGGP, GMP, MEST, SET, SNFS, GraNet, RigL
 from lightning_sparse.functional import num_active
 from lightning_sparse.masks import MaskedWeight, select_weights
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Filters, NofM, Pattern, as_pattern
-from lightning_sparse.masks.weight import MaskPool
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.methods import ScoredMethod
 from lightning_sparse.schedules import Cosine, Linear
 from lightning_sparse.testing import ToyClassifier
