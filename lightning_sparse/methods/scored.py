@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal, final
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -302,7 +303,14 @@ class ScoredMethod(HardMaskMethod, ABC):
     def _shape(self, weight: MaskedWeight) -> None:
         """Of masks without the pattern the largest weights that fit it stay."""
         weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
-        weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+        mask = self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs)
+        if not self.grows and (woken := weight.count(mask & ~weight.mask)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} goes on from a mask of {weight.name} that the pattern {self.shape} does not"
+                f" fit: it would train {woken:,} of its zeros again. Go on with pattern='any', or with a method that"
+                " grows weights."
+            )
+        weight.mask.copy_(mask)
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
