@@ -358,6 +358,11 @@ def _checked_device(module: nn.Module) -> str:
     """Return the one device of a module: the CPU, or a GPU of NVIDIA."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"accelerate was given {type(module).__name__}; give a torch.nn.Module.")
+    if isinstance(module, AcceleratedModule):
+        raise ValueError(
+            "The module is accelerated already. Call refresh() if its weights were written, or give the module that it"
+            " was made of."
+        )
     lazy = next((name for name, parameter in module.named_parameters() if nn.parameter.is_lazy(parameter)), None)
     if lazy is not None:
         raise ValueError(f"{lazy} has no values yet; call the module once, which gives it its shape.")

@@ -490,5 +490,11 @@ def test_without_llvmlite_one_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert kernels.default_kernels() == "torch_csr"
 
 
+def test_what_is_accelerated_already_is_refused() -> None:
+    fast = made_sparse(wide_perceptron(), torch.randn(3, 512), {"1"})
+    with pytest.raises(ValueError, match="accelerated already"):
+        accelerate(fast, torch.randn(3, 512))
+
+
 def test_the_package_offers_it() -> None:
     assert accelerate is _function_of_the_package
