@@ -59,8 +59,9 @@ def default_kernels() -> str:
     if name != "llvm" and not _TOLD:
         _TOLD.add(name)
         warnings.warn(
-            "llvmlite is not installed, so sparse layers run by torch alone, 1 x 1 convolutions are the only ones among"
-            " them, and gains are about half of what they could be: pip install 'lightning-sparse[fast]'.",
+            "llvmlite is not installed, so linear layers and 1 x 1 convolutions run sparsely by torch alone, all other"
+            " convolutions stay dense, and gains are about half of what they could be: pip install"
+            " 'lightning-sparse[fast]'.",
             stacklevel=3,
         )
     return name
