@@ -219,7 +219,7 @@ def test_a_pattern_over_all_layers_together_is_refused() -> None:
 
 
 def test_a_pattern_that_no_layer_fits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"can mask no weight of this module: .*no multiple of 7"):
+    with pytest.raises(Exception, match=r"cannot mask any weight of this module: .*no multiple of 7"):
         make_trainer(tmp_path, callbacks=[GMP(0.5, pattern="2:7")]).fit(Four())
 
 
