@@ -27,8 +27,8 @@ def left_by_running(notebook: Any) -> list[str]:
     return [cell.id for cell in code if cell.outputs or cell.execution_count is not None]
 
 
-def test_there_are_five() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @every_notebook

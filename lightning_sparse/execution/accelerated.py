@@ -151,7 +151,7 @@ class AcceleratedModule(nn.Module):
         """
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                self._refuse_stale(name)
+                self._refuse_stale(held, name)
         if self.recipe is not None and torch.is_grad_enabled():
             for x in args:
                 if isinstance(x, Tensor):
@@ -226,7 +226,7 @@ class AcceleratedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                self._refuse_stale(name)
+                self._refuse_stale(held, name)
         return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call", "_direct")}
 
     @override
@@ -261,7 +261,11 @@ class AcceleratedModule(nn.Module):
                     if tensor is not None and not tensor.is_inference() and type(tensor) in (Tensor, nn.Parameter):
                         self._watched.append((held, name, tensor, tensor._version, tensor.data_ptr()))
 
-    def _refuse_stale(self, name: str) -> NoReturn:
+    def _refuse_stale(self, held: Any, name: str) -> NoReturn:
+        for path, module in self._source[0].named_modules():
+            if path and (held is module._parameters or held is module._buffers):
+                name = f"{path}.{name}"
+                break
         raise StaleWeightsError(
             f"{name!r} of the original module has changed since it was accelerated. Call refresh() to take over its"
             " weights, or accelerate it again if its zeros have changed."

@@ -31,5 +31,5 @@ def content_hash(tensor: Tensor) -> Tensor:
         return (active * _FACTOR + _OFFSET).bitwise_xor_(active << 17).sum()
     # A copy, always: a 64-bit tensor would be hashed in place.
     bits = flat.view(_INTEGER_OF_WIDTH[flat.element_size()]).to(torch.int64, copy=True)
-    odd = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    odd = torch.arange(1, max(1, 2 * len(bits)), 2, device=bits.device)
     return bits.bitwise_xor_(bits << 21).add_(_OFFSET).mul_(odd.add_(_FACTOR - 1)).sum()

@@ -100,7 +100,7 @@ def smallest(scores: Scores, k: int, among: Tensor, key: Key | None = None) -> T
     parts = [scores] if isinstance(scores, Tensor) else scores
     on_cpu = masks.on_cpu(among)
     if on_cpu and among.numel() > _LARGE and all(tensor.is_contiguous() for tensor in (among, *parts)):
-        chosen = _smallest_in_pieces(_pieces([part.detach().view(-1) for part in parts]), k, among.view(-1), key)
+        chosen = _smallest_in_pieces(in_pieces([part.detach().view(-1) for part in parts]), k, among.view(-1), key)
         if chosen is not None:
             return chosen.view_as(among)
     together = scores if isinstance(scores, Tensor) else torch.cat(list(scores))
@@ -139,7 +139,7 @@ def largest(scores: Scores, k: int, among: Tensor, key: Key | None = None) -> Te
     return smallest(scores, k, among, key=lambda part: (part if key is None else key(part)).neg())
 
 
-def _pieces(parts: Sequence[Tensor]) -> list[Tensor]:
+def in_pieces(parts: Sequence[Tensor]) -> list[Tensor]:
     """Flat tensors as others of at most a chunk, which stay in the cache; small neighbours are joined."""
     pieces, small = list[Tensor](), list[Tensor]()
 
@@ -170,7 +170,7 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
 
     def parts() -> Iterator[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         for start, piece, eligible in zip(_starts(pieces), pieces, among.split(sizes), strict=True):
-            yield start, _keys(piece, key), eligible.numpy()
+            yield start, keys_of(piece, key), eligible.numpy()
 
     num_eligible = count_true(among)
     if k > num_eligible:
@@ -203,7 +203,7 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
 def _smallest_of_few(pieces: Sequence[Tensor], k: int, among: Tensor, key: Key | None) -> Tensor | None:
     """The same where few are eligible: these are gathered."""
     where = np.flatnonzero(among.numpy())
-    keys = _keys(_take(pieces, where), key)
+    keys = keys_of(_take(pieces, where), key)
     threshold = np.partition(keys, k - 1)[k - 1]
     if not np.isfinite(threshold):
         return None
@@ -230,7 +230,8 @@ def _take(pieces: Sequence[Tensor], where: np.ndarray[Any, Any]) -> Tensor:
     )
 
 
-def _keys(part: Tensor, key: Key | None) -> np.ndarray[Any, Any]:
+def keys_of(part: Tensor, key: Key | None) -> np.ndarray[Any, Any]:
+    """The keys of a part on a CPU, as numbers that numpy knows."""
     keys = part if key is None else key(part)
     return (keys.float() if keys.element_size() < _FLOAT else keys).numpy()  # exact; numpy knows no bfloat16
 
@@ -239,7 +240,7 @@ def _bracket(pieces: Sequence[Tensor], fraction: float, among: Tensor, key: Key 
     """Keys between which the one at ``fraction`` of the eligible most probably is: five standard deviations around."""
     size = min(_SAMPLE, max(_SAMPLE // 8, len(among) >> 7))
     where = torch.randint(len(among), (size,), generator=torch.Generator().manual_seed(0))
-    sample = np.sort(_keys(_take(pieces, np.sort(where[among[where]].numpy())), key))
+    sample = np.sort(keys_of(_take(pieces, np.sort(where[among[where]].numpy())), key))
     sample = sample[~np.isnan(sample)]
     middle = fraction * len(sample)
     margin = 5.0 * math.sqrt(middle * (1.0 - fraction)) + 5.0

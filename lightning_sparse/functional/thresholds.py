@@ -121,7 +121,7 @@ def threshold_gradients_(grad: Tensor, weight: Tensor, thresholds: Tensor, alpha
         of_weights, of_rows = threshold_gradients(grad[rows], weight[rows], thresholds[rows], alpha)
         grad[rows] = of_weights
         of_thresholds.append(of_rows)
-    return torch.cat(of_thresholds)
+    return torch.cat(of_thresholds) if of_thresholds else torch.zeros_like(thresholds)
 
 
 def _blocks_of_rows(weight: Tensor) -> list[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_sparse.masks.layers import Wiring
 from lightning_sparse.masks.places import Part
@@ -43,13 +44,12 @@ class Candidate:
     @property
     def module_type(self) -> str:
         """Name of the class of the module that holds it."""
-        return type(self.owner).__name__
+        return _kinds(self.owner)[0].__name__
 
     @property
     def type_names(self) -> list[str]:
         """Names of that class and of the classes that it comes from, below ``nn.Module``."""
-        kinds = type(self.owner).__mro__
-        return [kind.__name__ for kind in kinds if issubclass(kind, nn.Module) and kind is not nn.Module]
+        return [kind.__name__ for kind in _kinds(self.owner)]
 
     @property
     def numel(self) -> int:
@@ -82,14 +82,28 @@ class Candidate:
         shape = tuple(self.parameter.shape)
         return shape[1:] if self.wiring.is_stack else (shape[0] // self.copies, *shape[1:])
 
+    @property
+    def leading(self) -> int:
+        """How many of its first dimensions count outputs, if it stores these first: two in a stack, else one."""
+        return 2 if self.wiring.is_stack else 1
+
+    @property
+    def fan_in(self) -> int:
+        """Weights of each output neuron or filter."""
+        outputs = self.layer_shape[1] * self.groups if self.input_first else self.layer_shape[0]
+        return self.numel // max(1, self.copies * outputs)
+
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor``, shaped like the weight, as one row of inputs for each output neuron or filter, of each copy.
+
+        Args:
+            tensor: Of the weight's shape; or of the part of it that a process holds, where outputs come first.
 
         Returns:
             Shape ``(copies · outputs, fan-in)``.
         """
         if not self.input_first:
-            return tensor.reshape(self.copies * self.layer_shape[0], -1)
+            return tensor.flatten(0, self.leading - 1).flatten(1)  # not reshape, which an empty part leaves open
         blocks, inputs, outputs = self._blocks()
         return tensor.reshape(blocks, inputs, outputs, -1).transpose(1, 2).reshape(blocks * outputs, -1)
 
@@ -116,3 +130,9 @@ class Candidate:
     def _blocks(self) -> tuple[int, int, int]:
         """Groups of all copies, and the inputs and outputs of one."""
         return self.copies * self.groups, self.layer_shape[0] // self.groups, self.layer_shape[1]
+
+
+def _kinds(owner: nn.Module) -> list[type[nn.Module]]:
+    """The class of a module and those that it comes from, below ``nn.Module``; without what FSDP2 makes of it."""
+    kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+    return kinds[1:] if len(kinds) > 1 and isinstance(owner, FSDPModule) else kinds

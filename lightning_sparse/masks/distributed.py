@@ -12,19 +12,44 @@ from torch import Tensor
 
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.remarks import enumerated
+from lightning_sparse.masks.sums import sum_over_processes, world_size
 
-__all__ = ["agree_to_begin", "broadcast_", "check_weights_agree", "masks_agree", "mean_", "vote", "world_size"]
-
-
-def world_size() -> int:
-    """The processes among which torch communicates now: 1 where it does not."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+__all__ = [
+    "agree_to_begin",
+    "all_agree",
+    "broadcast_",
+    "broadcast_masks_",
+    "check_weights_agree",
+    "masks_agree",
+    "mean_",
+    "vote",
+    "world_size",
+]
 
 
 def broadcast_(mask: Tensor) -> None:
     """Give every process the mask of rank 0: one flat transfer, a byte a weight."""
     if world_size() > 1:
         dist.broadcast(mask.view(torch.uint8), src=0)
+
+
+def broadcast_masks_(group: MaskGroup) -> None:
+    """Give every process the masks of rank 0, of the weights that each holds whole.
+
+    Of sharded weights every process has chosen its own part, by the same sums.
+    """
+    if not group.is_spread:
+        broadcast_(group.mask)
+        return
+    for weight, mask in zip(group, group.mask.split([weight.mask.numel() for weight in group]), strict=True):
+        if weight.layout.is_whole:
+            broadcast_(mask)
+
+
+def all_agree(holds: bool, device: torch.device) -> bool:
+    """Whether something holds in every process. A collective."""
+    return int(sum_over_processes(torch.tensor([not holds], dtype=torch.int32, device=device))) == 0
 
 
 def mean_(tensors: Sequence[Tensor]) -> None:
@@ -75,14 +100,27 @@ def vote(usable: bool, group: MaskGroup) -> bool:
     """Whether every process can update the masks of ``group``, which must be the same in all; all of them must ask.
 
     Raises:
-        MisconfigurationException: The masks of a weight differ; the message names it.
+        MisconfigurationException: The masks of a weight differ, or one has a gradient on some processes only; the
+            message names it.
     """
     if world_size() == 1:
         return usable
-    ballot = torch.stack([torch.tensor(int(usable), device=group.mask.device), content_hash(group.mask)])
-    lowest, highest = _extremes(ballot)
-    if int(lowest[1]) != int(highest[1]):  # all processes see it, so all of them go on to look where
+    if group.is_spread:
+        differ, unusable = _differing_copies(group, [weight.mask for weight in group], int(not usable))
+        _refuse_differing(differ)
+        return unusable == 0
+    has_gradient = [weight.parameter.grad is not None for weight in group]
+    votes = torch.tensor([usable, *has_gradient], dtype=torch.int64, device=group.mask.device)
+    lowest, highest = _extremes(torch.cat([votes, content_hash(group.mask)[None]]))
+    if int(lowest[-1]) != int(highest[-1]):  # all processes see it, so all of them go on to look where
         masks_agree(group)
+    same = (lowest == highest)[1:-1].tolist()
+    if not all(same):
+        differ = enumerated(weight.name for weight, its in zip(group, same, strict=True) if not its)
+        raise MisconfigurationException(
+            f"Some processes have no gradient of {differ}, and others have one, so they would train different weights."
+            " Let every process compute the same loss, and set gradients to None on all of them or on none."
+        )
     return bool(lowest[0])
 
 
@@ -92,7 +130,10 @@ def masks_agree(group: MaskGroup) -> None:
     Raises:
         MisconfigurationException: The masks of a weight differ; the message names it.
     """
-    differ = _differing(group, [weight.mask for weight in group])
+    _refuse_differing(_differing(group, [weight.mask for weight in group]))
+
+
+def _refuse_differing(differ: Sequence[str]) -> None:
     if differ:
         raise MisconfigurationException(
             f"The masks of {', '.join(differ)} differ between the processes. Masks change in this callback alone: look"
@@ -108,8 +149,27 @@ def check_weights_agree(group: MaskGroup) -> list[str]:
 def _differing(group: MaskGroup, tensors: Sequence[Tensor]) -> list[str]:
     if world_size() == 1:
         return []
+    if group.is_spread:
+        return _differing_copies(group, tensors)[0]
     lowest, highest = _extremes(torch.stack([content_hash(tensor) for tensor in tensors]))
     return [weight.name for weight, same in zip(group, (lowest == highest).tolist(), strict=True) if not same]
+
+
+def _differing_copies(group: MaskGroup, tensors: Sequence[Tensor], count: int = 0) -> tuple[list[str], int]:
+    """Names of the weights of which processes hold different copies, and the sum of a count; one transfer.
+
+    Hashes are summed twice, over all processes and over those that own the entries: of equal copies one sum is a
+    multiple of the other.
+    """
+    hashes = torch.stack([content_hash(tensor) for tensor in tensors])
+    owned = torch.tensor([weight.layout.owned for weight in group], device=hashes.device)
+    more = torch.tensor([count], device=hashes.device)
+    all_, of_owners, total = sum_over_processes(torch.cat([hashes, hashes * owned, more])).split(
+        [len(hashes), len(hashes), 1]
+    )
+    copies = torch.tensor([weight.layout.copies for weight in group], device=hashes.device)
+    same = (all_ == of_owners * copies).tolist()
+    return [weight.name for weight, its in zip(group, same, strict=True) if not its], int(total)
 
 
 def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_sparse.functional.masks import pack, unpack
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Candidate
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["MaskGroup", "PackedMask"]
 
@@ -56,7 +57,7 @@ class MaskGroup(MaskPool):
         return group
 
     def packed(self) -> dict[str, PackedMask]:
-        """The masks at one bit a weight, by name, for a checkpoint."""
+        """The masks at one bit a weight, by name, for a checkpoint. A collective where weights are sharded."""
         return {
             weight.name: {
                 "shape": list(weight.shape),
@@ -78,9 +79,9 @@ class MaskGroup(MaskPool):
         Raises:
             MisconfigurationException: A mask is missing, has another shape or is cut short.
         """
-        masks = [_unpack(weight, packed, source) for weight in self]
+        masks = [weight.layout.take(_unpack(weight, packed, source)) for weight in self]
         for weight, mask in zip(self, masks, strict=True):
-            weight.mask.copy_(weight.layout.take(mask))
+            weight.mask.copy_(mask)
             weight.budget = packed[weight.name]["budget"]
             self.updated_at = packed[weight.name]["updated_at"]
         self.recount()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,18 +30,22 @@ def inherit_(group: MaskGroup, inherited: Mapping[str, Tensor], seed: int) -> No
 
     Args:
         group: Its masks are those with which the method would begin alone.
-        inherited: ``bool`` masks by name; a weight that is not among them keeps its own.
+        inherited: ``bool`` masks by name, of what this process holds; a weight that is not among them keeps its own.
         seed: Of the draw.
     """
-    for weight in group:
-        if weight.name in inherited:
-            its_own, before = weight.mask.clone(), inherited[weight.name].to(weight.mask.device)
-            weight.mask.copy_(before if its_own.all() else _nearest(weight, its_own, before, seed))
-            weight.budget = count_true(weight.mask)
+    group.each(partial(_inherit, inherited=inherited, seed=seed))
+
+
+def _inherit(weight: MaskedWeight, inherited: Mapping[str, Tensor], seed: int) -> None:
+    if weight.name in inherited:
+        its_own, before = weight.mask.clone(), inherited[weight.name].to(weight.mask.device)
+        is_dense = weight.count(its_own) == weight.numel
+        weight.mask.copy_(before if is_dense else _nearest(weight, its_own, before, seed))
+        weight.budget = weight.count(weight.mask)
 
 
 def _nearest(weight: MaskedWeight, its_own: Tensor, before: Tensor, seed: int) -> Tensor:
-    budget, available = count_true(its_own), count_true(before)
+    budget, available = weight.count(its_own), weight.count(before)
     if budget <= available:
         return weight.largest(weight.value, budget, among=before, key=torch.abs)
     new = weight.largest(random_scores(weight, seed, step=0), budget - available, among=its_own & ~before)
@@ -60,11 +65,15 @@ def waking_zeros(groups: Sequence[MaskGroup], inherited: Mapping[str, Tensor]) -
     return [
         weight.name
         for group in groups
-        for weight in group
-        if weight.name not in inherited
-        and weight.parameter.any()  # a layer that begins at zero was not pruned
-        and looks_pruned((weight.parameter == 0) & weight.mask)
+        for weight, wakes in zip(group, group.each(_would_wake), strict=True)
+        if weight.name not in inherited and wakes
     ]
+
+
+def _would_wake(weight: MaskedWeight) -> bool:
+    zeros = weight.value == 0
+    # a layer that begins at zero was not pruned
+    return weight.count(zeros) < weight.numel and weight.count(zeros & weight.mask) > _PRUNED * weight.numel
 
 
 def looks_pruned(zeros: Tensor) -> bool:

@@ -1,18 +1,26 @@
 """Where the entries of a weight are: all of them in this process, or a part of them.
 
-This is the only file that knows how a weight may be spread over processes. Everything else asks a :class:`Layout`: for
-the entries that are here, for their places in the whole, and for sums over all processes that hold some.
+With :mod:`~lightning_sparse.masks.sums` this is the only file that knows how a weight may be spread over processes: as
+a DTensor, by FSDP2 and tensor parallelism. Everything else asks a :class:`Layout`: for the entries that are here, for
+their places in the whole, and for sums over all processes that hold some. Where several processes hold the same entry,
+one of them owns it, and counts it.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-__all__ = ["Layout", "Whole"]
+from lightning_sparse.masks.sums import largest_of_processes, rank, sum_of_group, sum_over_processes, world_size
+
+__all__ = ["Block", "Layout", "Whole", "is_sharded", "laid_like", "layout_of", "local_part", "obstacle_of_shards"]
 
 
 class Layout(ABC):
@@ -20,10 +28,30 @@ class Layout(ABC):
 
     Args:
         shape: Shape of the whole weight.
+
+    Attributes:
+        is_whole: Whether every process holds every entry.
     """
+
+    is_whole: ClassVar[bool]
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
+
+    @property
+    @abstractmethod
+    def local_shape(self) -> torch.Size:
+        """Shape of what this process holds."""
+
+    @property
+    @abstractmethod
+    def owned(self) -> bool:
+        """Whether this process counts its entries; of several that hold the same, one does."""
+
+    @property
+    @abstractmethod
+    def copies(self) -> int:
+        """How many processes hold each entry."""
 
     @abstractmethod
     def local(self, tensor: Tensor) -> Tensor:
@@ -42,8 +70,37 @@ class Layout(ABC):
         """Counts of this process' own entries, added up over all processes. A collective."""
 
     @abstractmethod
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each value over all processes. A collective."""
+
+    @abstractmethod
+    def place_of(self, local_places: Tensor) -> Tensor:
+        """From places in the flattened local entries, ``int64``, to those in the flattened whole."""
+
+    @abstractmethod
+    def of_rows(self, leading: int) -> Layout:
+        """Where rows are, of what the first ``leading`` dimensions count; who holds a part of one holds its value."""
+
+    @abstractmethod
+    def sum_rows(self, rows: Tensor, leading: int) -> Tensor:
+        """What was computed for each row of the part of it that is here, added up where its other parts are.
+
+        Args:
+            rows: A number for each local row, flat.
+            leading: Dimensions that count rows.
+        """
+
+    @abstractmethod
+    def cuts_rows(self, leading: int) -> bool:
+        """Whether a row, as the first ``leading`` dimensions count them, lies in several processes."""
+
+    @abstractmethod
+    def divides(self, dim: int) -> int:
+        """Into how many parts dimension ``dim`` is divided."""
+
     def places(self, device: torch.device) -> Tensor:
         """The place of each local entry in the flattened whole: ``int64``, of the local shape."""
+        return self.place_of(torch.arange(self.local_shape.numel(), device=device)).view(self.local_shape)
 
 
 @final
@@ -57,6 +114,20 @@ class Whole(Layout):
                 [2, 3]])
     """
 
+    is_whole: ClassVar[bool] = True
+
+    @property
+    def local_shape(self) -> torch.Size:  # noqa: D102
+        return self.shape
+
+    @property
+    def owned(self) -> bool:  # noqa: D102
+        return rank() == 0
+
+    @property
+    def copies(self) -> int:  # noqa: D102
+        return world_size()
+
     def local(self, tensor: Tensor) -> Tensor:  # noqa: D102
         return tensor
 
@@ -69,5 +140,186 @@ class Whole(Layout):
     def sum(self, counts: Tensor) -> Tensor:  # noqa: D102
         return counts
 
-    def places(self, device: torch.device) -> Tensor:  # noqa: D102
-        return torch.arange(self.shape.numel(), device=device).view(self.shape)
+    def largest(self, values: Tensor) -> Tensor:  # noqa: D102
+        return values
+
+    def place_of(self, local_places: Tensor) -> Tensor:  # noqa: D102
+        return local_places
+
+    def of_rows(self, leading: int) -> Layout:  # noqa: D102
+        return Whole(self.shape[:leading])
+
+    def sum_rows(self, rows: Tensor, leading: int) -> Tensor:  # noqa: D102
+        return rows
+
+    def cuts_rows(self, leading: int) -> bool:  # noqa: D102
+        return False
+
+    def divides(self, dim: int) -> int:  # noqa: D102
+        return 1
+
+    def __repr__(self) -> str:
+        return "whole"
+
+
+@final
+class Block(Layout):
+    """Each process holds a block of the entries, perhaps an empty one, as a DTensor says.
+
+    Args:
+        shape: Shape of the whole weight.
+        mesh: The processes that hold it.
+        placements: How each dimension of the mesh divides it.
+    """
+
+    is_whole: ClassVar[bool] = False
+
+    def __init__(self, shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> None:
+        super().__init__(shape)
+        self._mesh, self._placements = mesh, tuple(placements)
+        local_shape, offsets = compute_local_shape_and_global_offset(shape, mesh, self._placements)
+        self._local_shape, self._offsets = torch.Size(local_shape), tuple(offsets)
+        self._sizes: tuple[int, ...] = tuple(mesh.shape)
+        pairs = list(zip(self._sizes, self._placements, strict=True))
+        self._copies = world_size() // math.prod(size for size, placement in pairs if not _is_copied(placement))
+        here = mesh.get_coordinate()
+        is_first = all(at == 0 for at, placement in zip(here, self._placements, strict=True) if _is_copied(placement))
+        self._owned = is_first and bool((mesh.mesh == 0).any())  # of meshes beside each other, that with rank 0
+
+    @property
+    def local_shape(self) -> torch.Size:  # noqa: D102
+        return self._local_shape
+
+    @property
+    def owned(self) -> bool:  # noqa: D102
+        return self._owned
+
+    @property
+    def copies(self) -> int:  # noqa: D102
+        return self._copies
+
+    def local(self, tensor: Tensor) -> Tensor:  # noqa: D102
+        return local_part(tensor)
+
+    def take(self, whole: Tensor) -> Tensor:  # noqa: D102
+        block = tuple(slice(at, at + size) for at, size in zip(self._offsets, self._local_shape, strict=True))
+        return whole[block]
+
+    def whole(self, local: Tensor) -> Tensor:  # noqa: D102
+        bits = local.view(torch.uint8) if local.dtype == torch.bool else local
+        gathered = self._as_dtensor(bits.contiguous()).full_tensor()
+        return gathered.view(torch.bool) if local.dtype == torch.bool else gathered
+
+    def sum(self, counts: Tensor) -> Tensor:  # noqa: D102
+        return sum_over_processes(counts if self.owned else torch.zeros_like(counts))
+
+    def largest(self, values: Tensor) -> Tensor:  # noqa: D102
+        return largest_of_processes(values)
+
+    def place_of(self, local_places: Tensor) -> Tensor:  # noqa: D102
+        if self._local_shape[1:] == self.shape[1:]:  # in one piece
+            return local_places + self._offsets[0] * math.prod(self.shape[1:])
+        place, rest, stride = torch.zeros_like(local_places), local_places, 1
+        for size, at, of_all in zip(*map(reversed, (self._local_shape, self._offsets, self.shape)), strict=True):
+            place += (rest % max(1, size) + at) * stride
+            rest, stride = rest // max(1, size), stride * of_all
+        return place
+
+    def of_rows(self, leading: int) -> Layout:  # noqa: D102
+        placements = [Replicate() if _dim(each) >= leading else each for each in self._placements]
+        return Block(self.shape[:leading], self._mesh, placements)
+
+    def sum_rows(self, rows: Tensor, leading: int) -> Tensor:  # noqa: D102
+        for mesh_dim in self._dims_that_cut(leading):
+            rows = sum_of_group(rows, self._mesh.get_group(mesh_dim))
+        return rows
+
+    def cuts_rows(self, leading: int) -> bool:  # noqa: D102
+        return bool(self._dims_that_cut(leading))
+
+    def divides(self, dim: int) -> int:  # noqa: D102
+        return math.prod(size for size, each in zip(self._sizes, self._placements, strict=True) if _dim(each) == dim)
+
+    def _dims_that_cut(self, leading: int) -> list[int]:
+        pairs = enumerate(zip(self._sizes, self._placements, strict=True))
+        return [number for number, (size, each) in pairs if size > 1 and _dim(each) >= leading]
+
+    def _as_dtensor(self, local: Tensor) -> DTensor:
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=stride)
+
+    def __repr__(self) -> str:
+        names = self._mesh.mesh_dim_names or [f"dimension {number}" for number in range(len(self._sizes))]
+        parts = zip(self._placements, self._sizes, names, strict=True)
+        return ", ".join(f"{placement} over {size} of {name}" for placement, size, name in parts)
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """Where the entries of a parameter are.
+
+    Example:
+        >>> layout_of(torch.zeros(2, 3))
+        whole
+    """
+    if isinstance(tensor, DTensor):
+        return Block(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Whole(tensor.shape)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether processes may hold different entries of a tensor: it is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The entries that this process holds of a tensor, sharing their memory, without their history."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():
+        return tensor.to_local().detach()
+
+
+def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor``, divided as ``other`` is; a collective where it is not.
+
+    The gradient of a weight that several processes hold a copy of may come as a sum that is still to be made.
+    """
+    if isinstance(tensor, DTensor) and isinstance(other, DTensor) and tensor.placements != other.placements:
+        return tensor.redistribute(other.device_mesh, other.placements)
+    return tensor
+
+
+def obstacle_of_shards(tensor: Tensor) -> str:
+    """Why masks cannot work on a parameter as it is divided; empty where they can.
+
+    FSDP2 on a dimension that tensor parallelism has divided before interleaves its parts. Where these are not equal,
+    torch itself mistakes which entries a process holds.
+    """
+    if not isinstance(tensor, DTensor):
+        return ""
+    if tensor.device_mesh.get_coordinate() is None:
+        return "this process holds nothing of it, as in a pipeline"
+    layout = Block(tensor.shape, tensor.device_mesh, tensor.placements)
+    for placement in tensor.placements:
+        if not (_is_copied(placement) or placement.is_shard() or _is_strided(placement)):
+            return f"its placement {placement} is no part of it"
+        dim = _dim(placement)
+        if _is_strided(placement) and tensor.shape[dim] % layout.divides(dim):
+            return (
+                f"FSDP2 and tensor parallelism divide its dimension {dim} of {tensor.shape[dim]} into"
+                f" {layout.divides(dim)} parts that are not equal"
+            )
+    return ""
+
+
+def _is_copied(placement: Any) -> bool:
+    return bool(placement.is_replicate())
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+def _dim(placement: Any) -> int:
+    """The dimension that a placement divides; -1 for none."""
+    return getattr(placement, "dim", -1)

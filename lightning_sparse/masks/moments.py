@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.functional.masks import zero_pruned_
+from lightning_sparse.masks.layout import Layout, is_sharded, layout_of, local_part
+from lightning_sparse.masks.sums import sum_over_processes
 from lightning_sparse.trainer import clips_gradients
 
 __all__ = [
@@ -83,15 +85,14 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor
     Args:
         optimizer: Any torch optimizer.
         parameter: One of its parameters.
-        changed: ``bool``, the shape of the parameter.
+        changed: ``bool``, the shape of the parameter, or of what this process holds of it.
     """
     unchanged = ~changed
-    for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            if key == "step_size":  # Rprop's begin at the learning rate
-                value.masked_fill_(changed, _learning_rate(optimizer, parameter))
-            else:
-                zero_pruned_(value, unchanged)
+    for key, value in _like(parameter, optimizer.state.get(parameter, {})):
+        if key == "step_size":  # Rprop's begin at the learning rate
+            value.masked_fill_(changed, _learning_rate(optimizer, parameter))
+        else:
+            zero_pruned_(value, unchanged)
 
 
 def is_second_moment(key: str) -> bool:
@@ -106,7 +107,12 @@ def is_second_moment(key: str) -> bool:
 
 @torch.no_grad()
 def warm_moments(
-    optimizer: Optimizer, parameter: nn.Parameter, grown: Tensor, survivors: Tensor, gradient: Tensor
+    optimizer: Optimizer,
+    parameter: nn.Parameter,
+    grown: Tensor,
+    survivors: Tensor,
+    gradient: Tensor,
+    layout: Layout | None = None,
 ) -> None:
     r"""Let the steps of weights that were just grown be as long as those of their neighbours.
 
@@ -124,14 +130,31 @@ def warm_moments(
         grown: ``bool``, the shape of the parameter: what was just grown, with cleared moments.
         survivors: ``bool``: what was active before, and is.
         gradient: Of the parameter, as the optimizer sees it; zeros where it is not known.
+        layout: Where the entries of the parameter are, where not all of them are here; the mean is that of the whole
+            then, and comes by a collective.
     """
-    for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and is_second_moment(key):
+    for key, value in _like(parameter, optimizer.state.get(parameter, {})):
+        if is_second_moment(key):
             wide = value.to(torch.promote_types(value.dtype, torch.float32))
-            mean = torch.where(survivors, wide, 0.0).sum() / survivors.sum().clamp(min=1)
+            mean = _mean(wide, survivors, layout)
             own = gradient.to(wide.dtype)
             own = own.abs() if _ROOT.search(key) else own.square()
             value.copy_(torch.where(grown, torch.maximum(own, mean), wide))
+
+
+def _like(parameter: nn.Parameter, state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """What an optimizer keeps for each entry of a parameter, of those that this process holds."""
+    every = [(key, value) for key, value in state.items() if isinstance(value, Tensor)]
+    return [(key, local_part(value)) for key, value in every if value.shape == parameter.shape]
+
+
+def _mean(values: Tensor, among: Tensor, layout: Layout | None) -> Tensor:
+    """The mean of some of the values of a whole weight; 0 where there are none."""
+    total, number = torch.where(among, values, 0.0).sum(), among.sum()
+    if layout is not None and not layout.is_whole:
+        sums = layout.sum(torch.stack([total.double(), number.double()]))
+        total, number = sums[0].to(values.dtype), sums[1]
+    return (total / number.clamp(min=1)).to(values.dtype)
 
 
 def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
@@ -176,7 +199,11 @@ def as_stepped_on(trainer: pl.Trainer, optimizer: Optimizer) -> Callable[[Tensor
         return lambda gradient: gradient / scale
     if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
         return lambda gradient: gradient.clamp(-limit, limit)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch.stack([gradient.norm() for gradient in gradients])
-    factor = (limit / (norms.norm() + 1e-6)).clamp(max=1.0)
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if any(map(is_sharded, stepped)):
+        squares = [local_part(p.grad).double().square().sum() * layout_of(p).owned for p in stepped]
+        norm = sum_over_processes(torch.stack(squares).sum()).sqrt().float()
+    else:
+        norm = torch.stack([p.grad.norm() for p in stepped]).norm()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     return lambda gradient: gradient * factor

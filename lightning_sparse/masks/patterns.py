@@ -9,8 +9,10 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_sparse.functional.selection import Key, largest
+from lightning_sparse.functional.selection import Key
+from lightning_sparse.masks.layout import layout_of
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.schedules import as_number
@@ -32,9 +34,13 @@ class Pattern(ABC):
             is_last: Whether it is the last of the module that would be masked: the output layer, as a rule.
         """
 
+    def least(self, weight: MaskedWeight) -> int:
+        """The fewest weights that are left of a layer, whatever its budget."""
+        return 0
+
     @abstractmethod
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:
-        """The most weights, of at most ``budget`` and within ``among``, that such a mask can hold."""
+        """The most weights, of at most ``budget`` or :meth:`least`, that such a mask can hold within ``among``."""
 
     @abstractmethod
     def largest(self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
@@ -106,14 +112,20 @@ class NofM(Pattern):
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
         inputs = _inputs(candidate)
-        return f"pattern: {inputs} inputs are no multiple of {self.m}" if inputs % self.m else ""
+        if inputs % self.m:
+            return f"pattern: {inputs} inputs are no multiple of {self.m}"
+        layout = layout_of(candidate.parameter)
+        parts = layout.divides(candidate.leading)
+        if layout.cuts_rows(candidate.leading + 1) or inputs % (parts * self.m):
+            return f"pattern: its {inputs} inputs are divided into {parts} parts, none of which may cut {self.m}"
+        return _refuses_sharded(candidate)
 
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
         active = self._blocks(weight, among).sum(dim=2)  # (outputs, blocks, kernel)
         for looser in range(self._at_most(weight, budget), self.n, -1):
-            if bool((active >= looser).all()):  # every block can hold as many: the looser rule is met exactly
-                return looser * active.numel()
-        return min(budget, int(active.clamp(max=self.n).sum()))
+            if not weight.count(active < looser):  # every block can hold as many: the looser rule is met exactly
+                return looser * (weight.numel // self.m)
+        return min(budget, int(weight.layout.sum(active.clamp(max=self.n).sum())))
 
     def largest(  # noqa: D102
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
@@ -137,7 +149,7 @@ class NofM(Pattern):
 
     def _best(self, weight: MaskedWeight, scores: Tensor, n: int) -> Tensor:
         best = _largest_of_each(self._blocks(weight, scores), n)
-        return weight.from_rows(best.reshape(best.shape[0], -1))
+        return weight.from_rows(best.flatten(1))
 
     def _at_most(self, weight: MaskedWeight, budget: int) -> int:
         """Active weights that a block may hold under this budget."""
@@ -145,24 +157,32 @@ class NofM(Pattern):
 
     def _blocks(self, weight: MaskedWeight, tensor: Tensor) -> Tensor:
         rows = weight.rows(tensor)
-        inputs = _inputs(weight.candidate)
-        return rows.reshape(len(rows), inputs // self.m, self.m, rows.shape[1] // inputs)
+        kernel = weight.candidate.fan_in // _inputs(weight.candidate)
+        return rows.reshape(len(rows), rows.shape[1] // kernel // self.m, self.m, kernel)
 
 
 @final
 @dataclass(frozen=True)
 class ConstantFanIn(Pattern):
-    """The same number of active inputs for each neuron; neurons that are wholly pruned do not count."""
+    """The same number of active inputs for each neuron; neurons that are wholly pruned do not count.
+
+    A budget of fewer weights than neurons leaves one input to as many of these, those with the largest scores.
+    """
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
-        return ""
+        if layout_of(candidate.parameter).cuts_rows(candidate.leading):
+            return "pattern: the inputs of a neuron are divided between processes; divide its outputs instead"
+        return _refuses_sharded(candidate)
 
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
         fan_ins = weight.rows(among).sum(dim=1)
-        alive = int((fan_ins > 0).sum())
-        if alive == 0:
-            return 0
-        return min(max(1, budget // alive), int(fan_ins[fan_ins > 0].min())) * alive
+        alive = weight.count_rows(fan_ins > 0)
+        if budget < alive or alive == 0:
+            return min(budget, alive)
+        # The smallest of those alive: the largest of what each lacks of a whole row.
+        missing = torch.where(fan_ins > 0, weight.candidate.fan_in - fan_ins, 0)
+        most = torch.cat([missing, missing.new_zeros(1)]).max()
+        return min(budget // alive, weight.candidate.fan_in - int(weight.layout.largest(most))) * alive
 
     def largest(  # noqa: D102
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
@@ -170,9 +190,10 @@ class ConstantFanIn(Pattern):
         eligible = weight.rows(among)
         alive = eligible.any(dim=1)
         keys = weight.rows(scores if key is None else key(scores)).masked_fill(~eligible, -torch.inf)
-        fan_in = k // max(1, int(alive.sum()))
+        fan_in = k // max(1, weight.count_rows(alive))
         if fan_in == 0:
-            return torch.zeros_like(among)
+            fan_in, eligible = 1, eligible & weight.largest_rows(keys.amax(dim=1), k, alive).unsqueeze(1)
+            keys = keys.masked_fill(~eligible, -torch.inf)
         # A partition finds the last of each row; those that equal it are taken in the order of their places.
         last = keys.topk(fan_in, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
         above, ties = keys > last, keys == last
@@ -184,22 +205,28 @@ class ConstantFanIn(Pattern):
 @final
 @dataclass(frozen=True)
 class Filters(Pattern):
-    r"""Whole output neurons or filters, by the Euclidean norm of their scores; the output layer stays dense."""
+    """Whole output neurons or filters, by the Euclidean norm of their scores; the output layer stays dense.
+
+    Every layer keeps one at least.
+    """
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
-        return "pattern: the outputs of the last layer are all needed" if is_last else ""
+        return "pattern: the outputs of the last layer are all needed" if is_last else _refuses_sharded(candidate)
+
+    @override
+    def least(self, weight: MaskedWeight) -> int:
+        return weight.candidate.fan_in
 
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
-        rows = weight.rows(among)
-        fan_in = rows.shape[1]
-        return min(max(1, budget // fan_in), int(rows.any(dim=1).sum())) * fan_in
+        fan_in = weight.candidate.fan_in
+        return min(max(1, budget // fan_in), weight.count_rows(_has_some(weight, among))) * fan_in
 
     def largest(  # noqa: D102
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
     ) -> Tensor:
         rows = weight.rows(scores if key is None else key(scores))
-        norms = rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(dim=1)
-        chosen = largest(norms, k // rows.shape[1], weight.rows(among).any(dim=1))
+        norms = weight.sum_rows(rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum(dim=1))
+        chosen = weight.largest_rows(norms, k // weight.candidate.fan_in, _has_some(weight, among))
         return weight.from_rows(chosen.unsqueeze(1).expand_as(rows).contiguous())
 
 
@@ -243,5 +270,17 @@ def _largest_of_each(blocks: Tensor, n: int) -> Tensor:
 
 def _inputs(candidate: Candidate) -> int:
     """Inputs of each output: the input channels of a convolution, whose kernels are not counted."""
-    kernel = math.prod(candidate.layer_shape[2:])
-    return candidate.rows(candidate.parameter.detach()).shape[1] // kernel
+    return candidate.fan_in // math.prod(candidate.layer_shape[2:])
+
+
+def _has_some(weight: MaskedWeight, mask: Tensor) -> Tensor:
+    """Which rows hold some of a mask, wherever these are."""
+    has = weight.rows(mask).any(dim=1)
+    return has if weight.layout.is_whole else weight.sum_rows(has.to(torch.int32)) > 0
+
+
+def _refuses_sharded(candidate: Candidate) -> str:
+    """Why no pattern can be kept in a weight as it is divided."""
+    if candidate.input_first and not layout_of(candidate.parameter).is_whole:
+        return "pattern: it stores its inputs first, and processes hold parts of it; leave it out of fully_shard"
+    return ""

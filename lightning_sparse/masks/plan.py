@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.layers import kind_of, recognise
+from lightning_sparse.masks.layout import is_sharded, obstacle_of_shards
 from lightning_sparse.masks.memory import overlapping
 from lightning_sparse.masks.places import canonical_name, places_of, printable
 from lightning_sparse.masks.remarks import enumerated, remarks_on
@@ -39,8 +39,9 @@ __all__ = [
 _REFUSALS = {
     "no shape yet": "The shape of {names} of {types} is not known yet. Run one batch through the module before fit,"
     " replace the lazy layer by one with known sizes, or leave it out with exclude=.",
-    "sharded": "The entries of {names} are spread over processes, and masks need whole weights. Use strategy='ddp' or a"
-    " single device.",
+    "sharded": "Masks cannot follow how the entries of {names} are divided: by DeepSpeed, which hides the weights, or"
+    " by FSDP2 and tensor parallelism together into unequal parts. Use"
+    " ModelParallelStrategy, with numbers of processes that divide these dimensions, or strategy='ddp'.",
     "sparse gradients": "The gradients of {names} are sparse, and masks need dense ones. Build {types} with"
     " sparse=False, or leave it out of include=.",
     "shared memory": "The entries of {names} share their memory but are two parameters, which would have two masks."
@@ -320,8 +321,10 @@ def _refusal(candidate: Candidate, sparse: Container[int]) -> str:
     parameter = candidate.parameter
     if nn.parameter.is_lazy(parameter):
         return "no shape yet"
-    if isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape"):  # of DeepSpeed
-        return "sharded"
+    if hasattr(parameter, "ds_shape"):
+        return "sharded: by DeepSpeed"
+    if obstacle := obstacle_of_shards(parameter):
+        return f"sharded: {obstacle}"
     if id(parameter) in sparse:
         return "sparse gradients"
     return "" if parameter.requires_grad else "frozen"
@@ -330,7 +333,7 @@ def _refusal(candidate: Candidate, sparse: Container[int]) -> str:
 def _is_trained(candidate: Candidate) -> bool:
     """Whether an optimizer may write to a parameter, under its first name."""
     parameter = candidate.parameter
-    plain = candidate.numel > 0 and not isinstance(parameter, DTensor)
+    plain = candidate.numel > 0 and not is_sharded(parameter)
     return plain and parameter.requires_grad and not candidate.reason.startswith("tied: to")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.functional.masks import pack, unpack
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import Layout, is_sharded, layout_of, local_part
 from lightning_sparse.masks.plan import Candidate, canonical_name
+from lightning_sparse.masks.sums import sum_over_processes
 from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["Left", "MaskRegistry"]
@@ -29,29 +31,44 @@ class Left:
         bits: The masks, packed, by name.
         fingerprint: A hash of the weights at that time.
         given: Whether :func:`~lightning_sparse.apply_masks` has left them.
+        layouts: Where the entries of sharded weights were, by name: their masks are those of this process' part.
     """
 
     bits: Mapping[str, Tensor]
     fingerprint: int
     given: bool
+    layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
 
     def masks_of(self, module: nn.Module) -> dict[str, Tensor]:
-        """The masks; empty where a pruned weight is no longer zero: the module then is another one."""
+        """The masks; empty where a pruned weight is no longer zero: the module then is another one.
+
+        Where weights are sharded, these are of what this process holds, and every process must ask.
+        """
         parameters = _parameters(module)
         masks: dict[str, Tensor] = {}
         for name, bits in self.bits.items():
-            parameter = parameters.get(name)
-            if parameter is None or bits.numel() != -(-parameter.numel() // 8):
-                return {}
-            mask = unpack(bits, parameter.shape).to(parameter.device)
-            if parameter.detach()[~mask].any():
+            mask = None if name not in parameters else self._mask(name, bits, parameters[name])
+            if mask is None:
                 return {}
             masks[name] = mask
-        return masks
+        awake = (bool(local_part(parameters[name])[~mask].any()) for name, mask in masks.items())
+        return {} if _anywhere(any(awake), [parameters[name] for name in masks]) else masks
+
+    def _mask(self, name: str, bits: Tensor, parameter: nn.Parameter) -> Tensor | None:
+        layout, before = layout_of(parameter), self.layouts.get(name)
+        if before is not None and repr(before) != repr(layout):
+            return None
+        shape = parameter.shape if before is None else layout.local_shape
+        if bits.numel() != -(-shape.numel() // 8):
+            return None
+        mask = unpack(bits, shape)
+        return (layout.take(mask) if before is None else mask).to(parameter.device)
 
     def is_still_in(self, module: nn.Module) -> bool:
-        """Whether the weights are those of that time, to the bit."""
-        return self.fingerprint == _fingerprint(module, self.bits)
+        """Whether the weights are those of that time, to the bit; where they are sharded, every process must ask."""
+        parameters = _parameters(module)
+        others = self.fingerprint != _fingerprint(module, self.bits)
+        return not _anywhere(others, [parameters[name] for name in self.bits if name in parameters])
 
     def same_as(self, other: Left) -> bool:
         """Whether both say the same."""
@@ -135,8 +152,10 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         if record is None:
             return None
         if record.registry:
-            masks = {name: weight.layout.whole(weight.mask) for name, weight in record.registry.items()}
-            record.left = _left(module, masks, given=False)
+            masks = {name: weight.mask for name, weight in record.registry.items()}
+            # Nothing is gathered, for a process that has failed is alone here.
+            sharded = {name: w.layout for name, w in record.registry.items() if not w.layout.is_whole}
+            record.left = _left(module, masks, given=False, layouts=sharded)
         record.registry = None
         return record.left
 
@@ -254,8 +273,19 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         return f"MaskRegistry({len(self)} weights, sparsity={self.sparsity:.4f})"
 
 
-def _left(module: nn.Module, masks: Mapping[str, Tensor], *, given: bool) -> Left:
-    return Left({name: pack(mask) for name, mask in masks.items()}, _fingerprint(module, masks), given)
+def _left(
+    module: nn.Module, masks: Mapping[str, Tensor], *, given: bool, layouts: Mapping[str, Layout] | None = None
+) -> Left:
+    packed = {name: pack(mask) for name, mask in masks.items()}
+    return Left(packed, _fingerprint(module, masks), given, layouts or {})
+
+
+def _anywhere(holds: bool, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether something holds in a process, of those that hold parts of the parameters."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        return holds
+    return bool(sum_over_processes(torch.tensor([holds], dtype=torch.int32, device=sharded[0].device)))
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -266,7 +296,7 @@ def _fingerprint(module: nn.Module, names: Mapping[str, Tensor]) -> int:
     """A hash of the weights of those names; of one that is not there, of its absence."""
     parameters = _parameters(module)
     found = [parameters[name] for name in names if name in parameters]
-    hashes = [int(content_hash(parameter).item()) for parameter in found]
+    hashes = [int(content_hash(local_part(parameter)).item()) for parameter in found]
     return hash((len(names), *hashes))
 
 

@@ -1,21 +1,21 @@
-"""A weight with its mask, and weights that are ranked together."""
+"""A weight with its mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sparse.functional import selection
 from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, zero_pruned_
 from lightning_sparse.functional.selection import Key, Scores
-from lightning_sparse.masks.layout import Layout, Whole
+from lightning_sparse.functional.spread import Held, smallest_of_spread
+from lightning_sparse.masks.layout import Layout, layout_of, local_part
 from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.sums import sum_over_processes
 
-__all__ = ["MaskPool", "MaskedWeight"]
-
+__all__ = ["MaskedWeight", "view_as"]
 
 # Weights of a layer for which a second mask, as wide as the weights, is kept: 1 MiB. A step of a network of such layers
 # is so short that reading a mask of bytes shows.
@@ -42,8 +42,8 @@ class MaskedWeight:
         self.name = candidate.name
         self.parameter = candidate.parameter
         self.module_type = candidate.module_type
-        self.layout: Layout = Whole(candidate.parameter.shape)
-        self.mask = _view_as(flat_mask, self.value)
+        self.layout: Layout = layout_of(candidate.parameter)
+        self.mask = view_as(flat_mask, self.value)
         self.num_active = self.budget = self.numel
         self._candidate = candidate
         self._multiplier = self.mask
@@ -53,7 +53,7 @@ class MaskedWeight:
     @property
     def value(self) -> Tensor:
         """The entries that this process holds; writing to them writes to the parameter."""
-        return self.layout.local(self.parameter.detach())
+        return local_part(self.parameter)
 
     @property
     def grad(self) -> Tensor:
@@ -104,7 +104,9 @@ class MaskedWeight:
     @property
     def is_in_place(self) -> bool:
         """Whether the module still holds the parameter where it was found."""
-        return getattr(self._candidate.owner, self._candidate.local_name, None) is self.parameter
+        # FSDP2 itself puts the whole of a weight in its place for as long as a forward or backward needs it.
+        its = getattr(self._candidate.owner, self._candidate.local_name, None)
+        return its is self.parameter or not self.layout.is_whole
 
     @property
     def lies_as_its_mask(self) -> bool:
@@ -127,28 +129,69 @@ class MaskedWeight:
             among: ``bool``: the entries that may be chosen; all active ones by default.
             key: What is compared instead of the scores; see :func:`~lightning_sparse.functional.smallest`.
         """
-        return selection.smallest(scores, k, self.mask if among is None else among, key)
+        among = self.mask if among is None else among
+        if self.layout.is_whole:
+            return selection.smallest(scores, k, among, key)
+        scores = scores if isinstance(scores, Tensor) else torch.cat([part.reshape(-1) for part in scores])
+        return _smallest(self.layout, scores, k, among, key)
 
     def largest(self, scores: Scores, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
         """The mask of the ``k`` largest scores; see :meth:`smallest`."""
-        return selection.largest(scores, k, self.mask if among is None else among, key)
+        return self.smallest(scores, k, among, key=lambda part: (part if key is None else key(part)).neg())
 
     def count(self, mask: Tensor) -> int:
-        """The number of ``True`` of the whole, of a mask shaped like :attr:`value`."""
-        return counts_true([mask])[0]
+        """The number of ``True`` of the whole, of a mask shaped like :attr:`value`. A collective if sharded."""
+        counted = counts_true([mask])
+        return counted[0] if self.layout.is_whole else _sums(self.layout, counted, mask.device)[0]
+
+    # How its rows are ranked and counted.
+
+    def largest_rows(self, scores: Tensor, k: int, among: Tensor) -> Tensor:
+        """The mask of the ``k`` rows of the whole with the largest scores, of this process' rows.
+
+        Args:
+            scores: Floating point, one for each row of :meth:`rows`.
+            k: How many of the whole to choose.
+            among: ``bool``: the rows that may be chosen.
+        """
+        if self.layout.is_whole:
+            return selection.largest(scores, k, among)
+        return _smallest(self.rows_layout, scores, k, among, torch.neg)
+
+    def count_rows(self, mask: Tensor) -> int:
+        """The number of ``True`` of the whole, of one for each row. A collective where the weight is sharded."""
+        counted = counts_true([mask])
+        return counted[0] if self.layout.is_whole else _sums(self.rows_layout, counted, mask.device)[0]
+
+    def sum_rows(self, rows: Tensor) -> Tensor:
+        """A number for each row, added up where the row lies in several processes, a collective then."""
+        return self.layout.sum_rows(rows, self._candidate.leading)
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether a row lies in several processes."""
+        return self.layout.cuts_rows(self._candidate.leading)
+
+    @property
+    def rows_layout(self) -> Layout:
+        """Where its rows are."""
+        return self.layout.of_rows(self._candidate.leading)
 
     # How its entries lie.
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """``tensor``, of the weight's shape, as ``(outputs, fan-in)``: one row for each output neuron or filter.
+        """``tensor``, shaped like :attr:`value`, as ``(outputs, fan-in)``: one row for each output neuron or filter.
 
         Right for linear, (grouped, transposed) convolution and recurrent layers, where a row is one gate of one unit.
+        Where the weight is sharded, these are the rows and the part of each that this process holds.
         """
         return self._candidate.rows(tensor)
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """The inverse of :meth:`rows`: shape ``(outputs, fan-in)`` to the weight's."""
-        return self._candidate.from_rows(rows)
+        if self.layout.is_whole:
+            return self._candidate.from_rows(rows)
+        return rows.reshape(self.layout.local_shape)
 
     def flatten(self, tensor: Tensor) -> Tensor:
         """``tensor``, of the weight's shape, in the order of the group's flat mask."""
@@ -156,7 +199,7 @@ class MaskedWeight:
 
     def unflatten(self, flat: Tensor) -> Tensor:
         """The inverse of :meth:`flatten`, as a view."""
-        return _view_as(flat, self.mask)
+        return view_as(flat, self.mask)
 
     # What masks do to it.
 
@@ -178,7 +221,7 @@ class MaskedWeight:
 
     def lay_mask(self, flat_mask: Tensor) -> None:
         """Move the mask into ``flat_mask``, in the order in which the value lies in memory now."""
-        mask = _view_as(flat_mask, self.value)
+        mask = view_as(flat_mask, self.value)
         mask.copy_(self.mask)
         self.mask = self._multiplier = mask
         self.recount(self.num_active)
@@ -187,108 +230,20 @@ class MaskedWeight:
         return f"MaskedWeight({self.name}, {tuple(self.shape)}, sparsity={self.sparsity:.4f})"
 
 
-class MaskPool(Sequence[MaskedWeight]):
-    """Weights that are ranked together, with their masks, all active at first.
-
-    Args:
-        candidates: The weights, on one device.
-
-    Attributes:
-        mask: The masks of all its weights in one flat ``bool`` tensor; each weight's mask is a view of a part.
-    """
-
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        sizes = [candidate.parameter.numel() for candidate in candidates]
-        self.mask = torch.ones(sum(sizes), dtype=torch.bool, device=_device_of([c.parameter for c in candidates]))
-        parts = self.mask.split(sizes)
-        self._weights = [MaskedWeight(candidate, part) for candidate, part in zip(candidates, parts, strict=True)]
-
-    def lay_masks(self) -> None:
-        """Lay all masks anew, in the order in which the weights lie in memory now, and where they are."""
-        sizes = [weight.mask.numel() for weight in self]
-        device = _device_of([weight.parameter for weight in self])
-        self.mask = torch.empty(sum(sizes), dtype=torch.bool, device=device)
-        for weight, part in zip(self, self.mask.split(sizes), strict=True):
-            weight.lay_mask(part)
-
-    def __getitem__(self, index: int) -> MaskedWeight:  # type: ignore[override]
-        return self._weights[index]
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    @property
-    def numel(self) -> int:
-        """Number of weights, pruned ones included."""
-        return sum(weight.numel for weight in self)
-
-    @property
-    def unshared_numel(self) -> int:
-        """Number of weights that there would be if each use of a shared one had its own; budgets count these."""
-        return sum(weight.unshared_numel for weight in self)
-
-    @property
-    def num_active(self) -> int:
-        """Active weights, as counted at the last update."""
-        return sum(weight.num_active for weight in self)
-
-    # How its entries are ranked and counted.
-
-    def smallest(self, scores: Scores, k: int, among: Tensor, key: Key | None = None) -> Tensor:
-        """The flat mask of the ``k`` smallest scores of all weights together; see :meth:`MaskedWeight.smallest`.
-
-        Args:
-            scores: One tensor for each weight, in the order of :meth:`flat`.
-            k: How many of the whole to choose.
-            among: ``bool``, flat: the entries that may be chosen.
-            key: What is compared instead of the scores.
-        """
-        return selection.smallest(scores, k, among, key)
-
-    def count(self, flat_mask: Tensor) -> int:
-        """The number of ``True`` of the whole, of a flat mask in the order of :attr:`mask`."""
-        return counts_true([flat_mask])[0]
-
-    # How its entries lie.
-
-    def flat(self, what: Callable[[MaskedWeight], Tensor]) -> list[Tensor]:
-        """What is asked of each weight, of its shape, as flat tensors in the order of :attr:`mask`; no copies."""
-        return [weight.flatten(what(weight)) for weight in self]
-
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor for each weight, shaped like it, in one flat tensor in the order of :attr:`mask`."""
-        return torch.cat([weight.flatten(tensor) for weight, tensor in zip(self, tensors, strict=True)])
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A flat tensor in the order of :attr:`mask` as one view for each weight, shaped like it."""
-        parts = flat.split([weight.mask.numel() for weight in self])
-        return [weight.unflatten(part) for weight, part in zip(self, parts, strict=True)]
-
-    # What masks do.
-
-    def recount(self) -> None:
-        """Count the active weights anew; one transfer from a device that is not the CPU."""
-        for weight, num_active in zip(self, counts_true([weight.mask for weight in self]), strict=True):
-            weight.recount(num_active)
-
-    def apply_(self) -> None:
-        """Zero the pruned weights."""
-        for weight in self:
-            weight.apply_()
+def _smallest(layout: Layout, scores: Tensor, k: int, among: Tensor, key: Key | None) -> Tensor:
+    """The ``k`` smallest of the whole of a tensor that lies so, of what this process holds."""
+    held = Held(scores.reshape(-1), layout.place_of, layout.owned)
+    chosen = smallest_of_spread([held], k, among.reshape(-1), layout.shape.numel(), sum_over_processes, key)
+    return chosen.view(among.shape)
 
 
-def _view_as(flat: Tensor, like: Tensor) -> Tensor:
+def _sums(layout: Layout, counts: Sequence[int], device: torch.device) -> list[int]:
+    """Counts of what this process holds, added up over all."""
+    return layout.sum(torch.tensor(counts, device=device)).tolist()  # type: ignore[no-any-return]
+
+
+def view_as(flat: Tensor, like: Tensor) -> Tensor:
     """A flat tensor as a view with the shape and the order in memory of ``like``."""
     order = memory_order(like)
     inverse = [order.index(dim) for dim in range(len(order))]
     return flat.view([like.shape[dim] for dim in order]).permute(inverse)
-
-
-def _device_of(parameters: Sequence[nn.Parameter]) -> torch.device:
-    devices = {parameter.device for parameter in parameters}
-    if len(devices) > 1:
-        raise MisconfigurationException(
-            f"The weights of one optimizer lie on {', '.join(sorted(map(str, devices)))}, and masks are ranked on"
-            " one device. Use one optimizer, and one method with include=, for each device."
-        )
-    return devices.pop()

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.functional.masks import zero_pruned_
+from lightning_sparse.masks.layout import local_part
 from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.trainer import callbacks_of
@@ -71,7 +72,7 @@ class _Copy:
         for weight in weights:
             value = self.parameters.get(weight.name)
             if value is not None:
-                zero_pruned_(value, weight.mask.to(value.device))
+                zero_pruned_(local_part(value), weight.mask.to(value.device))
 
 
 @final
@@ -188,10 +189,11 @@ def _is_copy(value: nn.Parameter | None, weight: MaskedWeight) -> bool:
 
 
 def _hash(value: Tensor) -> int:
-    return int(content_hash(value))
+    return int(content_hash(local_part(value)))
 
 
 def _some(value: Tensor) -> Tensor:
     """A few entries, spread over a tensor."""
-    flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
+    value = local_part(value)
+    flat = value.reshape(-1) if value.is_contiguous() else value.flatten()
     return flat[:: max(1, flat.numel() // _SAMPLE)]

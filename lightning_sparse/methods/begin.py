@@ -10,11 +10,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sparse.masks.distributed import agree_to_begin, broadcast_
+from lightning_sparse.masks.distributed import agree_to_begin, broadcast_masks_
 from lightning_sparse.masks.inheritance import forget_pruned, waking_zeros
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Plan, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import checkpoints, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
@@ -33,18 +35,8 @@ def begin_together(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl
     """
     before = [(method, method.last_run, method.step) for method in methods]
     registry = MaskRegistry()
-    plans: list[Plan] = []
-    error = None
     try:
-        plans += [_plan(method, trainer, pl_module, registry) for method in methods]
-        _refuse_waking(methods, trainer, pl_module)
-    except Exception as refused:  # on one process perhaps, and the others have to know
-        error = refused
-    try:
-        settings: dict[str, str] = {}
-        for method in methods if error is None else ():
-            settings |= _settings(method)
-        agree_to_begin(settings, error)
+        plans = _plan_and_make(methods, trainer, pl_module, registry)
     except Exception:
         for method, run, step in before:
             method.last_run, method.step = run, step
@@ -52,12 +44,34 @@ def begin_together(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl
     registry.begin(pl_module)
     for method in methods:
         for group in method.groups:
-            broadcast_(group.mask)
+            broadcast_masks_(group)
     for method, plan in zip(methods, plans, strict=True):
         _put_to_work(method, trainer, pl_module)
         for remark in plan.remarks:
             method.warn_once(remark.removesuffix("."))
         rank_zero_info(f"{type(method).__name__}: {plan.summary} Sparsity {registry.sparsity:.4f}.")
+
+
+def _plan_and_make(
+    methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule, registry: MaskRegistry
+) -> list[Plan]:
+    plans: list[Plan] = []
+    error = None
+    try:
+        plans += [_plan(method, trainer, pl_module, registry) for method in methods]
+    except Exception as refused:  # on one process perhaps, and the others have to know
+        error = refused
+    if any(map(is_sharded, pl_module.parameters())):  # masks are made together, so who differs must be known before
+        agree_to_begin(_settings(methods, error), error)
+    try:
+        if error is None:
+            for method in methods:
+                _make_masks(method)
+            _refuse_waking(methods, trainer, pl_module)
+    except Exception as refused:
+        error = refused
+    agree_to_begin(_settings(methods, error), error)
+    return plans
 
 
 def _plan(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, registry: MaskRegistry) -> Plan:
@@ -90,12 +104,16 @@ def _plan(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, re
     method.last_run = run
     times = method.timetable(run.total_steps)
     run.timetable = None if times is None else times.shifted(run.origin)
-    method.prepare()
-    if state is None:
-        _initialize(method, run)
-    else:
-        _resume(method, run)
     return plan
+
+
+def _make_masks(method: Method) -> None:
+    """Let a method that is planned make its masks, or take those that it goes on from."""
+    method.prepare()
+    if method.run.beginning.state is None:
+        _initialize(method, method.run)
+    else:
+        _resume(method, method.run)
 
 
 def _without_refused(method: Method, plan: Plan) -> Plan:
@@ -125,11 +143,11 @@ def _without_refused(method: Method, plan: Plan) -> Plan:
 def _initialize(method: Method, run: Run) -> None:
     inherited = run.beginning.inherited
     for weight in method.weights:
-        if weight.name in inherited and inherited[weight.name].shape != weight.shape:
+        if weight.name in inherited and inherited[weight.name].shape != weight.mask.shape:
             raise MisconfigurationException(
                 f"The mask left by an earlier training for {printable(weight.name)} has shape"
-                f" {tuple(inherited[weight.name].shape)}, but the weight has {tuple(weight.shape)}. Train the module"
-                " that the masks are of."
+                f" {tuple(inherited[weight.name].shape)}, but the weight has {tuple(weight.mask.shape)}. Train the"
+                " module that the masks are of."
             )
     for group in run.groups:
         method.initialize_masks(group)
@@ -171,14 +189,19 @@ def _refuse_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl
         )
 
 
-def _settings(method: Method) -> dict[str, str]:
-    """What must be equal in every process."""
-    run = method.run
-    return {
-        f"the arguments of {method.state_key}": method.settings(),
-        f"the weights of {method.state_key}": ", ".join(f"{w.name} {tuple(w.shape)}" for w in method.weights),
-        f"the times of {method.state_key}": f"{run.timetable}, {run.total_steps} steps from {run.origin}",
-    }
+def _settings(methods: Sequence[Method], error: Exception | None) -> dict[str, str]:
+    """What must be equal in every process; nothing where there is an error, which is told instead."""
+    settings: dict[str, str] = {}
+    for method in methods if error is None else ():
+        run, key = method.run, method.state_key
+        settings[f"the arguments of {key}"] = method.settings()
+        settings[f"the weights of {key}"] = ", ".join(f"{w.name} {tuple(w.shape)}{_divided(w)}" for w in method.weights)
+        settings[f"the times of {key}"] = f"{run.timetable}, {run.total_steps} steps from {run.origin}"
+    return settings
+
+
+def _divided(weight: MaskedWeight) -> str:
+    return "" if weight.layout.is_whole else f" divided by {weight.layout}"
 
 
 def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,8 +220,11 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
     """End a training, however it ended: leave the module sparse, and nothing else behind."""
     run = method.last_run
     if run is None or not run.active:
+        checkpoints.resume_no_more(method)
         return
     for group in run.groups:
+        if group in run.steps.awaiting:  # an error between the gradients and the step
+            method.step_skipped(group)
         group.apply_()
         run.steps.unhook(group)
     run.averages.apply_(method.weights)

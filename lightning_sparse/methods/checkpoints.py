@@ -27,6 +27,7 @@ __all__ = [
     "denser_checkpoints",
     "forget_stale",
     "inherited_by_all",
+    "resume_no_more",
     "state_of",
     "take",
     "take_state",
@@ -156,6 +157,12 @@ def forget_stale(method: Method, module: pl.LightningModule) -> None:
     loaded = method.loaded
     if loaded is not None and not _is_still_there(loaded.left, module):
         method.loaded = None
+
+
+def resume_no_more(method: Method) -> None:
+    """As a ``fit`` ends that has not begun to train, keep what its checkpoint has brought: weights that were loaded."""
+    if method.loaded is not None:
+        method.loaded = replace(method.loaded, resumes=False)
 
 
 def _is_still_there(left: Left | None, module: pl.LightningModule) -> bool:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, cast, final
 from typing_extensions import override
 
 from lightning_sparse.functional.allocation import proportional, share
-from lightning_sparse.functional.masks import counts_true
 from lightning_sparse.masks.budgets import budget_of
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.schema import Check, number
@@ -112,7 +111,7 @@ class DSR(GrowingMethod):
         its = self._adaptive
         large = [weight.mask & (weight.value.abs() >= its.threshold) for weight in group]
         least = [min(self.min_active, weight.num_active) for weight in group]
-        its.survivors = [max(*pair) for pair in zip(counts_true(large), least, strict=True)]
+        its.survivors = [max(*pair) for pair in zip(group.counts(large), least, strict=True)]
 
     @override
     def budgets(self, group: MaskGroup) -> list[int]:

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
+from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.schema import Check, any_of, mapping_of, names, record, refuse, whole, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
@@ -148,6 +150,15 @@ class DST(LatentMethod):
         self._kept.own = _Own(None if self.sparsity is None else Steering(self.sparsity))
 
     @override
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
+        if candidate.input_first and is_sharded(candidate.parameter):
+            return (
+                "sharded: it stores its inputs first, and DST has a threshold for each output; leave it out of"
+                " fully_shard, or take another method for it"
+            )
+        return super().refuses(candidate, is_last=is_last)
+
+    @override
     def learned(self, weight: MaskedWeight) -> Tensor:
         self._own.resets[weight.name] = 0
         dtype = torch.promote_types(weight.value.dtype, torch.float32)  # steps of 1e-5 vanish in a half
@@ -161,8 +172,12 @@ class DST(LatentMethod):
     def rewrite_gradient(self, weight: MaskedWeight, latent: Tensor, scale: float) -> None:
         grad, threshold = weight.grad, self.thresholds[weight.name]
         assert self.alpha is not None
-        rows = weight.rows(grad)
-        threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, self.alpha * scale)
+        rows, alpha = weight.rows(grad), self.alpha * scale
+        if weight.cuts_rows:  # the regulariser's part is added once
+            threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, alpha=0.0)
+            threshold_grad = weight.sum_rows(threshold_grad) - alpha * torch.exp(-threshold.detach())
+        else:
+            threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, alpha)
         if rows.data_ptr() != grad.data_ptr():  # its rows do not lie in order in memory
             grad.copy_(weight.from_rows(rows))
         self._give_gradient(weight, threshold_grad.to(threshold.dtype) / scale)
@@ -177,15 +192,17 @@ class DST(LatentMethod):
 
     @override
     def masks_renewed(self, group: MaskGroup) -> None:
-        for weight in group:
-            if weight.num_active == 0 or weight.name in self._own.unmoved:
-                self._let_wake(weight)
-            if weight.sparsity >= self._resets_from(weight):
-                self._reset(weight)
+        group.each(self._keep_alive)
         steering, total = self._own.steering, self.run.total_steps
         if steering and group is self.groups[-1]:
             steering.observe(self.actual_sparsity(), self.progress, 1.0 / total)
             self.alpha = steering.alpha
+
+    def _keep_alive(self, weight: MaskedWeight) -> None:
+        if weight.num_active == 0 or weight.name in self._own.unmoved:
+            self._let_wake(weight)
+        if weight.sparsity >= self._resets_from(weight):
+            self._reset(weight)
 
     def _resets_from(self, weight: MaskedWeight) -> float:
         """The sparsity of a layer from which on its thresholds are reset."""
@@ -198,7 +215,7 @@ class DST(LatentMethod):
 
     def _let_wake(self, weight: MaskedWeight) -> None:
         """Let the next gradient reach a layer that is all zero: thresholds of 0 would keep it so."""
-        if self.latent(weight).any():
+        if weight.count(self.latent(weight) != 0):
             self._own.unmoved.discard(weight.name)
         else:
             self._own.unmoved.add(weight.name)
@@ -207,7 +224,7 @@ class DST(LatentMethod):
             self.renew(weight)
 
     def _reset(self, weight: MaskedWeight) -> None:
-        if not self.thresholds[weight.name].any():
+        if not weight.count_rows(self.thresholds[weight.name].detach() != 0):
             return  # nothing to undo: the weights themselves are zero
         if self.resets[weight.name] == 0:
             self._name_collapsed(weight)
@@ -251,7 +268,10 @@ class DST(LatentMethod):
 
     @override
     def extra_metrics(self) -> dict[str, float]:
-        penalty = sum(float(threshold_penalty(threshold.detach())) for threshold in self.thresholds.values())
+        penalty = sum(
+            float(weight.rows_layout.sum(threshold_penalty(self.thresholds[weight.name].detach())))
+            for weight in self.weights
+        )
         alpha = self.alpha or 0.0
         return {
             "dst/alpha": alpha,

@@ -162,8 +162,8 @@ class Feather(LatentMethod):
             key=torch.abs,
         )
         masks = group.split(~pruned)
-        largest = [torch.where(m, 0.0, self.latent(w)).abs_().amax() for w, m in zip(group, masks, strict=True)]
-        threshold = float(torch.stack(largest).max())
+        largest = [_largest(torch.where(m, 0.0, self.latent(w))) for w, m in zip(group, masks, strict=True)]
+        threshold = float(torch.stack(group.each(lambda weight, its: weight.layout.largest(its), largest)).max())
         self._own.masks = {weight.name: mask for weight, mask in zip(group, masks, strict=True)}
         self._own.thresholds |= {weight.name: threshold for weight in group}
 
@@ -219,6 +219,11 @@ class Feather(LatentMethod):
                     f"The checkpoint does not tell the threshold of {weight.name}. Resume from an earlier one."
                 )
             self._own.thresholds[weight.name] = threshold
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude; 0 where there is no value."""
+    return values.abs_().amax() if values.numel() else values.new_zeros(())
 
 
 @dataclass

@@ -24,7 +24,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice
 from lightning_sparse.methods.paper import Paper

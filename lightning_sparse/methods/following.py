@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
 
-from lightning_sparse.masks.distributed import broadcast_
+from lightning_sparse.masks.distributed import broadcast_masks_
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import Candidate, judge_parameters
 from lightning_sparse.masks.weight import MaskedWeight
@@ -43,7 +43,7 @@ def _moved(method: Method) -> bool:
     """Whether a masked parameter is no longer reached from the module under its name."""
     module = method.run.module()
     return module is not None and any(
-        _reached(module, weight.name) is not weight.parameter for weight in method.weights
+        weight.layout.is_whole and _reached(module, weight.name) is not weight.parameter for weight in method.weights
     )
 
 
@@ -133,7 +133,7 @@ def take_in_thawed(method: Method, trainer: pl.Trainer, optimizer: Optimizer) ->
         for weight in group:
             weight.mask.copy_(masks[weight.name])
         group.updated_at = method.step
-        broadcast_(group.mask)
+        broadcast_masks_(group)
         run.groups.append(group)
         steps.put_to_work(method, trainer, group)
         holding.forget_moments(group, group)

@@ -21,9 +21,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.distributed import mean_
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.layout import is_sharded
+from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.paper import Paper
@@ -72,6 +75,12 @@ class GraSP(AtInitialization):
         url="https://arxiv.org/abs/2002.07376",
     )
     needs_dense_gradients: ClassVar[bool] = True
+
+    @override
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
+        if is_sharded(candidate.parameter):
+            return "sharded: GraSP needs second derivatives, which FSDP2 cannot compute; take SNIP"
+        return super().refuses(candidate, is_last=is_last)
 
     @property
     @override

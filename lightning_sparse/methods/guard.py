@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lightning_sparse.functional.masks import counts_true
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import is_sharded, local_part
 from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["Guard", "count_awake"]
 
 _SAMPLE = 256  # pruned entries of a gradient that are looked at where clipping hides who wrote
 
-_Mark = tuple[int, int]
+_Mark = tuple[int, ...]
 
 
 @final
@@ -95,6 +96,9 @@ def count_awake(weights: Sequence[MaskedWeight]) -> list[int]:
 
 
 def _mark(tensor: Tensor) -> _Mark:
+    if is_sharded(tensor):  # its own counter knows of its operations, that of the part here of what else is written
+        part = local_part(tensor)
+        return part.data_ptr(), tensor._version, part._version
     try:
         return tensor.data_ptr(), tensor._version
     except RuntimeError:  # an inference tensor counts no writes

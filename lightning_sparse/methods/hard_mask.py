@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.masks.distributed import broadcast_, vote
+from lightning_sparse.masks.distributed import broadcast_masks_, vote
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, as_stepped_on, clear_moments, keeps_zeros, warm_moments
 from lightning_sparse.masks.places import printable
@@ -145,14 +145,16 @@ class HardMaskMethod(SparseMethod):
     @final
     def _update(self, group: MaskGroup) -> Tensor | None:
         """Let masks change; return those before, or None where none has."""
-        before = group.mask.clone()
+        before, budgets = group.mask.clone(), [weight.budget for weight in group]
         try:
             self.update_masks(group)
         except Exception:  # nothing half-applied
             group.mask.copy_(before)
             group.recount()
+            for weight, budget in zip(group, budgets, strict=True):
+                weight.budget = budget
             raise
-        broadcast_(group.mask)
+        broadcast_masks_(group)
         group.updated_at = self.step
         changed = before ^ group.mask
         if not group.count(changed):
@@ -172,7 +174,10 @@ class HardMaskMethod(SparseMethod):
     def _gradients_are_usable(self, group: MaskGroup, *, due: bool) -> bool:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
         finite = bool(gradients) and all_finite(gradients)  # there is none where training_step returned None
-        usable = vote(finite, group) if due else finite  # a process without gradients votes too
+        # A process without gradients votes too. Where readiness is counted, all count the same steps; and some parts of
+        # a sharded gradient may be finite, and others not.
+        together = due or group.is_spread or type(self).is_ready is not HardMaskMethod.is_ready
+        usable = vote(finite, group) if together else finite
         if usable:
             group.not_finite_for = 0
         elif gradients and due:
@@ -222,8 +227,12 @@ class HardMaskMethod(SparseMethod):
 def _warm(trainer: pl.Trainer, group: MaskGroup, before: Tensor) -> None:
     """Warm the moments of what was pruned ``before`` and is active now; gradients are masked already."""
     seen = as_stepped_on(trainer, group.optimizer)
-    for weight, was in zip(group, group.split(before), strict=True):
-        warm_moments(group.optimizer, weight.parameter, weight.mask & ~was, weight.mask & was, seen(weight.grad))
+
+    def warm(weight: MaskedWeight, was: Tensor) -> None:
+        grown, survivors = weight.mask & ~was, weight.mask & was
+        warm_moments(group.optimizer, weight.parameter, grown, survivors, seen(weight.grad), weight.layout)
+
+    group.each(warm, group.split(before))
 
 
 def _check_memory(name: str, tensors: Mapping[str, torch.Tensor], method: HardMaskMethod) -> None:

@@ -34,7 +34,8 @@ _FIRST = (1, 2)  # steps after which an average, written before or after us, has
 def masks_changed(method: Method, group: MaskGroup) -> None:
     """Make masks that were just written true everywhere: in counts, weights and averages."""
     group.recount()
-    group.apply_()
+    if group not in method.run.steps.differentiated:  # else after the step
+        group.apply_()
     method.registry.num_updates += 1
     masks_are_others(method, group)
 

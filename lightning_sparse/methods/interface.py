@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -26,6 +27,8 @@ from lightning_sparse.methods.run import Loaded, Run
 from lightning_sparse.schedules import Timetable, as_number
 
 __all__ = ["Method"]
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
 
 # Steps in a row without a finite gradient, after which training has diverged.
 _PATIENCE = 100
@@ -265,9 +268,11 @@ def _in_full(value: object) -> str:
         return f"{value.dtype} {tuple(value.shape)} {int(content_hash(value)):x}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_in_full(item)}" for name, item in value.items())
-    if isinstance(value, pl.Callback):
+    if isinstance(value, pl.Callback) or type(value).__repr__ is object.__repr__:  # as a schedule of a user's own
         public = {
-            name: item for name, item in vars(value).items() if isinstance(item, str | int | float | tuple | None)
+            name: item
+            for name, item in getattr(value, "__dict__", {}).items()
+            if isinstance(item, str | int | float | tuple | None)
         }
         return f"{type(value).__name__}({_in_full({k: v for k, v in public.items() if not k.startswith('_')})})"
-    return repr(value)
+    return _ADDRESS.sub("", repr(value))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, cast, final
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.masks.distributed import all_agree
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite, gradient_scale
 from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, refuse, tensor, wrong_names
@@ -28,7 +30,7 @@ from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
-from lightning_sparse.methods.twins import set_like_its_user, twin_optimizer
+from lightning_sparse.methods.twins import descend, set_like_its_user, twin_optimizer
 
 __all__ = ["LatentMethod"]
 
@@ -180,23 +182,33 @@ class LatentMethod(SparseMethod):
     @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
-        self._kept.finite = not gradients or all_finite(gradients)
+        finite = not gradients or all_finite(gradients)
+        self._kept.finite = all_agree(finite, group.mask.device) if group.is_spread else finite
         if self._kept.finite:
             group.not_finite_for = 0
         else:
             self.be_patient(group)
         scale = gradient_scale(trainer, group.optimizer)
-        for weight in group:
-            latent = self.latent(weight)
-            if weight.parameter.grad is None:
-                self.without_gradient(weight, scale)
-            else:
-                self.rewrite_gradient(weight, latent, scale)
+        lay = group not in self.run.steps.differentiated
+        group.each(partial(self._prepare_step, scale=scale, lay=lay))
+
+    def _prepare_step(self, weight: MaskedWeight, scale: float, lay: bool) -> None:
+        """Give the dense weight its gradient, and lay it back unless the optimizer differentiates gradients."""
+        latent = self.latent(weight)
+        if weight.parameter.grad is None:
+            self.without_gradient(weight, scale)
+        else:
+            self.rewrite_gradient(weight, latent, scale)
+        if lay:
             weight.value.copy_(latent)
 
     @final
     @override
     def after_step(self, group: MaskGroup) -> None:
+        if group in self.run.steps.differentiated:
+            for weight in group:  # it has moved what the module computed with: W moves as far
+                latent = self.latent(weight)
+                weight.value.add_(latent - self.effective(weight, latent))
         self.take_step(group)
         if self._kept.finite:
             self._learn(group)
@@ -243,8 +255,15 @@ class LatentMethod(SparseMethod):
         if twin is None:
             return
         set_like_its_user(twin, group, self.twin_settings())
-        with torch.enable_grad():  # differentiable optimizers ask for it
-            twin.step()
+        if group in self.run.steps.differentiated:
+            self.warn_once(
+                f"{type(twin).__name__} differentiates gradients, and what {type(self).__name__} learns beside the"
+                " weights has gradients in closed form, so plain SGD of the same learning rate steps it"
+            )
+            descend(twin)
+        else:
+            with torch.enable_grad():  # differentiable optimizers ask for it
+                twin.step()
         twin.zero_grad()
 
     @final
@@ -256,8 +275,7 @@ class LatentMethod(SparseMethod):
 
     def _renew_all(self, group: MaskGroup, step: int) -> None:
         self.before_masks(group, step)
-        for weight in group:
-            weight.mask.copy_(self.new_mask(weight, self.latent(weight)))
+        group.each(lambda weight: weight.mask.copy_(self.new_mask(weight, self.latent(weight))))
         group.recount()
         for weight in group:
             weight.budget = weight.num_active

@@ -83,9 +83,12 @@ class StepWatch:
         had_gradients: Groups that had gradients without ever being announced.
         stepped: Whether a step was taken in this batch.
         handles: The hooks on optimizers, by group.
+        differentiated: Groups whose optimizer may differentiate their gradients in the coming step, as AdaHessian and
+            SophiaH do: until then nothing writes to the weights, for autograd would refuse.
     """
 
     awaiting: set[MaskGroup] = field(default_factory=set[MaskGroup])
+    differentiated: set[MaskGroup] = field(default_factory=set[MaskGroup])
     seen: set[MaskGroup] = field(default_factory=set[MaskGroup])
     had_gradients: set[MaskGroup] = field(default_factory=set[MaskGroup])
     stepped: bool = False

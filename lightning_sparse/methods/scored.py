@@ -15,13 +15,14 @@ from typing_extensions import override
 
 from lightning_sparse.arguments import check_whole
 from lightning_sparse.functional.selection import Scores
-from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, layer_budgets
+from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, feasible_budgets, layer_budgets
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import inherit_
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.weight import MaskedWeight, MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
 from lightning_sparse.methods.hard_mask import HardMaskMethod
@@ -134,17 +135,12 @@ class ScoredMethod(HardMaskMethod, ABC):
         return random_scores(weight, self.seed, self.step)
 
     def budgets(self, group: MaskGroup) -> list[int]:
-        """The active weights that each layer has after this update."""
+        """The active weights that each layer has after this update; with a :attr:`pattern`, at most."""
         if self.allocation == "global":
             return self._budgets_together(group)
         if self.grows and group.num_active == budget_of(group, self.sparsity_now) and not self._shaped:
             return [weight.num_active for weight in group]
-        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
-        allowed = [torch.ones_like(weight.mask) if self.grows else weight.mask for weight in group]
-        return [
-            self.shape.feasible(weight, budget, mask)
-            for weight, budget, mask in zip(group, shares, allowed, strict=True)
-        ]
+        return layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
 
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
         """What pruning leaves of each layer, before growth fills it up to its budget."""
@@ -190,11 +186,19 @@ class ScoredMethod(HardMaskMethod, ABC):
         if self.allocation == "global":
             self.prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
         budgets = self.budgets(group)
-        for weight, keep, budget in zip(group, self.kept(group, budgets), budgets, strict=True):
-            weight.mask.copy_(self.new_mask(weight, keep, budget))
-            weight.budget = budget
+        if self._shaped:
+            budgets = feasible_budgets(group, budgets, self.shape, self.allowed)
+        group.each(self._renew, self.kept(group, budgets), budgets)
         check_met(group)
         self.after_update(group)
+
+    def _renew(self, weight: MaskedWeight, keep: int, budget: int) -> None:
+        mask, weight.budget = self.pruned_to(weight, keep), budget
+        if self.grows and (budget > keep or self._shaped):
+            free = self.free(weight, mask)
+            weight.budget = self.shape.feasible(weight, budget, mask | free) if self._shaped else budget
+            mask = self.grown_to(weight, mask, weight.budget - keep, free)
+        weight.mask.copy_(mask)
 
     def before_update(self, group: MaskGroup) -> None:
         """An update is about to choose the masks of ``group``."""
@@ -225,37 +229,40 @@ class ScoredMethod(HardMaskMethod, ABC):
         if n == group.numel - sum(active):
             return [weight.numel for weight in group]
         grown = group.smallest(group.flat(self.grow_scores), n, ~group.mask, key=lambda part: part.abs().neg())
-        parts = zip(group, group.split(grown), active, strict=True)
-        return [its_active + weight.count(its_grown) for weight, its_grown, its_active in parts]
+        return [sum(pair) for pair in zip(active, group.counts(group.split(grown)), strict=True)]
 
     def _prunable(self, group: MaskGroup) -> Tensor:
         """The active weights but for the ``min_active`` largest of each layer."""
         if self.min_active == 0:
             return group.mask
-        kept = [
-            weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs) for weight in group
-        ]
+        kept = group.each(
+            lambda weight: weight.largest(weight.value, min(self.min_active, weight.num_active), key=torch.abs)
+        )
         return group.mask & ~group.flatten(kept)
 
-    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
-        """The mask of a layer after this update: pruned to ``keep`` weights, grown to ``budget``."""
-        kept = self._pruned_to(weight, keep)
-        if budget <= keep:
-            return kept
-        free = torch.ones_like(kept) if self.regrows else kept | ~weight.mask
-        if self._shaped:
-            scores = self.grow_scores(weight).abs().masked_fill(kept, torch.inf)
-            return self.shape.largest(weight, scores, budget, free)
-        return kept | weight.largest(self.grow_scores(weight), budget - keep, free & ~kept, key=torch.abs)
+    def allowed(self, weight: MaskedWeight) -> Tensor:
+        """Where the pattern of a layer may have weights after this update."""
+        return torch.ones_like(weight.mask) if self.grows else weight.mask
 
-    def _pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+    def pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+        """The mask of a layer that is pruned to ``keep`` weights."""
+        if self._shaped:
+            feasible = self.shape.feasible(weight, keep, weight.mask)
+            return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
         n = weight.num_active - keep
-        if n <= 0 and not self._shaped:
-            return weight.mask
-        if not self._shaped:
-            return weight.mask & ~self.dropped(weight, weight.mask, n)
-        feasible = self.shape.feasible(weight, keep, weight.mask)
-        return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
+        return weight.mask & ~self.dropped(weight, weight.mask, n) if n > 0 else weight.mask
+
+    def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
+        """Where a layer that was pruned to ``kept`` may grow."""
+        return ~kept if self.regrows else ~kept & ~weight.mask
+
+    def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
+        """The mask of a layer that was pruned to ``kept`` and grows ``n`` of the ``free``, to ``weight.budget``."""
+        scores = self.grow_scores(weight)
+        if self._shaped:
+            first = scores.abs().masked_fill(kept, torch.inf)
+            return self.shape.largest(weight, first, weight.budget, kept | free)
+        return kept | weight.largest(scores, n, free, key=torch.abs)
 
     @property
     @override
@@ -272,26 +279,34 @@ class ScoredMethod(HardMaskMethod, ABC):
     def initialize_masks(self, group: MaskGroup) -> None:
         assert isinstance(self.sparsity, Schedule)
         for percent in range(101) if self.grows else (100,):  # refuse at the start what could not be done later
-            check_budget(group, self.sparsity(percent / 100), self.min_active)
+            check_budget(group, self.sparsity(percent / 100), self.min_active, self.shape)
         first = self.sparsity(0.0)
         # What never grows begins with what it inherits; its first update prunes the rest.
         if first > 0.0 and (self.grows or not self.inherited):
             self._draw(group, first)
         inherit_(group, self.inherited, self.seed)
         if self._shaped:
-            for weight in group:  # of masks without the pattern the largest weights that fit it stay
-                weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
-                weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+            group.each(self._shape)
         self.clock_starts(group)
+
+    def _shape(self, weight: MaskedWeight) -> None:
+        """Of masks without the pattern the largest weights that fit it stay."""
+        weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
+        weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
         allocation = "erk" if self.allocation == "global" else self.allocation
-        for weight, budget in zip(group, layer_budgets(group, sparsity, allocation, self.min_active), strict=True):
-            every = torch.ones_like(weight.mask)
-            weight.budget = self.shape.feasible(weight, budget, every)
+        budgets = layer_budgets(group, sparsity, allocation, self.min_active)
+        if self._shaped:
+            budgets = feasible_budgets(group, budgets, self.shape, lambda weight: torch.ones_like(weight.mask))
+
+        def draw(weight: MaskedWeight, budget: int) -> None:
+            weight.budget = budget
             scores = random_scores(weight, self.seed, step=0)
-            weight.mask.copy_(self.shape.largest(weight, scores, weight.budget, every))
+            weight.mask.copy_(self.shape.largest(weight, scores, budget, torch.ones_like(weight.mask)))
+
+        group.each(draw, budgets)
 
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:

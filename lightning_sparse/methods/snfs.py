@@ -116,8 +116,8 @@ class SNFS(GrowingMethod):
         ]
 
     def _mean_momentum(self, group: MaskGroup) -> list[float]:
-        sums = [
-            self.memory(weight, "momentum").abs().mul_(weight.mask).sum(dtype=torch.float64) / max(1, weight.num_active)
-            for weight in group
-        ]
-        return torch.stack(sums).tolist()  # type: ignore[no-any-return]
+        def mean(weight: MaskedWeight) -> Tensor:
+            total = self.memory(weight, "momentum").abs().mul_(weight.mask).sum(dtype=torch.float64)
+            return weight.layout.sum(total) / max(1, weight.num_active)
+
+        return torch.stack(group.each(mean)).tolist()  # type: ignore[no-any-return]

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.selection import largest
 from lightning_sparse.masks.budgets import layer_budgets
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.patterns import ConstantFanIn, Pattern
@@ -105,13 +104,17 @@ class SRigL(GrowingMethod):
 
     @override
     def budgets(self, group: MaskGroup) -> list[int]:
-        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
-        for weight, budget in zip(group, shares, strict=True):
+        budgets = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
+
+        def leave(weight: MaskedWeight, budget: int) -> None:
             self._alive[weight.name] = self._neurons_left(weight, budget)
-        return [
-            self.shape.feasible(weight, budget, self._alive[weight.name])
-            for weight, budget in zip(group, shares, strict=True)
-        ]
+
+        group.each(leave, budgets)
+        return budgets
+
+    @override
+    def allowed(self, weight: MaskedWeight) -> Tensor:
+        return self._alive[weight.name]
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
@@ -125,13 +128,18 @@ class SRigL(GrowingMethod):
         return weight.grad
 
     @override
-    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
-        alive = self._alive[weight.name]
-        kept = weight.largest(weight.value, keep, weight.mask, key=torch.abs) & alive
+    def pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+        return weight.largest(weight.value, keep, weight.mask, key=torch.abs) & self._alive[weight.name]
+
+    @override
+    def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
+        return super().free(weight, kept) & self._alive[weight.name]
+
+    @override
+    def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
         # All kept weights come before all others: those by magnitude, these by gradient.
-        ranked = torch.where(kept, 2.0 + _to_one(weight.value), _to_one(weight.grad))
-        free = alive if self.regrows else alive & (kept | ~weight.mask)
-        return self.shape.largest(weight, ranked, budget, free)
+        ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
+        return self.shape.largest(weight, ranked, weight.budget, kept | free)
 
     def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:
         """The mask of all weights of the neurons that are not ablated."""
@@ -142,16 +150,17 @@ class SRigL(GrowingMethod):
         top = weight.largest(weight.value, weight.num_active - k, weight.mask, key=torch.abs)
         wanted = weight.largest(weight.grad, k, ~top, key=torch.abs)
         salient = weight.rows(top | wanted).sum(dim=1)
-        fan_in = weight.num_active / max(1, weight.count(weight.rows(weight.mask).any(dim=1)))
+        fan_in = weight.num_active / max(1, weight.count_rows(weight.rows(weight.mask).any(dim=1)))
         alive = salient >= max(1.0, self.ablation * fan_in)
         row = weight.rows(every)
         needed = -(-budget // row.shape[1])
-        if weight.count(alive) < needed:
-            alive = largest(salient.double(), needed, torch.ones_like(alive))
+        if weight.count_rows(alive) < needed:
+            alive = weight.largest_rows(salient.double(), needed, torch.ones_like(alive))
         return weight.from_rows(alive.unsqueeze(1).expand_as(row).contiguous())
 
 
-def _to_one(scores: Tensor) -> Tensor:
+def _to_one(weight: MaskedWeight, scores: Tensor) -> Tensor:
     """Magnitudes in [0, 1], in their order."""
     magnitudes = scores.abs().double()
-    return magnitudes / magnitudes.max().clamp(min=torch.finfo(torch.float64).tiny)
+    largest = torch.cat([magnitudes.flatten(), magnitudes.new_zeros(1)]).max()  # a process may hold none
+    return magnitudes / weight.layout.largest(largest).clamp(min=torch.finfo(torch.float64).tiny)

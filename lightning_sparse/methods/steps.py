@@ -8,9 +8,11 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import laid_like
 from lightning_sparse.masks.moments import skipped_step
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
@@ -43,35 +45,65 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     for group in groups:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
-        _check_gradients(method, group)
+        graphs = _make_plain(method, group)
+        if graphs:
+            run.steps.differentiated.add(group)
         method.before_step(trainer, group)
+        _put_back(graphs, masked=method.clears_gradients)
         if method.clears_gradients:
             run.guards[group].note_gradients()
         else:
             run.guards[group].note_weights()  # their dense values are laid in
 
 
-def _check_gradients(method: Method, group: MaskGroup) -> None:
-    """Refuse gradients that an optimizer may differentiate; make those of ``Embedding(sparse=True)`` dense."""
+def _make_plain(method: Method, group: MaskGroup) -> dict[MaskedWeight, Tensor]:
+    """Make gradients such that methods can change them in place: those of ``Embedding(sparse=True)`` become dense.
+
+    Returns:
+        The gradients with their graphs, where the optimizer may differentiate them in its step, as AdaHessian and
+        SophiaH do.
+    """
+    torchs = type(group.optimizer).__module__.startswith("torch.optim")  # which differentiate nothing
+    graphs: dict[MaskedWeight, Tensor] = {}
     for weight in group:
         grad = weight.parameter.grad
         if grad is None:
             continue
-        if grad.grad_fn is not None and not type(group.optimizer).__module__.startswith("torch.optim"):
-            optimizer = type(group.optimizer).__name__
-            raise MisconfigurationException(
-                f"The gradient of {weight.name} was made with create_graph=True, so {optimizer} may differentiate it in"
-                f" its step, and {type(method).__name__} has to change gradients and weights before that step."
-                f" Train without create_graph=True, or give {optimizer} the weights that are left out with exclude=."
-            )
-        if grad.layout == torch.strided:
-            continue
-        if isinstance(group.optimizer, torch.optim.SparseAdam):
-            raise MisconfigurationException(
-                f"{weight.name} has sparse gradients, which {type(method).__name__} makes dense, and SparseAdam takes"
-                " no dense ones. Give the weight to another optimizer, or leave it out with exclude=."
-            )
-        weight.parameter.grad = grad.to_dense()
+        if grad.layout != torch.strided:
+            if isinstance(group.optimizer, torch.optim.SparseAdam):
+                raise MisconfigurationException(
+                    f"{weight.name} has sparse gradients, which {type(method).__name__} makes dense, and SparseAdam"
+                    " takes no dense ones. Give the weight to another optimizer, or leave it out with exclude=."
+                )
+            weight.parameter.grad = grad.to_dense()
+        elif grad.grad_fn is not None and not torchs:
+            graphs[weight] = grad
+            weight.parameter.grad = grad.detach().clone()
+        elif (laid := laid_like(grad, weight.parameter)) is not grad:
+            weight.parameter.grad = laid
+    return graphs
+
+
+class _Rewritten(torch.autograd.Function):
+    """A gradient as a method has changed it, with the derivatives that it had before, where weights are active."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The values that a method has given it."""
+        ctx.mask = mask
+        return values.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The derivative of the gradient itself, or of the masked one."""
+        return grad if ctx.mask is None else grad * ctx.mask, None, None
+
+
+def _put_back(graphs: dict[MaskedWeight, Tensor], *, masked: bool) -> None:
+    with torch.enable_grad():
+        for weight, grad in graphs.items():
+            values = weight.parameter.grad
+            weight.parameter.grad = _Rewritten.apply(grad, values, weight.mask if masked else None)  # type: ignore[assignment]
 
 
 def leave_out(idle: set[Optimizer], optimizer: Optimizer) -> None:
@@ -104,6 +136,7 @@ def dissolve(method: Method, group: MaskGroup) -> None:
     run.guards.pop(group, None)
     run.steps.unhook(group)
     run.steps.awaiting.discard(group)
+    run.steps.differentiated.discard(group)
 
 
 def form(method: Method, weights: Sequence[MaskedWeight], optimizer: Optimizer, like: MaskGroup) -> MaskGroup:
@@ -183,6 +216,9 @@ def _stepped(method: Method, group: MaskGroup, *, clipped: bool) -> None:
         if written and method.clears_gradients:
             holding.mend_gradients(method, group, written)
         method.after_step(group)
+    if group in run.steps.differentiated:
+        run.steps.differentiated.discard(group)
+        group.apply_()
     guard.note_weights()
 
 
@@ -198,6 +234,7 @@ def batch_ended(method: Method) -> None:
             _stepped(method, group, clipped=False)
         else:
             method.step_skipped(group)
+            steps.differentiated.discard(group)
             run.guards[group].note_weights()
     for group in set(run.groups) - steps.seen - steps.had_gradients:
         if any(weight.parameter.grad is not None for weight in group):

@@ -124,7 +124,7 @@ class STR(LatentMethod):
         grad, s = weight.grad, self.parameters[weight.name]
         weight.zero_pruned_(grad)  # ReLU's derivative
         slope = s.detach().sigmoid() * (1 - s.detach().sigmoid())
-        s.grad = -(grad * latent.sign()).sum(dtype=s.dtype) * slope / scale
+        s.grad = -weight.layout.sum((grad * latent.sign()).sum(dtype=s.dtype)) * slope / scale
 
     @override
     def before_masks(self, group: MaskGroup, step: int) -> None:

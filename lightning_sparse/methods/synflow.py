@@ -20,7 +20,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.masks.budgets import budget_of
+from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
 from lightning_sparse.methods.card import doc, method
@@ -85,6 +87,12 @@ class SynFlow(AtInitialization):
         super().__post_init__()
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations!r}; give an int of at least 1.")
+
+    @override
+    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
+        if is_sharded(candidate.parameter):
+            return "sharded: SynFlow differentiates the module beside its training, which FSDP2 cannot do; take SNIP"
+        return super().refuses(candidate, is_last=is_last)
 
     @override
     def on_batch(self, batch: Any) -> None:

@@ -134,16 +134,19 @@ class TopKAST(LatentMethod):
         check_budget(group, self.sparsity, self.min_active)
         used = layer_budgets(group, self.sparsity, self.allocation, self.min_active, grow=True)
         trained = layer_budgets(group, self.backward_sparsity, self.allocation, self.min_active, grow=True)
-        for weight, a, b in zip(group, used, trained, strict=True):
+
+        def choose(weight: MaskedWeight, a: int, b: int) -> None:
             own.used[weight.name] = a
             trained, before = (
                 self._largest(weight, max(a, b), torch.ones_like(weight.mask)),
                 own.trained.get(weight.name),
             )
             if before is not None:  # cleared moments would give what enters B steps of three learning rates under Adam
-                nothing = torch.zeros_like(weight.value)
-                warm_moments(group.optimizer, weight.parameter, trained & ~before, trained & before, nothing)
+                entering, staying, nothing = trained & ~before, trained & before, torch.zeros_like(weight.value)
+                warm_moments(group.optimizer, weight.parameter, entering, staying, nothing, weight.layout)
             own.trained[weight.name] = trained
+
+        group.each(choose, used, trained)
 
     @override
     def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
 
-__all__ = ["set_like_its_user", "twin_optimizer"]
+__all__ = ["descend", "set_like_its_user", "twin_optimizer"]
 
 
 def twin_optimizer(
@@ -55,6 +55,14 @@ def set_like_its_user(twin: Optimizer, group: MaskGroup, settings: Mapping[str, 
     for own, user in zip(twin.param_groups, _masked_param_groups(group), strict=True):
         own.update({key: value for key, value in user.items() if key != "params"})
         own.update(settings)
+
+
+def descend(twin: Optimizer) -> None:
+    """Step the parameters of ``twin`` down their gradients, without its help."""
+    for settings in twin.param_groups:
+        for parameter in settings["params"]:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=float(settings["lr"]))
 
 
 def _masked_param_groups(group: MaskGroup) -> list[dict[str, Any]]:

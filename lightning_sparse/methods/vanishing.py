@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import local_part
+from lightning_sparse.masks.sums import sum_over_processes
+from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["vanished"]
 
@@ -28,13 +34,36 @@ def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
     layers = [weight for weight in group if weight.parameter.grad is not None and weight.num_active]
     if not layers:
         return []
+    if group.is_spread:
+        return _of_shards(module, layers)
     ratios = [_norm(weight.grad * weight.mask) / _norm(weight.value) for weight in layers]
     gains = [parameter.any() for name, parameter in module.named_parameters() if not name.endswith("bias")]
     # One transfer from the device: the ratios, and whether every gain has something in it.
     *found, all_live = torch.stack([*ratios, torch.stack(gains).all().float()]).tolist()
-    names = [weight.name for weight, ratio in zip(layers, found, strict=True) if ratio < _LEAST]
+    return _named(layers, found, all_live)
+
+
+def _of_shards(module: nn.Module, layers: Sequence[MaskedWeight]) -> list[str]:
+    """The same where processes hold parts of the weights; one transfer."""
+    gains = [parameter for name, parameter in module.named_parameters() if not name.endswith("bias")]
+    counted = [weight.layout.owned for weight in layers]
+    gradients = [_square(weight.grad * weight.mask) * owned for weight, owned in zip(layers, counted, strict=True)]
+    values = [_square(weight.value) * owned for weight, owned in zip(layers, counted, strict=True)]
+    live = [local_part(gain).count_nonzero().double() for gain in gains]
+    sums = sum_over_processes(torch.stack([*gradients, *values, *live])).tolist()
+    n = len(layers)
+    ratios = [math.sqrt(g / v) if v else math.inf for g, v in zip(sums[:n], sums[n : 2 * n], strict=True)]
+    return _named(layers, ratios, all(sums[2 * n :]))
+
+
+def _named(layers: Sequence[MaskedWeight], ratios: Sequence[float], all_live: float) -> list[str]:
+    names = [weight.name for weight, ratio in zip(layers, ratios, strict=True) if ratio < _LEAST]
     # A few layers with small gradients are no sign: those that feed a softmax or a gate have small ones when dense too.
     return names if all_live and len(names) > _SHARE * len(layers) else []
+
+
+def _square(tensor: Tensor) -> Tensor:
+    return tensor.double().square().sum()
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -361,36 +360,74 @@ def test_a_second_training_explores_again(tmp_path: Path) -> None:
     assert method.step == 32
 
 
-class DifferentiatesGradients(torch.optim.SGD):
-    """Stands for AdaHessian and SophiaH, which differentiate gradients in their steps."""
+class Hutchinson(torch.optim.Optimizer):
+    """Differentiates gradients in its step, as AdaHessian and SophiaH do; keeps the last curvatures."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if used:
+            with torch.enable_grad():
+                grads = [p.grad for p in used]
+                curvatures = torch.autograd.grad(
+                    grads, used, [torch.ones_like(p) for p in used], allow_unused=True, retain_graph=True
+                )
+            for p, h in zip(used, curvatures, strict=True):
+                self.state[p]["h"] = torch.zeros_like(p) if h is None else h.clone()
+                p.addcdiv_(p.grad.detach(), self.state[p]["h"].abs().add_(1.0), value=-0.1)  # type: ignore[union-attr]
+        return loss
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, DifferentiatesGradients])
-@pytest.mark.parametrize("method", [GMP(sparsity=0.8), DST(alpha=1e-3)], ids=["GMP", "DST"])
+class SecondOrder(ToyModel):
+    """Trained by an optimizer that differentiates gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(Hutchinson)  # type: ignore[arg-type]
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]), create_graph=True)
+        optimizer.step()
+
+
+@every_method
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def test_gradients_that_an_optimizer_may_differentiate_are_refused_in_words(
-    kind: type[torch.optim.Optimizer], method: SparseMethod, tmp_path: Path
-) -> None:
-    class Manual(ToyModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
+def test_an_optimizer_that_differentiates_gradients_trains(name: str, tmp_path: Path) -> None:
+    method = METHODS[name]()
+    said = train(method, SecondOrder(), tmp_path)
+    assert [line for line in said if "plain SGD of the same learning rate" not in line] == []
+    assert len(said) == (name == "dst")
+    assert method.step == 16
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return kind(self.parameters(), lr=0.1)  # type: ignore[call-arg]
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            optimizer: Any = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]), create_graph=True)
-            optimizer.step()
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_curvatures_are_those_of_the_active_weights(tmp_path: Path) -> None:
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    trainer = make_trainer(tmp_path, callbacks=[copy.deepcopy(method)], max_epochs=1)
-    if kind is torch.optim.SGD:
-        trainer.fit(Manual())  # which differentiates nothing
-        return
-    with pytest.raises(MisconfigurationException, match=r"create_graph=True, so DifferentiatesGradients.*exclude="):
-        trainer.fit(Manual())
+    class Look(L.Callback):
+        @torch.enable_grad()
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            inputs, labels = next(iter(pl_module.train_dataloader()))
+            weights = [weight.parameter for weight in method.weights]
+            loss = nn.functional.cross_entropy(pl_module(inputs), labels)
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            masks = [weight.mask.float() for weight in method.weights]
+            rest = [p for p in pl_module.parameters() if all(p is not weight for weight in weights)]
+            others = torch.autograd.grad(loss, rest, create_graph=True)
+            expected = torch.autograd.grad([*grads, *others], weights, [*masks, *map(torch.ones_like, others)])
+            found.update({w.name: (w.parameter, h) for w, h in zip(method.weights, expected, strict=True)})
+
+    method = METHODS["fixed"]()
+    model = SecondOrder()
+    make_trainer(tmp_path, callbacks=[method, Look()], max_steps=1).fit(model)
+    for name, (parameter, expected) in found.items():
+        torch.testing.assert_close(model.trainer.optimizers[0].state[parameter]["h"], expected, msg=name)
 
 
 class KeepsMuch(list[float]):

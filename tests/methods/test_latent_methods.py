@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_sparse import SRSTE, STR, Feather, TopKAST
 from lightning_sparse.masks.patterns import NofM
 from lightning_sparse.masks.plan import select_weights
-from lightning_sparse.masks.weight import MaskPool
+from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.schedules import Constant
 from tests.helpers import ConvToy, ToyModel, fit_two_processes, make_trainer
 from tests.methods.reference_latent import (

@@ -1,0 +1,419 @@
+r"""Selection among entries that are spread over processes: counts travel, scores do not.
+
+A float's bits, read as an integer, lie in the order of the floats. The k-th smallest key is found eight bits at a time:
+each process counts its keys by those bits, the counts are summed over all processes, and the bucket that holds the k-th
+is opened. Entries with that very key are taken in the order of their places in the whole, which are found in the same
+way. Every process decides by the same sums, so all choose alike.
+
+On a CPU the same rounds over a sample bracket the k-th key first, so that one pass over the entries compares floats and
+only the few inside the bracket become integers. On other devices no result is waited for.
+
+The sum over processes is given: nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sparse.functional import masks
+from lightning_sparse.functional.selection import Key, in_pieces, keys_of
+
+__all__ = ["Held", "Sum", "smallest_of_spread"]
+
+Sum: TypeAlias = Callable[[Tensor], Tensor]
+"""Adds a tensor of integers of this process to those of all others: a collective."""
+
+_Array: TypeAlias = np.ndarray[Any, Any]
+
+_BITS = 8
+_BUCKETS = 1 << _BITS
+# From how many entries of the whole on a sample comes first, and how many are looked at.
+_LARGE = 1 << 15
+_SAMPLE = 1 << 15
+# Entries at a time on other devices than a CPU.
+_CHUNK = 1 << 24
+# How many digits of the keys in the sample are looked at, by the width of the keys: a float64 has a longer exponent.
+_LEVELS = {32: 2, 64: 3}
+
+_SINGLE = 4  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What this process holds of one tensor.
+
+    Attributes:
+        scores: Floating point, flat.
+        places: From places in ``scores``, ``int64``, to places in the whole of all tensors that are ranked together.
+        owned: Whether they are counted here; where several processes hold the same entries, one counts them.
+    """
+
+    scores: Tensor
+    places: Callable[[Tensor], Tensor]
+    owned: bool = True
+
+
+def smallest_of_spread(
+    parts: Sequence[Held], k: int, among: Tensor, numel: int, sum_: Sum, key: Key | None = None
+) -> Tensor:
+    """The mask of the ``k`` smallest scores of the whole, of what this process holds.
+
+    It is this process' part of what :func:`~lightning_sparse.functional.smallest` chooses of the whole. Every process
+    calls it with the same ``k`` and ``numel``, one that holds nothing too.
+
+    Args:
+        parts: What is held here, ranked together.
+        k: How many of the whole to choose, at least 0.
+        among: ``bool``, flat, over all parts: the entries that may be chosen.
+        numel: Number of entries of the whole.
+        sum_: Adds up counts, ``int32`` or ``int64`` of one dimension, on the device of ``among``.
+        key: What is compared instead of the scores, entry by entry.
+
+    Returns:
+        ``bool``, flat, over all parts.
+
+    Raises:
+        ValueError: Fewer than ``k`` entries of the whole are eligible, or ``k`` is negative. Not on a GPU, as there.
+
+    Example:
+        >>> scores = torch.tensor([3.0, 1.0, 2.0, 1.0])
+        >>> held = Held(scores, places=lambda places: places)
+        >>> smallest_of_spread([held], 2, torch.ones(4, dtype=torch.bool), 4, sum_=lambda counts: counts)
+        tensor([False,  True, False,  True])
+    """
+    if k < 0:
+        raise ValueError(f"Cannot choose {k} entries; k must be at least 0.")
+    if k == 0:
+        return torch.zeros_like(among)
+    if not masks.on_cpu(among):
+        return _without_looking(parts, k, among, numel, sum_, key)
+    return _OnCPU(parts, among, numel, sum_, key).smallest(k)
+
+
+class _OnCPU:
+    """One selection on a CPU."""
+
+    def __init__(self, parts: Sequence[Held], among: Tensor, numel: int, sum_: Sum, key: Key | None) -> None:
+        self.parts, self.numel, self.key, self.sum_ = parts, numel, key, sum_
+        self.among = among.numpy()
+        self.starts: list[int] = np.cumsum([0, *(len(part.scores) for part in parts)])[:-1].tolist()
+        self.counted = self._counted()
+        self.counter = _counter_type(numel)
+        self.width = _width(parts)
+        self.floating = np.float32 if self.width == 8 * _SINGLE else np.float64
+
+    def smallest(self, k: int) -> Tensor:
+        """The mask of the ``k`` smallest, at least 1."""
+        chosen = self._by_bracket(k) if self.numel > _LARGE else None
+        return torch.from_numpy(self._by_rounds(k) if chosen is None else chosen)
+
+    def _by_rounds(self, k: int) -> _Array:
+        """Among all that are eligible, where they are few or the sample has misled."""
+        at, inside = list[_Array](), list[_Array]()
+        for start, keys in self._pieces():
+            where = np.flatnonzero(self.among[start : start + len(keys)] & ~np.isnan(keys))
+            at.append(where + start)
+            inside.append(keys[where])
+        few = self._few(at, inside)
+        found = self._kth(few, self.width, k)
+        if found is None:
+            eligible, comparable = self._sum([np.count_nonzero(self.counted), np.count_nonzero(few.counted)])
+            raise ValueError(
+                f"Cannot choose {k} entries: only {comparable} are eligible"
+                f" ({eligible - comparable} more have the score NaN, which cannot be ranked)."
+            )
+        return self._marked(np.zeros(len(self.among), dtype=bool), few, *found)
+
+    def _by_bracket(self, k: int) -> _Array | None:
+        """Between two keys; None where the k-th is not there."""
+        bracket = self._bracket(k)
+        if bracket is None:
+            return None
+        low, high = bracket
+        chosen, below = np.empty(len(self.among), dtype=bool), 0
+        at, inside = list[_Array](), list[_Array]()
+        for start, keys in self._pieces():
+            here = slice(start, start + len(keys))
+            np.logical_and(keys < low, self.among[here], out=chosen[here])
+            below += int(np.count_nonzero(chosen[here] & self.counted[here]))
+            where = np.flatnonzero((keys >= low) & (keys <= high) & self.among[here])
+            at.append(where + start)
+            inside.append(keys[where])
+        few = self._few(at, inside)
+        first, last = _ordered(np.array([low, high], dtype=self.floating))
+        few.integers -= first
+        found = self._kth(few, int(last - first).bit_length(), k, below)
+        return None if found is None else self._marked(chosen, few, *found)
+
+    def _bracket(self, k: int) -> tuple[float, float] | None:
+        """Keys between which the k-th most probably is: five standard deviations around, as a sample tells."""
+        integers = _ordered(self._sample())
+        digits = _digits(integers, self.width - _BITS)
+        *hist, eligible = self._sum([*np.bincount(digits, minlength=_BUCKETS), np.count_nonzero(self.counted)])
+        seen = sum(hist)
+        if not seen or k > eligible:
+            return None
+        middle = k / eligible * seen
+        margin = 5.0 * math.sqrt(middle * (1.0 - k / eligible)) + 5.0
+        ranks = math.floor(middle - margin) + 1, math.ceil(middle + margin) + 1
+        ends = [_Open(min(max(1, rank), seen), integers) for rank in ranks]
+        for end in ends:
+            end.open(hist, digits)
+        shifts = _shifts(self.width)[1 : _LEVELS[self.width]]
+        for shift in shifts:
+            digits_of = [_digits(end.pool, shift) for end in ends]
+            sums = self._sum(np.concatenate([np.bincount(each, minlength=_BUCKETS) for each in digits_of]))
+            for end, its, hist in zip(ends, digits_of, (sums[:_BUCKETS], sums[_BUCKETS:]), strict=True):
+                end.open(hist, its)
+        low = self._as_float(ends[0].prefix << shifts[-1])
+        high = self._as_float(((ends[1].prefix + 1) << shifts[-1]) - 1)
+        return (
+            -math.inf if ranks[0] < 1 or math.isnan(low) else low,
+            math.inf if ranks[1] > seen or math.isnan(high) else high,
+        )
+
+    def _kth(self, few: _Few, width: int, k: int, below: int = 0) -> tuple[int, int, int] | None:
+        """The k-th integer, how many with that key are still wanted, and how many there are; None for no such rank.
+
+        Args:
+            few: What is here of those among which it is.
+            width: Bits of the integers.
+            k: Its rank in the whole, from 1.
+            below: How many are here that come before all of these.
+        """
+        opened, counted = _Open(k, few.integers), few.counted
+        ties = 0
+        for number, shift in enumerate(_shifts(width)):
+            digits = _digits(opened.pool, shift)
+            *hist, before = self._sum([*np.bincount(digits[counted], minlength=_BUCKETS), below if number == 0 else 0])
+            opened.rank -= before
+            if number == 0 and not 1 <= opened.rank <= sum(hist):
+                return None
+            ties = opened.open(hist, digits)
+            counted = counted[opened.kept]
+        return opened.prefix, opened.rank, ties
+
+    def _marked(self, chosen: _Array, few: _Few, threshold: int, wanted: int, ties: int) -> _Array:
+        """Choose what is below the threshold, and of the ties as many as are wanted, in the order of their places."""
+        chosen[few.at[few.integers < threshold]] = True
+        tied = few.integers == threshold
+        at, counted = few.at[tied], few.counted[tied]
+        if wanted < ties:
+            places = self._places(at)
+            opened = _Open(wanted, places)
+            for shift in _shifts((self.numel - 1).bit_length()):
+                digits = _digits(opened.pool, shift)
+                opened.open(self._sum(np.bincount(digits[counted], minlength=_BUCKETS)), digits)
+                counted = counted[opened.kept]
+            at = at[places <= opened.prefix]
+        chosen[at] = True
+        return chosen
+
+    def _sum(self, counts: _Array | Sequence[int]) -> list[int]:
+        return self.sum_(torch.as_tensor(np.asarray(counts)).to(self.counter)).tolist()
+
+    def _counted(self) -> _Array:
+        """The eligible entries that are counted here."""
+        if all(part.owned for part in self.parts):
+            return self.among
+        counted = self.among.copy()
+        for part, start in zip(self.parts, self.starts, strict=True):
+            if not part.owned:
+                counted[start : start + len(part.scores)] = False
+        return counted
+
+    def _few(self, at: Sequence[_Array], keys: Sequence[_Array]) -> _Few:
+        places = np.concatenate([np.empty(0, np.int64), *at])
+        integers = _ordered(np.concatenate([np.empty(0, self.floating), *keys]))
+        return _Few(integers, places, self.counted[places])
+
+    def _pieces(self) -> Iterator[tuple[int, _Array]]:
+        start = 0
+        for piece in in_pieces([part.scores.detach() for part in self.parts]):
+            yield start, self._keys(piece)
+            start += len(piece)
+
+    def _keys(self, scores: Tensor) -> _Array:
+        return keys_of(scores, self.key).astype(self.floating, copy=False)
+
+    def _sample(self) -> _Array:
+        size = min(_SAMPLE, max(_SAMPLE // 8, self.numel >> 7))
+        mine = math.ceil(size * len(self.among) / self.numel)
+        if mine == 0:
+            return np.empty(0, self.floating)
+        drawn = (
+            torch.randint(len(self.among), (mine,), generator=torch.Generator().manual_seed(0)).sort().values.numpy()
+        )
+        scores = [part.scores.detach()[here] for part, here in self._divided(drawn[self.counted[drawn]])]
+        keys = self._keys(torch.cat(scores)) if scores else np.empty(0, self.floating)
+        return keys[~np.isnan(keys)]
+
+    def _places(self, at: _Array) -> _Array:
+        """Places in the whole of entries at rising places here."""
+        found = [part.places(here).numpy().astype(np.uint64) for part, here in self._divided(at)]
+        return np.concatenate([np.empty(0, np.uint64), *found])
+
+    def _divided(self, at: _Array) -> Iterator[tuple[Held, Tensor]]:
+        """Rising places here, as those in each part that has some."""
+        bounds = np.searchsorted(at, [*self.starts, len(self.among)])
+        for part, start, (first, last) in zip(self.parts, self.starts, pairwise(bounds), strict=True):
+            if first < last:
+                yield part, torch.from_numpy(at[first:last] - start)
+
+    def _as_float(self, integer: int) -> float:
+        """The inverse of :func:`_ordered`; NaN beyond infinity."""
+        top, unsigned = 1 << (self.width - 1), np.uint32 if self.width == 8 * _SINGLE else np.uint64
+        bits = integer ^ (top if integer & top else (1 << self.width) - 1)
+        return float(np.array([bits], dtype=unsigned).view(self.floating)[0])
+
+
+@dataclass
+class _Few:
+    """Entries that are compared as integers: these, their places here, and whether they are counted here."""
+
+    integers: _Array
+    at: _Array
+    counted: _Array
+
+
+class _Open:
+    """The bucket that holds the entry of some rank, opened digit by digit."""
+
+    def __init__(self, rank: int, pool: _Array) -> None:
+        self.rank, self.pool, self.prefix = rank, pool, 0
+        self.kept = np.empty(0, dtype=bool)
+
+    def open(self, hist: Sequence[int], digits: _Array) -> int:
+        """Open the bucket of the rank, given the counts of all processes; return how many it holds."""
+        sums = np.cumsum(hist)
+        bucket = int(np.searchsorted(sums, self.rank))
+        self.rank -= int(sums[bucket]) - hist[bucket]
+        self.prefix = self.prefix << _BITS | bucket
+        self.kept = digits == bucket
+        self.pool = self.pool[self.kept]
+        return hist[bucket]
+
+
+def _width(parts: Sequence[Held]) -> int:
+    """Bits of the keys; the same in every process, for each has something of every part, if nothing but its type."""
+    return 8 * max([_SINGLE, *(part.scores.element_size() for part in parts)])
+
+
+def _counter_type(numel: int) -> torch.dtype:
+    return torch.int32 if numel < 1 << 31 else torch.int64
+
+
+def _shifts(width: int) -> range:
+    """Where the digits of integers of ``width`` bits begin, the highest first."""
+    return range((max(1, width) - 1) // _BITS * _BITS, -1, -_BITS)
+
+
+def _digits(integers: _Array, shift: int) -> _Array:
+    return ((integers >> np.uint64(shift)) & np.uint64(_BUCKETS - 1)).astype(np.int64)
+
+
+def _ordered(keys: _Array) -> _Array:
+    """Unsigned integers in the order of the keys, none of which is NaN."""
+    values = keys + keys.dtype.type(0.0)  # −0 becomes 0
+    unsigned, signed = (np.uint32, np.int32) if values.itemsize == _SINGLE else (np.uint64, np.int64)
+    width = 8 * values.itemsize
+    # Of a negative float all bits turn around, of another the first.
+    flips = (values.view(signed) >> (width - 1)).view(unsigned) | unsigned(1 << (width - 1))
+    return (values.view(unsigned) ^ flips).astype(np.uint64)
+
+
+# Where nothing is waited for.
+
+
+def _without_looking(parts: Sequence[Held], k: int, among: Tensor, numel: int, sum_: Sum, key: Key | None) -> Tensor:
+    """By operations alone whose results the CPU does not wait for; fewer than ``k`` may be chosen."""
+    chunks, width = _chunks(parts, among), _width(parts)
+
+    def find(of: Callable[[_Chunk], tuple[Tensor, Tensor]], width: int, rank: Tensor) -> tuple[Tensor, Tensor]:
+        """The integer of some rank among those that are counted, and its rank among its equals."""
+        prefix = torch.zeros((), dtype=torch.int64, device=among.device)
+        for shift in _shifts(width):
+            is_first = shift + _BITS >= width
+            lowest = -_BUCKETS // 2 if is_first and width > 8 * _SINGLE else 0  # of an int64, which has a sign
+            hist = torch.zeros(_BUCKETS, dtype=torch.int64, device=among.device)
+            for chunk in (chunk for chunk in chunks if chunk.held.owned):
+                integers, counted = of(chunk)
+                if not is_first:
+                    counted = counted & ((integers >> (shift + _BITS)) == prefix)
+                hist += _histogram(torch.where(counted, ((integers >> shift) - lowest) & (_BUCKETS - 1), -1))
+            sums = sum_(hist.to(_counter_type(numel))).to(torch.int64)
+            cumulated = sums.cumsum(0)
+            bucket = (cumulated < rank).sum().clamp_(max=_BUCKETS - 1)
+            rank = rank - (cumulated - sums).index_select(0, bucket.view(1)).squeeze(0)
+            prefix = (prefix << _BITS) + bucket + lowest
+        return prefix, rank
+
+    def of_keys(chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        integers, comparable = _ordered_tensor(chunk.scores, width, key)
+        return integers, comparable & chunk.among
+
+    threshold, left = find(of_keys, width, torch.full((), k, dtype=torch.int64, device=among.device))
+
+    def of_places(chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        integers, eligible = of_keys(chunk)
+        return chunk.places(), eligible & (integers == threshold)
+
+    last, _ = find(of_places, (numel - 1).bit_length(), left)
+    chosen = torch.empty_like(among)
+    for chunk, out in zip(chunks, chosen.split([len(chunk.scores) for chunk in chunks]), strict=True):
+        integers, eligible = of_keys(chunk)
+        before = (integers < threshold) | ((integers == threshold) & (chunk.places() <= last))
+        torch.logical_and(eligible, before, out=out)
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """So many entries of a part, from ``start`` on, that there is room for what is made of them."""
+
+    held: Held
+    start: int
+    scores: Tensor
+    among: Tensor
+
+    def places(self) -> Tensor:
+        """Their places in the whole."""
+        return self.held.places(torch.arange(self.start, self.start + len(self.scores), device=self.scores.device))
+
+
+def _chunks(parts: Sequence[Held], among: Tensor) -> list[_Chunk]:
+    return [
+        _Chunk(part, start, scores, eligible)
+        for part, here in zip(parts, among.split([len(part.scores) for part in parts]), strict=True)
+        for start, scores, eligible in zip(
+            range(0, max(1, len(part.scores)), _CHUNK),
+            part.scores.detach().split(_CHUNK),
+            here.split(_CHUNK),
+            strict=True,
+        )
+    ]
+
+
+def _ordered_tensor(scores: Tensor, width: int, key: Key | None) -> tuple[Tensor, Tensor]:
+    """``int64`` in the order of the keys, and which of these are comparable."""
+    keys = (scores if key is None else key(scores)).to(torch.float32 if width == 8 * _SINGLE else torch.float64)
+    bits = (keys + 0.0).view(torch.int32 if width == 8 * _SINGLE else torch.int64)  # −0 becomes 0
+    ordered = bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
+    if width == 8 * _SINGLE:
+        ordered = ordered.to(torch.int64) + (1 << (width - 1))
+    return ordered, ~keys.isnan()
+
+
+def _histogram(digits: Tensor) -> Tensor:
+    """How often each digit is there; those of −1 are not counted."""
+    if digits.is_cuda:  # counts integers exactly, with bins of width one, and waits for nothing
+        return torch.histc(digits, bins=_BUCKETS, min=0, max=_BUCKETS - 1)
+    return torch.bincount(digits + 1, minlength=_BUCKETS + 1)[1:]
