@@ -198,7 +198,7 @@ class Obeys(L.Callback):
         self.method.step += 1
 
 
-@pytest.mark.filterwarnings("ignore:.*nearly no gradient comes to")
+@pytest.mark.filterwarnings("ignore:.*hardly any gradient reaches")
 @pytest.mark.parametrize("sparsity", [0.75, 0.9])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", SHAPED)
