@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_sparse.execution.linear import SparseLinear, linear_step
+from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseSelfAttention", "is_plain_self_attention", "why_dense_attention", "zeros_of_attention"]
 
@@ -31,7 +32,7 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
 
 
 @final
-class SparseSelfAttention(nn.Module):
+class SparseSelfAttention(StandIn):
     """Attention of a sequence to itself, for inference. With masks or other keys, the dense one works.
 
     Args:

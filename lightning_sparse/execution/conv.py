@@ -14,6 +14,7 @@ from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels import Planes, default_kernels, planes
 from lightning_sparse.execution.kernels.steps import ConvStep, PlaneStep
 from lightning_sparse.execution.linear import SparseLinear, linear_step, refuse_gradients
+from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseConv2d", "SparsePlanes", "conv_step", "why_dense"]
 
@@ -144,7 +145,7 @@ class SparsePlanes(nn.Module):
 
 
 @final
-class SparseConv2d(nn.Module):
+class SparseConv2d(StandIn):
     """A convolution whose zeros cost nothing, for inference on a CPU: images in torch's layout in and out.
 
     Args:

@@ -175,8 +175,12 @@ def _state_of(source: Any) -> dict[str, Tensor]:
             raise TypeError(f"{_HOW_TO_SAVE}; one of the names is {name!r}, a {type(name).__name__}.")
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"{printable(name)} is a {type(tensor).__name__}, and a sparse file holds only tensors. Of a"
-                ' checkpoint save its state dict, as in checkpoint["state_dict"].'
+                f"{printable(name)} is a {type(tensor).__name__}, and a sparse file holds only tensors. "
+                + (
+                    "Save a quantised module with torch.save, or save it here before it is quantised."
+                    if isinstance(source, nn.Module)
+                    else 'Of a checkpoint save its state dict, as in checkpoint["state_dict"].'
+                )
             )
         obstacle = _obstacle(tensor)
         if obstacle:

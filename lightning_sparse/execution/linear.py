@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels import Chain, chain, default_kernels
 from lightning_sparse.execution.kernels.steps import LinearStep
+from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseLinear", "linear_step", "refuse_gradients"]
 
@@ -41,7 +42,7 @@ def linear_step(weight: Tensor, bias: Tensor | None, low: float = -math.inf, hig
 
 
 @final
-class SparseLinear(nn.Module):
+class SparseLinear(StandIn):
     r"""Linear layers whose zeros cost nothing, one after another: :math:`y = \mathrm{clamp}(W x + b)`, for inference.
 
     Of a batch of one the weights are read row by row; of larger batches features are laid beside each other, 64

@@ -59,8 +59,9 @@ def default_kernels() -> str:
     if name != "llvm" and not _TOLD:
         _TOLD.add(name)
         warnings.warn(
-            "llvmlite is not installed, so torch computes the sparse layers: of convolutions only those of 1 x 1 run"
-            " sparsely, and gains are about half of what they could be: pip install 'lightning-sparse[fast]'.",
+            "llvmlite is not installed, so torch computes the sparse layers: linear layers and 1 x 1 convolutions. All other"
+            " convolutions stay dense, and gains are about half of what they could be: pip install"
+            " 'lightning-sparse[fast]'.",
             stacklevel=3,
         )
     return name
