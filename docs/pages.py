@@ -25,12 +25,9 @@ ROOT = Path(__file__).parents[1]
 GALLERY = Path(__file__).with_name("gallery")
 MARKER = re.compile(r"^<!-- (CONTRIBUTING|METHODS|NOTEBOOK|PICTURE)(?:: (.+))? -->$", re.MULTILINE)
 
-# Where links of CONTRIBUTING.md and the notebooks lead. Other links are to files that are no pages: their text is left.
-PAGES = {
-    "docs/decisions": "decisions.md",
-    "docs/which-method.md": "which-method.md",
-    "CONTRIBUTING.md": "contributing.md",
-}
+# Where links of CONTRIBUTING.md and notebooks lead, beside pages of docs/ and notebooks. Others lead to no page: their text
+# is left.
+PAGES = {"docs/decisions": "decisions.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 
 
@@ -104,7 +101,8 @@ def _linked(text: str, *, up: str) -> str:
         label, target = found[1], found[2].removeprefix("../")
         if target.endswith(".ipynb"):
             return f"[{label}]({'' if up else 'gallery/'}{Path(target).stem}.md)"
-        return f"[{label}]({up}{PAGES[target]})" if target in PAGES else label
+        page = PAGES.get(target, target.removeprefix("docs/"))
+        return f"[{label}]({up}{page})" if (GALLERY.parent / page).is_file() else label
 
     return LINK.sub(link, text)
 

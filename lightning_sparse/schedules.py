@@ -156,10 +156,7 @@ class Exponential(_OfNumbers):
         super().__post_init__()
         self._check_numbers()
         if not (self.initial < 1.0 and self.final < 1.0):
-            raise ValueError(
-                f"{self} must begin and end below sparsity 1, where nothing would remain to shrink; give fractions in"
-                " [0, 1)."
-            )
+            raise ValueError(f"{self} must begin and end below sparsity 1; give fractions in [0, 1).")
 
     def __call__(self, progress: float) -> float:  # noqa: D102
         if progress <= 0.0:
@@ -277,7 +274,7 @@ class Steps(Schedule):
                 " as Steps((0.2, 0.1, 0.0), at=(0.5, 0.75))."
             )
         if list(self.at) != sorted(self.at) or not all(0.0 <= time <= 1.0 for time in self.at):
-            raise ValueError(f"{self}: the times are to rise within [0, 1].")
+            raise ValueError(f"{self}: the times must rise within [0, 1].")
 
     def __call__(self, progress: float) -> float:  # noqa: D102
         return self.values[sum(time <= progress for time in self.at)]

@@ -124,7 +124,7 @@ def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[
     if differing:
         raise MisconfigurationException(
             f"This Trainer has {len(twins)} {type(callback).__name__} that differ in {', '.join(differing)}. Leave one"
-            " out; EAST brings one of its own, and takes yours in its place: EAST(..., phasing=DyReLUPhasing(...),"
+            " out; EAST brings one of its own, and takes yours instead: EAST(..., phasing=DyReLUPhasing(...),"
             " sharing=WeightSharing(...))."
         )
 

@@ -463,7 +463,7 @@ def test_weights_in_safetensors_are_counted_and_masks_are_not(tmp_path: Path, st
     save_file(state, tmp_path / "file.safetensors")
     assert checkpoint_sparsity(tmp_path / "file.safetensors") == [LayerSparsity("conv.weight", (4, 2, 3, 3), 36)]
     save_masks(tmp_path / "file.masks", {"conv.weight": torch.ones(2, 2, dtype=torch.bool)})
-    with pytest.raises(CheckpointError, match="as files of masks are"):
+    with pytest.raises(CheckpointError, match="like a file of masks"):
         checkpoint_sparsity(tmp_path / "file.masks")
     (tmp_path / "file.safetensors").write_bytes((tmp_path / "file.safetensors").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="is damaged"):

@@ -218,7 +218,7 @@ class _Acceleration:
             if self.call.kwargs:
                 raise UntraceableError("The example has keyword arguments.")
             if self.kernels == SEMI_STRUCTURED:
-                raise UntraceableError("On a GPU nothing is to be fused.")
+                raise UntraceableError("Nothing is fused on a GPU.")
             return trace(own, self.call.args), True
         except UntraceableError as error:
             self._note(f"Layers are replaced one by one: {error}")
@@ -238,11 +238,11 @@ class _Acceleration:
             made = AcceleratedModule(self.module, recipe, self._report(recipe, None, None))
             outputs = _tensors(self.call(made))
         except Exception as error:  # a graph may take a turn that the module would not; then it is no candidate
-            self._note(f"One way was tried in vain: {error}")
+            self._note(f"One variant failed: {error}")
             return None
         difference = _difference(outputs, self.outputs)
         if difference > 1:
-            self._note(f"One way was left, since outputs differ {difference:.1g} times as much as they may.")
+            self._note(f"One variant was dropped: its outputs differ {difference:.1g} times as much as is allowed.")
             return None
         return made
 
@@ -262,7 +262,7 @@ class _Acceleration:
         """Say of each layer whether the recipe has it."""
         chosen = frozenset[str]() if recipe is None else recipe.layers
         layers = self.layers.get(recipe is not None and recipe.shrink, [])
-        kept = "the whole is faster without"
+        kept = "the network is faster without it"
         return [
             replace(
                 layer,
@@ -279,7 +279,7 @@ class _Acceleration:
             self.notes.append(note)
 
     def _as_it_is(self, finding: str, *, warn: bool = False) -> AcceleratedModule:
-        note = f"{finding}, so the module is returned as it is."
+        note = f"{finding}, so the module is returned unchanged."
         self.notes.append(note)
         if warn:
             warnings.warn(note, stacklevel=4)
@@ -348,8 +348,8 @@ def _checked_kernels(kernels: str | None) -> str:
         return default_kernels()
     if kernels not in available_kernels():
         raise KernelsUnavailableError(
-            f"kernels is {kernels!r}; installed are {', '.join(available_kernels())}. The kernels 'llvm' come with"
-            " pip install 'lightning-sparse[fast]'."
+            f"kernels is {kernels!r}; available are {', '.join(available_kernels())}. The kernels 'llvm' come with pip"
+            " install 'lightning-sparse[fast]'."
         )
     return kernels
 

@@ -110,7 +110,7 @@ def _without_a_graph(graph_module: fx.GraphModule) -> nn.Module:
 class AcceleratedModule(nn.Module):
     """A module for inference that computes what another does, faster where that was measured.
 
-    It holds the module that it was made of, and copies of weights. ``state_dict`` is that of the other module; copying
+    It holds the original module, and copies of its weights. ``state_dict`` is that of the original; copying
     and pickling keep both. Weights written after it was made are noticed: it raises :class:`StaleWeightsError` until
     ``refresh`` is called.
 
@@ -202,14 +202,12 @@ class AcceleratedModule(nn.Module):
             ValueError: Training is asked for.
         """
         if mode:
-            raise ValueError(
-                "An accelerated module is for inference. Train the module that it was made of, then call refresh()."
-            )
+            raise ValueError("An accelerated module is for inference. Train the original module, then call refresh().")
         return self
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the state of the module that it was made of, dense, with its keys."""
+        """Return the state of the original module: dense, with its keys."""
         return self._source[0].state_dict(*args, **kwargs)
 
     @override
@@ -220,8 +218,8 @@ class AcceleratedModule(nn.Module):
             ValueError: Always.
         """
         raise ValueError(
-            "An accelerated module has no weights of its own to load. Load them into the module that it was made of,"
-            " then call refresh()."
+            "An accelerated module has no weights of its own to load. Load them into the original module, then call"
+            " refresh()."
         )
 
     @override
@@ -230,8 +228,8 @@ class AcceleratedModule(nn.Module):
         moved = fn(probe[:0] if probe.dim() else probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise ValueError(
-                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the module that it"
-                " was made of, and accelerate that."
+                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the original module,"
+                " and accelerate that."
             )
         return self
 
@@ -289,6 +287,6 @@ class AcceleratedModule(nn.Module):
                 name = f"{path}.{name}"
                 break
         raise StaleWeightsError(
-            f"{name!r} of the module that was accelerated has been written since. Call refresh() to take its weights as"
-            " they are, or accelerate it anew if its zeros are others."
+            f"{name!r} of the original module has changed since it was accelerated. Call refresh() to take over its"
+            " weights, or accelerate it again if its zeros have changed."
         )

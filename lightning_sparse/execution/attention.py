@@ -25,9 +25,9 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
     """
     joined: Any = attention.in_proj_weight
     if joined is None:
-        return "keys and values of other sizes than queries are left to torch"
+        return "torch computes attention whose keys and values differ in size from the queries"
     if attention.bias_k is not None or attention.add_zero_attn:
-        return "attention to constants is left to torch"
+        return "torch computes attention to constants"
     return None
 
 

@@ -32,9 +32,9 @@ def why_dense(conv: nn.Conv2d, kernels: str) -> str | None:
         pointwise = pointwise and conv.padding in ((0, 0), "same", "valid")
         return None if pointwise else "torch alone executes 1 x 1 convolutions without stride and groups"
     if conv.stride not in ((1, 1), (2, 2)):
-        return "strides other than 1 and 2 are left to torch"
+        return "torch computes strides other than 1 and 2"
     if conv.padding_mode != "zeros":
-        return f"padding with {conv.padding_mode} is left to torch"
+        return f"padding with {conv.padding_mode} is computed by torch"
     if isinstance(conv.padding, str) and any(reach % 2 for reach in _reach(conv)) and conv.padding == "same":
         return "'same' padding of an even window is left to torch"
     return None

@@ -145,7 +145,7 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
     if has_hooks(layer):
-        return "it has hooks, which a sparse layer would not call"
+        return "it has hooks, and a sparse layer would not call them"
     if kernels == SEMI_STRUCTURED:
         return why_not_semi_structured(layer)
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
@@ -154,7 +154,7 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
         return f"its weight is {weight.dtype}; sparse kernels compute in float32 and float64"
     bias: Any = getattr(layer, "bias", None)
     if bias is not None and bias.dtype != weight.dtype:
-        return "its bias is of another type than its weight"
+        return "its bias and its weight have different types"
     if isinstance(layer, nn.MultiheadAttention):
         return why_dense_attention(layer)
     return why_dense(layer, kernels) if isinstance(layer, nn.Conv2d) else None
@@ -191,7 +191,7 @@ def time_layer(
         inside: Whether the network is a graph, in which its neighbours may be sparse too and images stay laid out.
     """
     shape = tuple(_weight_of(layer).shape)
-    reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example does not call it")
+    reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example input does not reach it")
     if reason or spec is None:
         return LayerChoice(name, shape, sparsity, sparse=False, reason=reason or "")
     try:

@@ -23,7 +23,7 @@ def refuse_gradients(x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "The input requires a gradient, and sparse layers compute none. Call the module under torch.no_grad(), or"
-            " train the module that it was made of."
+            " train the original module."
         )
 
 
@@ -81,9 +81,7 @@ class SparseLinear(StandIn):
         if not steps:
             raise ValueError("SparseLinear was given no layers; give at least one step.")
         if steps[-1].gelu:
-            raise ValueError(
-                "The last step ends with a GELU, which is fused between layers alone; apply it afterwards."
-            )
+            raise ValueError("The last step ends with a GELU, which is only fused between layers; apply it afterwards.")
         self.steps = tuple(steps)
         self.kernels = kernels or default_kernels()
         self.threads = threads or torch.get_num_threads()

@@ -109,7 +109,9 @@ def shrink(module: _Module, example: Any) -> _Module:
     before = _run(plan.module, example)
     _remove(plan)
     if not _gives(plan.module, example, before):
-        _tell(module, "gives other outputs when it is shrunk, so some of its code depends on sizes or on chance")
+        _tell(
+            module, "gives other outputs when it is shrunk, so some of its code depends on sizes or on random numbers"
+        )
         return _copied(module)
     return plan.module
 

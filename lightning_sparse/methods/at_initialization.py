@@ -117,8 +117,8 @@ class AtInitialization(ScoredMethod, ABC):
             return False
         if all(weight.parameter.grad is None for weight in group):
             self.warn_once(
-                "no masked weight got a gradient, so masks wait, and the optimizer with them. Let training_step return"
-                " a loss that depends on the weights"
+                "no masked weight got a gradient, so neither pruning nor the optimizer has begun. Let training_step"
+                " return a loss that depends on the weights"
             )
         return True
 

@@ -127,8 +127,8 @@ def _without_refused(method: Method, plan: Plan) -> Plan:
         some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise MisconfigurationException(
-            f"{method!r} can mask no weight of this module: {some}{more}. Give another pattern, or a module that it"
-            " fits."
+            f"{method!r} cannot mask any weight of this module: {some}{more}. Give another pattern, or a module that"
+            " it fits."
         )
     numel = sum(candidate.parameter.numel() for candidate in masked if candidate.name in reasons)
     total = sum(candidate.parameter.numel() for candidate in masked)
@@ -145,7 +145,7 @@ def _initialize(method: Method, run: Run) -> None:
     for weight in method.weights:
         if weight.name in inherited and inherited[weight.name].shape != weight.mask.shape:
             raise MisconfigurationException(
-                f"The mask that was left of {printable(weight.name)} has shape"
+                f"The mask left by an earlier training for {printable(weight.name)} has shape"
                 f" {tuple(inherited[weight.name].shape)}, but the weight has {tuple(weight.mask.shape)}. Train the"
                 " module that the masks are of."
             )
@@ -154,9 +154,9 @@ def _initialize(method: Method, run: Run) -> None:
     names = waking_zeros(run.groups, inherited)
     if names:
         method.warn_once(
-            f"{', '.join(names)} hold zeros as after a sparse training, and no masks came with them: the zeros are"
-            " trained again. To go on from their masks, call lightning_sparse.apply_masks(model, masks) before fit,"
-            " with the model that fit is given, resume with ckpt_path, or train with FixedMask"
+            f"{', '.join(names)} have zeros that look pruned, but no masks: the zeros will be trained again. To keep"
+            " them, call lightning_sparse.apply_masks(model, masks) before fit, with the model that fit is given,"
+            " resume with ckpt_path, or train with FixedMask"
         )
 
 
@@ -184,8 +184,8 @@ def _refuse_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl
     unmasked = left.keys() - taken - frozen
     if unmasked:
         methods[-1].warn_once(
-            f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over, so"
-            " their zeros are trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
+            f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over: their"
+            " zeros will be trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
         )
 
 

@@ -86,10 +86,10 @@ class DSR(GrowingMethod):
     drop_fraction: float | Schedule = field(
         default=Constant(0.1),
         metadata=doc(
-            "Fraction of the active weights that an update is to prune; a number is annealed to 0 along a cosine."
+            "Fraction of the active weights that an update prunes, about; a number is annealed to 0 along a cosine."
         ),
     )
-    threshold: float = field(default=1e-3, metadata=doc("H at first, above 0; it doubles and halves as needed."))
+    threshold: float = field(default=1e-3, metadata=doc("The first H, above 0; it doubles and halves as needed."))
     stop: Duration = field(default=0.95, metadata=doc("Time after which the masks stay."))
 
     def __post_init__(self) -> None:

@@ -132,8 +132,8 @@ class GrowingMethod(ScoredMethod, ABC):
             if names:
                 scale = "" if self.initial_scale == "density" else ' give initial_scale="density",'
                 self.warn_once(
-                    f"nearly no gradient comes to {', '.join(names)} through such sparse layers, and what it is will"
-                    f" hardly change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
+                    f"hardly any gradient reaches {', '.join(names)} through layers this sparse, so they will hardly"
+                    f" change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
                 )
 
     @override

@@ -99,9 +99,9 @@ class HardMaskMethod(SparseMethod):
             )
         if isinstance(self.times.every, int) and times.only_at_its_ends:
             rank_zero_warn(
-                f"{type(self).__name__}: update_every is {times.every} steps, but updates begin at step"
-                f" {times.first} and end at step {times.stop}: masks change there at the most, and"
-                " all at once. Give a smaller update_every, or a fraction of training."
+                f"{type(self).__name__}: update_every is {times.every} steps, but updates begin at step {times.first}"
+                f" and end at step {times.stop}: masks change only there, all at once. Give a smaller update_every, or"
+                " a fraction of training."
             )
 
     @final

@@ -96,7 +96,7 @@ def prune(
     module = unwrapped(module)
     if MaskRegistry.find(module):
         raise ValueError(
-            f"{type(module).__name__} is in training, where its masks are those of its method. Call prune before fit."
+            f"{type(module).__name__} is in training, and its method holds its masks. Call prune before fit."
         )
     number = check_sparsity("sparsity", sparsity)
     by_wanda = _asks_for_wanda(scores, batches)
@@ -163,8 +163,8 @@ def _scores_of(weight: MaskedWeight, scores: Scores | None) -> Tensor:
     elif isinstance(scores, Mapping):
         if weight.name not in scores:
             raise ValueError(
-                f"scores has none of {weight.name}; it has some of {', '.join(scores) or 'nothing'}. Give scores for"
-                " every masked weight, or leave others out with exclude=."
+                f"scores has none for {weight.name}; it has scores for {', '.join(scores) or 'no weight'}. Give scores"
+                " for every masked weight, or leave others out with exclude=."
             )
         its = scores[weight.name]
     else:

@@ -160,7 +160,7 @@ class DyReLUPhasing(pl.Callback):
         wanted = {name: relu for name, relu in relus.items() if self._wants(name)}
         if not wanted and stage == "fit":
             rank_zero_warn(
-                f"DyReLUPhasing: {type(pl_module).__name__} has no nn.ReLU when fit sets up, so nothing is phased. Make"
+                f"DyReLUPhasing: {type(pl_module).__name__} has no nn.ReLU when fit begins, so nothing is phased. Make"
                 " activations nn.ReLU modules, in __init__."
             )
             return
@@ -181,15 +181,15 @@ class DyReLUPhasing(pl.Callback):
         last = [name for name in names if name in seen.features_last]
         if last:
             rank_zero_warn(
-                f"DyReLUPhasing: {', '.join(last)} stay ReLUs, because features come to them in the last of several"
-                " dimensions, as in a transformer, and Dynamic ReLU is defined for channels in dimension 1."
+                f"DyReLUPhasing: {', '.join(last)} stay ReLUs, because their inputs have features in the last of"
+                " several dimensions, as in a transformer. Dynamic ReLU is defined for channels in dimension 1."
             )
         never = [name for name in names if name not in seen.features_last]
         if never:
-            rank_zero_warn(f"DyReLUPhasing: nothing comes to {', '.join(never)}, which stay ReLUs.")
+            rank_zero_warn(f"DyReLUPhasing: no input reaches {', '.join(never)}, which stay ReLUs.")
         if seen.functions:
             rank_zero_warn(
-                f"DyReLUPhasing: relu is called as a function in {', '.join(sorted(seen.functions))}, and stays a ReLU"
+                f"DyReLUPhasing: relu is called as a function by {', '.join(sorted(seen.functions))}, and stays a ReLU"
                 " there. Use nn.ReLU modules to have it phased."
             )
 
@@ -307,9 +307,8 @@ class DyReLUPhasing(pl.Callback):
             theirs = "none" if saved is None else ", ".join(map(printable, saved))
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
-                f" {theirs}, so its optimizers do not know their parameters."
-                " Resume with the callbacks that wrote it. To begin with its weights, load them with"
-                " load_from_checkpoint and call fit without ckpt_path."
+                f" {theirs}, so its optimizers do not have their parameters. Resume with the callbacks that wrote it."
+                " To begin with its weights, load them with load_from_checkpoint and call fit without ckpt_path."
             )
         self._trained = checkpoint.get("global_step", 0) > 0  # it is 0 in the learning-rate finder's file
 

@@ -256,8 +256,8 @@ class WeightSharing(pl.Callback):
         elif fits and not self._convolutions:
             rank_zero_warn(
                 f"WeightSharing: {type(pl_module).__name__} has no stage of more than {self.own} equal blocks with"
-                " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in __init__."
-                " With EAST, sharing=False says so without this warning."
+                " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in"
+                " __init__. With EAST, sharing=False avoids this warning."
             )
 
     @override
@@ -292,9 +292,9 @@ def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
     check_fields(state, {"scales": mapping_of(tensor(dims=0)), "digest": anything}, whose)
     scales = state["scales"]
     if state["digest"] != digest(scales):
-        refuse(f"{whose} is damaged: it is not what was written (its digest differs)")
+        refuse(f"{whose} is damaged: its digest does not match its contents")
     if scales and (fault := wrong_names(scales, shared)):
-        refuse(f"{whose} is of other convolutions: what it holds of scales {fault}")
+        refuse(f"{whose} belongs to other convolutions: its scales {fault}")
     return scales
 
 

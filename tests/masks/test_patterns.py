@@ -198,7 +198,7 @@ class Obeys(L.Callback):
         self.method.step += 1
 
 
-@pytest.mark.filterwarnings("ignore:.*nearly no gradient comes to")
+@pytest.mark.filterwarnings("ignore:.*hardly any gradient reaches")
 @pytest.mark.parametrize("sparsity", [0.75, 0.9])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", SHAPED)
@@ -271,7 +271,7 @@ def test_a_pattern_over_all_layers_together_is_refused() -> None:
 
 
 def test_a_pattern_that_no_layer_fits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"can mask no weight of this module: .*no multiple of 7"):
+    with pytest.raises(Exception, match=r"cannot mask any weight of this module: .*no multiple of 7"):
         make_trainer(tmp_path, callbacks=[GMP(0.5, pattern="2:7")]).fit(Four())
 
 

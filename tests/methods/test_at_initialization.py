@@ -318,7 +318,7 @@ def test_a_module_without_loss_is_named_and_not_trained(method: Any, tmp_path: P
     model, plain = WithoutLoss(), ToyModel()
     with (
         pytest.warns(UserWarning, match="training ended at step"),
-        pytest.warns(UserWarning, match="no masked weight got a gradient, so masks wait"),
+        pytest.warns(UserWarning, match="no masked weight got a gradient, so neither pruning"),
     ):
         make_trainer(tmp_path, callbacks=[method(0.5)]).fit(model)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())

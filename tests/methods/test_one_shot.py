@@ -118,7 +118,7 @@ def test_a_loop_of_ones_own_holds_the_masks() -> None:
         ({"sparsity": Linear(0.0, 0.5)}, r"sparsity is Linear.*give a finite number"),
         ({"sparsity": 0.5, "allocation": "all"}, r"allocation is 'all'"),
         ({"sparsity": 0.5, "pattern": "2:4"}, r"chosen layer by layer"),
-        ({"sparsity": 0.5, "scores": {}}, r"scores has none of 0\.weight"),
+        ({"sparsity": 0.5, "scores": {}}, r"scores has none for 0\.weight"),
         ({"sparsity": 0.5, "scores": lambda name, weight: weight[0]}, r"scores of 0\.weight are \(4,\)"),
         ({"sparsity": 0.5, "scores": lambda name, weight: weight * float("nan")}, r"4 scores of 0\.weight are NaN"),
         ({"sparsity": 0.5, "scores": lambda name, weight: None}, r"scores of 0\.weight are NoneType"),

@@ -362,7 +362,7 @@ def test_fixed_masks_are_the_zeros_of_loaded_weights(name: str, tmp_path: Path) 
 
 def test_a_method_that_would_wake_the_zeros_says_so(tmp_path: Path) -> None:
     path, _, _ = first_run(gmp(), tmp_path)
-    with pytest.warns(UserWarning, match=r"network\.0\.weight.* hold zeros as after a sparse training.*FixedMask"):
+    with pytest.warns(UserWarning, match=r"network\.0\.weight.* have zeros that look pruned.*FixedMask"):
         make_trainer(tmp_path, callbacks=[FGGP(0.9)]).fit(ToyModel.load_from_checkpoint(path))
 
 
