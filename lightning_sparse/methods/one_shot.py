@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.budgets import budget_of, check_budget, layer_budgets
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate, judge_parameters, select_weights
 from lightning_sparse.masks.pool import MaskPool
@@ -74,6 +75,11 @@ def prune(
     if MaskRegistry.find(module):
         raise ValueError(
             f"{type(module).__name__} is in training, where its masks are those of its method. Call prune before fit."
+        )
+    if any(map(is_sharded, module.parameters())):
+        raise ValueError(
+            f"{type(module).__name__} is sharded, and prune works on whole weights. Call it before fully_shard or"
+            " parallelize_module, or train with GMP, which prunes sharded weights."
         )
     check_fraction("sparsity", as_schedule(sparsity), below_one=True)
     check_choice("allocation", allocation, Allocation)
