@@ -317,7 +317,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def count_of_whole(parameter: Tensor, mask: Tensor) -> int:
-    """The number of ``True`` of the whole, of a mask of what this process holds of a parameter; perhaps a collective."""
+    """The number of ``True`` of the whole, of a mask of what is here of a parameter; a collective if sharded."""
     count = count_true(mask)
     if not is_sharded(parameter):
         return count

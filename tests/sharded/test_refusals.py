@@ -129,7 +129,7 @@ def test_pruning_at_once() -> None:
 
         make_trainer((2, 1)).fit(Prunes())
 
-    with pytest.raises(Exception, match="is sharded, and prune works on whole weights. Call it before fully_shard"):
+    with pytest.raises(Exception, match=r"is sharded, and prune works on whole weights. Call it before fully_shard"):
         forked(2, run)
 
 

@@ -28,20 +28,27 @@ class Single(ShardedToy):
         super().__init__(OPTIMIZERS[optimizer], double=False)
 
 
-def both(
-    mesh: Mesh | str, of: dict[str, tuple[Callable[[], SparseMethod], Callable[[], Any], dict[str, Any]]], root: Path
-) -> None:
-    for name, (make, model, more) in of.items():
-        try:
-            fit(mesh, make(), root / f"{name}.pt", model, **more)
-        except Exception:
-            (root / f"{name}.error").write_text(traceback.format_exc())
+Run = tuple[Callable[[], SparseMethod], Callable[[], Any], dict[str, Any]]
+
+
+def train(mesh: Mesh | str, name: str, run: Run, root: Path) -> None:
+    """Train; what fails is told in a file."""
+    make, model, more = run
+    try:
+        fit(mesh, make(), root / f"{name}.pt", model, **more)
+    except Exception:
+        (root / f"{name}.error").write_text(traceback.format_exc())
+
+
+def train_all(mesh: Mesh | str, runs: dict[str, Run], root: Path) -> None:
+    for name, run in runs.items():
+        train(mesh, name, run, root)
 
 
 def compare(
     one: Mesh | str,
     other: Mesh,
-    of: dict[str, tuple[Callable[[], SparseMethod], Callable[[], Any], dict[str, Any]]],
+    runs: dict[str, Run],
     tmp_path: Path,
     *,
     bitwise: bool = False,
@@ -50,10 +57,10 @@ def compare(
     for number, mesh in enumerate((one, other)):
         root = tmp_path / str(number)
         root.mkdir()
-        forked(2 if mesh == "ddp" else int(mesh[0]) * int(mesh[1]), both, mesh, of, root)
+        forked(2 if mesh == "ddp" else int(mesh[0]) * int(mesh[1]), train_all, mesh, runs, root)
         errors = [path.read_text() for path in root.glob("*.error")]
         assert not errors, errors[0]
-    for name in of:
+    for name in runs:
         assert_same(recorded(tmp_path / "1" / f"{name}.pt"), recorded(tmp_path / "0" / f"{name}.pt"), bitwise=bitwise)
 
 
