@@ -65,6 +65,20 @@ def test_the_report_is_a_table_with_conditions_and_the_whole() -> None:
     assert "times as fast" in text
 
 
+@pytest.mark.skipif("llvm" not in available_kernels(), reason="llvmlite is not installed")
+def test_of_several_threads_one_alone_is_tried_too() -> None:
+    x = torch.randn(1, 512)
+    module = _module("accelerate")
+    trial = module._Acceleration(wide_perceptron(), module._Call.of(x), "llvm", 2, QUICK, "cpu")
+    assert {recipe.threads for recipe in trial._recipes()} == {1, 2}
+    network = wide_perceptron()
+    fast = accelerate(network, x, threads=2, kernels="llvm", seconds=QUICK)
+    assert fast.report.threads == 2
+    assert_close(fast(x), in_float64(network, x))
+    assert fast.recipe is not None
+    assert (fast.recipe.threads == 1) == any("on one thread" in note for note in fast.report.notes)
+
+
 def test_a_network_that_cannot_be_traced_is_replaced_layer_by_layer() -> None:
     network = Untraceable(wide_perceptron()).eval()
     fast = accelerate(network, torch.randn(16, 512), threads=1, seconds=QUICK)
