@@ -158,7 +158,7 @@ def without_end(times: Mapping[str, object]) -> str:
     given = f"{', '.join(others)} and {last} are" if others else f"{last} is"
     return (
         f"{given} in fractions of training, but the Trainer has no known end (max_epochs=-1 without max_steps, or a"
-        " data loader without length). Set max_epochs or max_steps, or give an int, which is a number of optimizer steps."
+        " data loader without length). Set max_epochs or max_steps, or give an int, which is a number of steps."
     )
 
 
