@@ -319,8 +319,8 @@ def test_without_regrowth_no_more_is_exchanged_than_was_pruned_before(before: li
 
 
 def test_survivors_of_dsr_are_counted_after_a_denser_network_was_pruned() -> None:
-    # All 12 are active, 6 may be: the 6 smallest of both layers go first, which are the second. The others are above the
-    # threshold.
+    # All 12 are active, 6 may be: the 6 smallest of both layers go first, which are the second. The others are above
+    # the threshold.
     first, second = [0.9] * 6, [0.6] * 6
     dsr = DSR(Constant(0.5), allocation="global", threshold=0.5, min_active=0, **ONCE)
     group = layers([first, second])
