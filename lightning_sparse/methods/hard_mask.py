@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -22,6 +24,7 @@ from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.schedules import Timetable, UpdateTimes
+from lightning_sparse.timetable import without_end
 
 __all__ = ["HardMaskMethod"]
 
@@ -80,6 +83,12 @@ class HardMaskMethod(SparseMethod):
     @final
     @override
     def timetable(self, total_steps: float) -> Timetable:
+        if math.isinf(total_steps) and self.times.needs_total_steps:
+            given = {
+                item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.type == "Duration"
+            }
+            if any(isinstance(value, float) for value in given.values()):
+                raise ValueError(without_end(given))
         times = self.times.resolve(total_steps)
         if self.last_run is not None and self._is_before(times):
             self._warn_of(times, total_steps)

@@ -165,7 +165,7 @@ def compare_processes(method: Method) -> None:
 
 
 def warn_of_thawed(method: Method) -> None:
-    """Name what was frozen when masks were made, and is trained now without one."""
+    """Warn of what was frozen when masks were made, and is trained now without one."""
     left_dense = [name for name in method.run.plan.thawed if name not in method.registry]
     if left_dense:
         method.warn_once(

@@ -250,7 +250,7 @@ def batch_ended(method: Method) -> None:
 
 
 def warn_of_unseen(method: Method) -> None:
-    """Name optimizers whose weights have gradients, and whose steps were never announced."""
+    """Warn of optimizers whose weights have gradients, and whose steps were never announced."""
     steps = method.run.steps
     for group in method.groups:
         if group in steps.had_gradients - steps.seen:

@@ -65,8 +65,8 @@ class DyReLUPhasing(pl.Callback):
     How many channels come to a ReLU is found by letting a copy of the module compute: ``forward`` of its
     ``example_input_array`` or, where it has none, ``training_step`` of a first training batch. A data set that can be
     iterated over only once has lost that batch when training begins; an ``example_input_array`` avoids this. Calls of
-    ``F.relu`` cannot be replaced and are named, and so are ReLUs of (batch, position, feature) as in transformers, for
-    which Dynamic ReLU is not defined.
+    ``F.relu``, which cannot be replaced, and ReLUs of (batch, position, feature) as in transformers, for which Dynamic
+    ReLU is not defined, stay; a warning names them.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
