@@ -26,7 +26,7 @@ from lightning_sparse.metrics.history import MaskHistory
 from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
-from lightning_sparse.trainer import callbacks_of, steps_of_training
+from lightning_sparse.trainer import TrainerCallback, callbacks_of, steps_of_training
 
 __all__ = ["SparsityMonitor"]
 
@@ -38,7 +38,7 @@ _LEAST_RECORDS = 200
 
 
 @final
-class SparsityMonitor(pl.Callback):
+class SparsityMonitor(TrainerCallback):
     r"""Shows what sparse training does, beside ``LearningRateMonitor``; it changes nothing of it.
 
     These go to every logger of the Trainer, at the number of optimizer steps taken: before the first, after each update

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 __all__ = [
+    "TrainerCallback",
     "callbacks_of",
     "check_in_optimizer",
     "clips_gradients",
@@ -19,6 +21,33 @@ __all__ = [
     "steps_of_training",
     "steps_taken",
 ]
+
+
+class TrainerCallback(pl.Callback):
+    """A callback of a Trainer. ``Fabric(callbacks=...)`` takes anything and would call none of its hooks: refused."""
+
+    def on_after_setup(self, fabric: object, module: object) -> None:
+        """Fabric has set up a module.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        self._refuse_fabric()
+
+    def on_after_optimizer_step(self, strategy: object, optimizer: object) -> None:
+        """An optimizer of Fabric has stepped.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        self._refuse_fabric()
+
+    def _refuse_fabric(self) -> NoReturn:
+        raise MisconfigurationException(
+            f"{type(self).__name__} is a callback of Lightning's Trainer, and Fabric calls none of its hooks: nothing"
+            " would be masked. Train with L.Trainer(callbacks=[...]); to prune a module without one, call"
+            " lightning_sparse.prune."
+        )
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -44,13 +44,20 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     for group in groups:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
+        # Somebody may have written within training_step or after backward.
+        written = run.guards[group].written_weights()
         graphs = _make_plain(method, group)
+        if not graphs:  # else autograd would refuse
+            if written:
+                holding.repair_written(method)
+            holding.look_before_step(method, group)
         if graphs:
             run.steps.differentiated.add(group)
         method.before_step(trainer, group)
         _put_back(graphs, masked=method.clears_gradients)
         if method.clears_gradients:
             run.guards[group].note_gradients()
+            run.guards[group].step_begins()
         else:
             run.guards[group].note_weights()  # their dense values are laid in
 
@@ -213,6 +220,8 @@ def _stepped(method: Method, group: MaskGroup, *, clipped: bool) -> None:
         if written and method.clears_gradients:
             holding.mend_gradients(method, group, written)
         method.after_step(group)
+        if method.clears_gradients:
+            holding.look_after_step(method, group)
     if group in run.steps.differentiated:
         run.steps.differentiated.discard(group)
         group.apply_()
