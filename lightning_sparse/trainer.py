@@ -142,9 +142,20 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
     total = trainer.estimated_stepping_batches
     if total < 0:  # Lightning's answer for a data loader without length
         return math.inf
+    if math.isfinite(total) and _has_epoch_without_steps(trainer):
+        of_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = min(total, of_an_epoch * ((trainer.max_epochs or 1) - 1))
     if trainer.max_steps != -1 and not pl_module.automatic_optimization:
         return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
     return total
+
+
+def _has_epoch_without_steps(trainer: pl.Trainer) -> bool:
+    """Whether stochastic weight averaging has added an epoch to ``max_epochs``, in which BatchNorm alone learns."""
+    return trainer.max_epochs not in (None, -1) and any(
+        is_a(callback, "StochasticWeightAveraging") and getattr(callback, "_model_contains_batch_norm", False)
+        for callback in callbacks_of(trainer)
+    )
 
 
 def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
