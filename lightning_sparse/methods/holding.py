@@ -26,9 +26,11 @@ __all__ = [
     "masks_changed",
     "mend_gradients",
     "repair_written",
+    "warn_of_dead_filters",
     "warn_of_thawed",
 ]
 
+_MANY = 0.02  # of the depthwise filters
 _EVERY = 100  # steps between two looks at every weight
 _FIRST = (1, 2)  # steps after which an average, written before or after us, has moved, and habits show
 
@@ -185,6 +187,20 @@ def compare_processes(method: Method) -> None:
                 f"the weights of {', '.join(differ)} differ between the processes. Look for code that writes weights"
                 " on some processes only"
             )
+
+
+def warn_of_dead_filters(method: Method) -> None:
+    """Name depthwise convolutions that have lost filters: each has few weights, and is all that its channel has."""
+    weights = [weight for weight in method.weights if "@depthwise" in weight.candidate.traits]
+    alive = {weight: weight.rows(weight.mask).flatten(1).any(dim=1) for weight in weights}
+    dead = sum(int((~its).sum()) for its in alive.values())
+    total = sum(its.numel() for its in alive.values())
+    if dead > _MANY * total:
+        names = enumerated(weight.name for weight, its in alive.items() if not its.all())
+        method.warn_once(
+            f"{dead:,} of {total:,} filters of depthwise convolutions have no active weight left, so their channels are"
+            f" lost: {names}. exclude=['@depthwise'] leaves these few weights dense"
+        )
 
 
 def warn_of_thawed(method: Method) -> None:
