@@ -198,6 +198,7 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
     run = method.last_run
     if run is None or not run.active:
         return
+    steps.clip_again(method)
     for group in run.groups:
         group.apply_()
         run.steps.unhook(group)

@@ -21,6 +21,7 @@ from lightning_sparse.trainer import clips_gradients
 __all__ = [
     "announced",
     "batch_ended",
+    "clip_again",
     "dissolve",
     "form",
     "leave_out",
@@ -110,11 +111,21 @@ def _put_back(graphs: dict[MaskedWeight, Tensor], *, masked: bool) -> None:
             weight.parameter.grad = _Rewritten.apply(grad, values, weight.mask if masked else None)  # type: ignore[assignment]
 
 
-def leave_out(idle: set[Optimizer], optimizer: Optimizer) -> None:
+def leave_out(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """Let ``optimizer`` find no gradient, where a method has updated its masks instead of a step."""
+    idle = method.registry.idle_optimizers
     if optimizer in idle:
         idle.discard(optimizer)
         optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
+        if trainer.gradient_clip_algorithm == "value":  # which torch cannot do where there is no gradient at all
+            method.run.steps.clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+
+def clip_again(method: Method) -> None:
+    """Give the Trainer back how it clips, after a step that was left out."""
+    steps, trainer = method.run.steps, method.run.trainer()
+    if steps.clip_val is not None and trainer is not None:
+        trainer.gradient_clip_val, steps.clip_val = steps.clip_val, None
 
 
 def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
@@ -235,6 +246,7 @@ def batch_ended(method: Method) -> None:
     if run is None or not run.active:
         return
     steps = run.steps
+    clip_again(method)
     for group in list(steps.awaiting):
         if group not in steps.handles and run.guards[group].written_weights():
             _stepped(method, group, clipped=False)

@@ -108,6 +108,13 @@ def test_clipping_alone_is_nobody_who_writes(tmp_path: Path) -> None:
     assert train(METHODS["fixed"](), ToyModel(), tmp_path, gradient_clip_val=1e-3) == []
 
 
+@every_method
+def test_clipping_by_value_where_a_step_is_left_out(name: str, tmp_path: Path) -> None:
+    model = ToyModel()
+    train(METHODS[name](), model, tmp_path, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+    assert model.trainer.gradient_clip_val == 0.1
+
+
 # Weights that are written between steps.
 
 
