@@ -27,6 +27,7 @@ from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
 from lightning_sparse.trainer import (
+    TrainerCallback,
     batches_stepped,
     callbacks_of,
     count_dense_peak,
@@ -44,7 +45,7 @@ _LEAST_RECORDS = 200
 
 
 @final
-class SparsityMonitor(pl.Callback):
+class SparsityMonitor(TrainerCallback):
     r"""Shows what sparse training does, beside ``LearningRateMonitor``; it changes nothing of it.
 
     These go to every logger of the Trainer, at the number of optimizer steps taken: before the first, after each update

@@ -222,6 +222,7 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
     if run is None or not run.active:
         checkpoints.resume_no_more(method)
         return
+    steps.clip_again(method)
     for group in run.groups:
         if group in run.steps.awaiting:  # an error between the gradients and the step
             method.step_skipped(group)

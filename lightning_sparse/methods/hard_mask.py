@@ -115,6 +115,11 @@ class HardMaskMethod(SparseMethod):
 
     @final
     @override
+    def updates_now(self, group: MaskGroup) -> bool:
+        return self._is_due(group)
+
+    @final
+    @override
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         due = self._is_due(group)
         observes = self.observes(group)
