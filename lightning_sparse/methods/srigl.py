@@ -128,10 +128,15 @@ class SRigL(GrowingMethod):
     def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
         alive = self._alive[weight.name]
         kept = weight.largest(weight.value, keep, weight.mask, key=torch.abs) & alive
+        fan_in = budget // max(1, weight.count(weight.rows(alive).any(dim=1)))
         # All kept weights come before all others: those by magnitude, these by gradient.
-        ranked = torch.where(kept, 2.0 + _to_one(weight.value), _to_one(weight.grad))
-        free = alive if self.regrows else alive & (kept | ~weight.mask)
-        return self.shape.largest(weight, ranked, budget, free)
+        if bool((weight.rows(kept).sum(dim=1) <= fan_in).all()):  # as a rule: then none of them is cut off
+            ranked = weight.grad.abs().masked_fill_(kept, torch.inf)
+        else:
+            ranked = torch.where(kept, 2.0 + _to_one(weight.value), _to_one(weight.grad))
+        if not self.regrows:  # what has just been pruned comes last: only where its neuron has no other place
+            ranked.masked_fill_(weight.mask & ~kept, -1.0)
+        return self.shape.largest(weight, ranked, budget, alive)
 
     def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:
         """The mask of all weights of the neurons that are not ablated."""
