@@ -11,7 +11,7 @@ them). Accuracy on the 360 images that are held out, after the last epoch, five 
 
     python -m benchmarks.moments --out moments.jsonl
     python -m benchmarks.moments --out moments.jsonl --table
-    python -m benchmarks.moments --out moments.jsonl --figure warm-moments.svg
+    python -m benchmarks.moments --docs
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from rich.table import Table
 from torchvision.models import VisionTransformer
 from typing_extensions import override
 
-from benchmarks.harness import machine, print_table, quiet_trainer, versions
+from benchmarks.harness import machine, quiet_trainer, versions
+from benchmarks.pages import as_markdown, put_into
 from benchmarks.runs import Plain, begin, mean_and_deviation, read, train_missing
 from lightning_sparse import SET, RigL
 from lightning_sparse.zoo import DigitsDataModule
 
 METHODS = {"RigL": RigL, "SET": SET}
 RESULTS = Path(__file__).parent / "results" / "moments.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,14 @@ def draw(finished: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def figures(finished: Sequence[dict[str, Any]]) -> str:
+    """What stands in the documentation: the table, and how it was measured."""
+    measured_on = sorted(
+        {", ".join([result["machine"], *map(" ".join, result["versions"].items())]) for result in finished}
+    )
+    return f"{as_markdown(tabulate(finished))}\n\n`python -m benchmarks.moments`: {'; '.join(measured_on)}."
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,14 +174,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="train nothing; draw what is in --out")
+    parser.add_argument("--docs", action="store_true", help="train nothing; write table and figure into the docs")
     arguments = parser.parse_args(argv)
-    if not (arguments.table or arguments.figure):
+    if not (arguments.table or arguments.docs):
         train_missing(all_runs(arguments.seeds), train, arguments.out, arguments.jobs)
     finished = list(read(arguments.out, Run).values())
-    if arguments.figure:
-        draw(finished, arguments.figure)
-    print_table(tabulate(finished))
+    if arguments.docs:
+        put_into(PAGE, "moments", figures(finished))
+        draw(finished, PAGE.with_name("warm-moments.svg"))
+    else:
+        print(figures(finished))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lightning_sparse  # noqa: E402
+from benchmarks.evidence.tables import MARGIN, Evidence, beside_baselines  # noqa: E402
 from lightning_sparse.methods.catalog import all_methods, methods_table  # noqa: E402
 
 if TYPE_CHECKING:
@@ -75,7 +76,15 @@ def _card(method: type) -> str:
         return card
     heading, _, rest = differs[0].partition("\n")
     lines = "\n".join(line.removeprefix("    ") for line in rest.splitlines())
-    return f"{card}\n.. rubric:: {heading.rstrip(':')}\n\n{lines}"
+    return f"{card}\n.. rubric:: {heading.rstrip(':')}\n\n{lines}\n\n{_beside_baselines(method.__name__)}"
+
+
+def _beside_baselines(method: str) -> str:
+    """To which baselines a method loses in docs/evidence.md, and where; nothing where it loses to none."""
+    lost = beside_baselines(Evidence.read()).get(method, [])
+    items = "\n".join(f"- {sentence}" for sentence in lost)
+    head = f"With its defaults, in the short runs of :doc:`evidence`, it ended by more than {MARGIN} points behind"
+    return f".. rubric:: Beside a baseline\n\n{head}\n\n{items}\n" if lost else ""
 
 
 def take_over(_: Sphinx, __: str, source: list[str]) -> None:

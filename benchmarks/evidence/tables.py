@@ -16,7 +16,7 @@ from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.training import Run
 from benchmarks.runs import mean_and_deviation, read
 
-__all__ = ["RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown"]
+__all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
 ALL = (*BASELINES, *METHODS, *VARIANTS)
@@ -64,18 +64,20 @@ class Evidence:
 
     Args:
         rows: One for each run.
+        train_images: Those of a trial that was shorter, of which the rows are; 0 where all were trained on.
+        epochs: Likewise.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = [row for row in rows if not (row["train_images"] or row["epochs"])]
+    def __init__(self, rows: Iterable[Row], train_images: int = 0, epochs: int = 0) -> None:
+        self.rows = [row for row in rows if (row["train_images"], row["epochs"]) == (train_images, epochs)]
         self._cells: dict[Cell, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows:
             self._cells[row["network"], row["sparsity"]][row["method"]].append(row)
 
     @classmethod
-    def read(cls, path: Path = RESULTS) -> Evidence:
+    def read(cls, path: Path = RESULTS, train_images: int = 0, epochs: int = 0) -> Evidence:
         """Read them from a file of one result a line."""
-        return cls(read(path, Run).values())
+        return cls(read(path, Run).values(), train_images, epochs)
 
     @property
     def networks(self) -> list[str]:
