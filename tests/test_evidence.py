@@ -82,15 +82,24 @@ def test_ranks_by_hand() -> None:
     # GMP, FGGP and static, two seeds: 1 2 3 and 1.5 1.5 3.
     rows = [row("GMP", 97.0), row("FGGP", 96.0), row("static", 90.0)]
     rows += [row("GMP", 96.0, seed=1), row("FGGP", 96.0, seed=1), row("static", 91.0, seed=1)]
-    rows += [row("SET", 99.0)]  # of one seed: no block has all four
     ranks = Evidence(rows).ranks()
     assert ranks is not None
-    assert ranks.blocks == 1
-    without = Evidence(rows[:-1]).ranks()
-    assert without is not None
-    assert dict(without.average) == {"GMP": 1.25, "FGGP": 1.75, "static": 3.0}
-    assert without.blocks == 2
-    assert without.intervals["GMP"] == (1.0, 1.5)
+    assert dict(ranks.average) == {"GMP": 1.25, "FGGP": 1.75, "static": 3.0}
+    assert ranks.blocks == 2
+    assert ranks.intervals["GMP"] == (1.0, 1.5)
+    assert Evidence([*rows, row("SET", 99.0)]).ranks() is None  # of one seed: one block has all four
+
+
+def test_a_network_that_a_method_cannot_have_costs_the_others_no_block() -> None:
+    rows = [
+        row(method, 90.0 + place, network=network)
+        for network in ("lenet300", "cnn")
+        for place, method in enumerate(("GMP", "SET", "static", "STR"))
+        if (network, method) != ("cnn", "STR")
+    ]
+    ranks = Evidence(rows).ranks()
+    assert ranks is not None
+    assert (ranks.blocks, set(ranks.average)) == (2, {"GMP", "SET", "static"})
 
 
 def test_who_misses_the_sparsity_is_not_ranked_and_is_marked() -> None:

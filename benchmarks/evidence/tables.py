@@ -112,18 +112,9 @@ class Evidence:
     def ranks(self) -> Ranks | None:
         """Rank whoever competes, in every block that has all of them; None where there are fewer than two blocks.
 
-        Who misses a sparsity, in any block, is left out of all.
+        Left out is who misses a sparsity, or has no run of a network of which most others have one.
         """
-        absent = {
-            method
-            for method in COMPETE
-            for network in self.networks
-            for sparsity in self.sparsities(network)
-            if self.misses(network, sparsity, method)
-        }
-        methods = [
-            method for method in COMPETE if method not in absent and any(self.of(*c, method) for c in self._cells)
-        ]
+        methods = [method for method in COMPETE if not self._left_out(method)]
         blocks = list(self._blocks(methods))
         if len(blocks) < 2 or len(methods) < 3:
             return None
@@ -137,6 +128,19 @@ class Evidence:
             len(blocks),
             *_friedman(placed),
         )
+
+    def _left_out(self, method: str) -> bool:
+        ever = [other for other in COMPETE if any(self._has(network, other) for network in self.networks)]
+        for network in self.networks:
+            begun = [other for other in ever if self._has(network, other)]
+            if method not in begun and 2 * len(begun) > len(ever):
+                return True
+            if any(self.misses(network, sparsity, method) for sparsity in self.sparsities(network)):
+                return True
+        return method not in ever
+
+    def _has(self, network: str, method: str) -> bool:
+        return any(self.of(network, sparsity, method) for sparsity in self.sparsities(network))
 
     def _blocks(self, methods: Sequence[str]) -> Iterable[list[float]]:
         for network, sparsity in sorted(self._cells):
