@@ -5,7 +5,7 @@ moment of 0 takes a first step of 3.2 learning rates, and up to 6.6 a dozen step
 With ``warm_moments``, which is on by default, its second moment begins at the square of its gradient, or the mean of
 the layer's survivors where that is more (docs/decisions/0011).
 
-torchvision's vision transformer (two layers of 64 or 128, four heads, patches of 2 x 2) on scikit-learn's 8 x 8 digits: AdamW
+torchvision's vision transformer (two layers of 64 or 128, four heads) on scikit-learn's 8 x 8 digits: AdamW
 with a learning rate of 1e-3, batch 64, 12 epochs, 95 %, an update every 6 steps until three quarters of training (34 of
 them). Accuracy on the 360 images that are held out, after the last epoch, five seeds::
 

@@ -18,7 +18,9 @@ from benchmarks.evidence.training import Run, train
 from benchmarks.pages import written
 from benchmarks.runs import read
 from lightning_sparse.methods.catalog import all_methods
-from tests.test_benchmarks import tiny_mnist  # noqa: F401  # a fixture
+from tests.test_benchmarks import tiny_mnist
+
+__all__ = ["tiny_mnist"]  # a fixture
 
 
 def row(method: str, accuracy: float | None, *, seed: int = 0, sparsity: float = 0.9, **others: Any) -> dict[str, Any]:
