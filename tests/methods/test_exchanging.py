@@ -456,6 +456,16 @@ def test_srigl_does_what_sorting_would(weights: tuple[Row, ...], grads: tuple[Ro
     assert rows_after(group) == expected
 
 
+def test_srigl_grows_what_it_has_just_pruned_only_where_there_is_no_other_place() -> None:
+    # Six of eight are active, and as two are free two go: .1 and .2. The first neuron, of whose three one is left, has
+    # one place that was free; the other that it needs is one of those just pruned.
+    srigl = SRigL(**(STEPPING | _any(sparsity=Constant(0.25))), ablation=0.0, regrow=False)
+    group = neurons([[0.9, 0.1, 0.2, 0], [0.8, 0.7, 0.6, 0]], [[1, 1, 1, 0]] * 2, [[0, 1, 9, 8], [0, 0, 9, 1]])
+    prepared(srigl, group)
+    updated(srigl, group)
+    assert rows_after(group) == [[1, 1, 0, 1], [1, 1, 1, 0]]
+
+
 def test_srigl_shares_no_budget_over_all_layers() -> None:
     with pytest.raises(ValueError, match=r"allocation.*'global'"):
         SRigL(0.9, allocation="global")
