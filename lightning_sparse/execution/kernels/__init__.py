@@ -59,8 +59,8 @@ def default_kernels() -> str:
     if name != "llvm" and not _TOLD:
         _TOLD.add(name)
         warnings.warn(
-            "llvmlite is not installed, so torch computes the sparse layers: linear layers and 1 x 1 convolutions. All other"
-            " convolutions stay dense, and gains are about half of what they could be: pip install"
+            "llvmlite is not installed, so torch computes the sparse layers: linear layers and 1 x 1 convolutions. All"
+            " other convolutions stay dense, and gains are about half of what they could be: pip install"
             " 'lightning-sparse[fast]'.",
             stacklevel=3,
         )
