@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 GALLERY = Path(__file__).with_name("gallery")
 MARKER = re.compile(r"^<!-- (CONTRIBUTING|METHODS|NOTEBOOK|PICTURE)(?:: (.+))? -->$", re.MULTILINE)
 
-# Where the links of CONTRIBUTING.md and of the notebooks lead, beside pages of docs/ and notebooks. Of other links, to
-# files that are no pages, the text is left.
+# Where links of CONTRIBUTING.md and notebooks lead, beside pages of docs/ and notebooks. Others lead to no page: their
+# text is left.
 PAGES = {"docs/decisions": "decisions.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 # Importing the package makes its methods, the monitor and the zoo known by their bare class names.
 import lightning_sparse
+from lightning_sparse.consolidate import consolidate
 from lightning_sparse.masks import CheckpointError, read_masks, save_masks
 from lightning_sparse.masks.places import printable
 from lightning_sparse.reporting import compare_masks, overlap_table, report, sparsity_table, width_of
@@ -185,6 +186,15 @@ def _report(options: argparse.Namespace) -> None:
             print(*result.gains.sentences(), sep="\n")
 
 
+def _consolidate(options: argparse.Namespace) -> None:
+    _refuse_to_overwrite(options.file)
+    try:
+        consolidate(options.folder, options.file)
+    except OSError as error:
+        raise CommandError(f"{options.file} cannot be written: {error.strerror or error}.") from error
+    print(printable(f"{options.file}: the checkpoint of {options.folder}, for any strategy."))
+
+
 def _extract_masks(options: argparse.Namespace) -> None:
     masks = read_masks(options.checkpoint)
     _refuse_to_overwrite(options.file)
@@ -274,6 +284,10 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.set_defaults(run=_report)
     add_export_command(commands.add_parser("export", help="write a checkpoint's network to another kind of file"))
     add_speed_command(commands.add_parser("speed", help="print how much faster zeros make a trained network"))
+    folder = commands.add_parser("consolidate", help="write a checkpoint of a sharded training, a folder, as one file")
+    folder.add_argument("folder", help="what ModelParallelStrategy saved")
+    folder.add_argument("file", help="where to write the checkpoint, which every strategy loads")
+    folder.set_defaults(run=_consolidate)
     _add_masks_commands(commands.add_parser("masks", help="take the masks out of a checkpoint, or compare two"))
     _add_recipes_commands(commands.add_parser("recipes", help="list the recipes; show one, or copy it to change it"))
     return parser

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sparse.arguments import check_flag
-from lightning_sparse.functional.topology import count_dead
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.methods.base import SparseMethod, total_target_sparsity
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.metrics.flops import ForwardFLOPs
 from lightning_sparse.metrics.history import MaskHistory
+from lightning_sparse.metrics.registry import dead_neurons, history_of, is_spread, saved_history, taken_history
 from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
@@ -126,7 +127,7 @@ class SparsityMonitor(pl.Callback):
         self._of_masks: dict[str, float] = {}  # what changes with masks alone
         self._shapes: dict[str, tuple[int, ...]] = {}  # those of the weights that have a mask
         self._loaded: dict[str, Any] | None = None
-        self._begun = False
+        self._begun = self._is_spread = False
         self._step = 0  # optimizer steps up to which everything below is counted
         self._counted = self._recorded = 0  # updates that went into the operations, and into a record
         self._update_step = 0  # the step at which an update was last recorded
@@ -135,7 +136,8 @@ class SparsityMonitor(pl.Callback):
         self._counter: ForwardFLOPs | None = None
         self._attempts = 0
 
-    # The hooks. Everything happens on rank zero, whose masks are those of all.
+    # The hooks. Everything happens on rank zero, whose masks are those of all; but where weights are sharded, every
+    # rank counts what it holds.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -163,7 +165,7 @@ class SparsityMonitor(pl.Callback):
         # By now every callback has done its part of the last step, in whatever order they are listed.
         if self.progress_bar:  # on every rank: it is a metric too, and whoever monitors it decides on every rank
             pl_module.log("sparsity", MaskRegistry.of(pl_module).sparsity, prog_bar=True, logger=False, on_step=True)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not any(map(is_sharded, pl_module.parameters())):
             return
         if not self._begun:
             self._begin(trainer, pl_module)
@@ -175,7 +177,8 @@ class SparsityMonitor(pl.Callback):
         if self._registry.num_updates > self._recorded and self._step >= self._update_step + self._pause:
             self._update_step = self._step
             self._record(trainer)
-        counted = self._flops is not None and self._flops.layers.keys() == self._registry.keys()
+        # FSDP2 computes with whole weights that are not the module's parameters.
+        counted = self._is_spread or (self._flops is not None and self._flops.layers.keys() == self._registry.keys())
         if self._registry and not counted and self._attempts < _PATIENCE:
             self._attempts += 1
             parameters = {canonical_name(name): parameter for name, parameter in pl_module.named_parameters()}
@@ -226,7 +229,7 @@ class SparsityMonitor(pl.Callback):
             "update_step": self._update_step,
             "uncounted": self._registry.num_updates - self._counted,
             "unrecorded": self._registry.num_updates - self._recorded,
-            "history": dict(self._history.state_dict()),
+            "history": saved_history(self._history, self._registry),
             "timeline": dict(self.timeline.state_dict()),
             "flops": None if self._flops is None else asdict(self._flops),
         }
@@ -244,7 +247,10 @@ class SparsityMonitor(pl.Callback):
         if not self._registry:
             return  # until something has a mask: all that is to be masked may be frozen yet
         self._begun = True
-        self._history = MaskHistory(self._masks)
+        self._is_spread = is_spread(self._registry)
+        if self._is_spread:
+            rank_zero_warn("SparsityMonitor counts no operations where weights are sharded, so flops/* are left out.")
+        self._history = history_of(self._registry)
         self._shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}
         self.timeline = SparsityTimeline(list(self._registry))
         self._step = self._update_step = batches_stepped(trainer)
@@ -256,7 +262,7 @@ class SparsityMonitor(pl.Callback):
             self._resume(self._loaded)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        self._history.load_state_dict(state["history"])
+        self._history.load_state_dict(taken_history(state["history"], self._registry))
         # Checkpoints of older versions do not name the layers; their history has the same, in their order.
         self.timeline.load_state_dict({"layers": list(state["history"]["initial"])} | state["timeline"])
         self._flops = None if state["flops"] is None else SpentFLOPs(**state["flops"])
@@ -285,7 +291,7 @@ class SparsityMonitor(pl.Callback):
         if shapes == self._shapes:
             return
         if any(shapes.get(name) != shape for name, shape in self._shapes.items()):
-            self._history = MaskHistory(self._masks)  # a layer was replaced: what it was says nothing of what it is
+            self._history = history_of(self._registry)  # a layer was replaced: what it was says nothing of what it is
         else:
             self._history.add(self._masks)
         self.timeline.add(list(self._registry))
@@ -333,7 +339,7 @@ class SparsityMonitor(pl.Callback):
         self._write(trainer, values)
 
     def _describe_masks(self) -> dict[str, float]:
-        dead, neurons = count_dead([weight.rows(weight.mask) for weight in self._registry.values()])
+        dead, neurons = dead_neurons(self._registry)
         return {
             "masks/changed_since_start": self._history.changed_since_start,
             "masks/ever_active": self._history.ever_active,
@@ -350,7 +356,7 @@ class SparsityMonitor(pl.Callback):
     def _write_histograms(self, trainer: pl.Trainer) -> None:
         for add_histogram in writers_of(trainer, "add_histogram"):
             for name, weight in self._registry.items():
-                active = weight.parameter[weight.mask].float()
+                active = weight.value[weight.mask].float()
                 active = active[active.isfinite()]
                 if len(active):
                     add_histogram(f"weights/{name}", active, global_step=self._step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -267,7 +267,7 @@ class Steps(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("values", "at"):
-            object.__setattr__(self, name, tuple(as_number(value) for value in getattr(self, name)))
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
                 f"{self} has {len(self.values)} values and {len(self.at)} times; give one value more than times, such"
@@ -278,6 +278,13 @@ class Steps(Schedule):
 
     def __call__(self, progress: float) -> float:  # noqa: D102
         return self.values[sum(time <= progress for time in self.at)]
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...]:
+    plain = tuple(map(as_number, values)) if isinstance(values, Iterable) else (None,)
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in plain):
+        raise ValueError(f"{name} of Steps is {values!r}; give a list of numbers.")
+    return plain
 
 
 def as_schedule(value: float | Schedule) -> Schedule:

@@ -136,6 +136,17 @@ class Timetable:
             return self.stop
         return step - (step - self.start) % self.every
 
+    def is_before(self, step: int) -> bool:
+        """Whether the latest update up to ``step`` belongs to :attr:`before`, or ends it, as that at :attr:`start`.
+
+        Example:
+            >>> times = Timetable(every=10, start=20, stop=50, before=Timetable(every=5, start=0, stop=20))
+            >>> [times.is_before(step) for step in (4, 20, 29, 30)]
+            [True, True, True, False]
+        """
+        latest = self.latest(step)
+        return self.before is not None and latest is not None and latest <= self.start
+
     def progress(self, step: int) -> float:
         """How far ``step`` is from the first update to the last, in [0, 1]."""
         if step >= self.stop:

@@ -23,6 +23,7 @@ from lightning_sparse.schedules import (
     Linear,
     Polynomial,
     Schedule,
+    Steps,
     Timetable,
     UpdateTimes,
     as_schedule,
@@ -319,3 +320,18 @@ def test_progress_runs_evenly_from_0_at_the_start_to_1_at_the_stop(times: Timeta
 
 def test_one_shot_pruning_has_made_no_progress_before_its_step() -> None:
     assert [Timetable(every=1, start=50, stop=50).progress(step) for step in (0, 49, 50, 51)] == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"values": 0.1, "at": (0.5,)},
+        {"values": (0.1, "a"), "at": (0.5,)},
+        {"values": (0.1, 0.2), "at": ("x",)},
+        {"values": "ab", "at": (0.5,)},
+        {"values": (0.1, True), "at": (0.5,)},
+    ],
+)
+def test_steps_of_what_is_no_number_are_refused_in_words(arguments: Any) -> None:
+    with pytest.raises(ValueError, match=r"(values|at) of Steps is .*; give a list of numbers"):
+        Steps(**arguments)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional import masks
+from lightning_sparse.functional.masks import count_true
 from lightning_sparse.functional.selection import Key, in_pieces, keys_of
 
 __all__ = ["Held", "Sum", "smallest_of_spread"]
@@ -38,6 +39,8 @@ _BUCKETS = 1 << _BITS
 # From how many entries of the whole on a sample comes first, and how many are looked at.
 _LARGE = 1 << 15
 _SAMPLE = 1 << 15
+# Where at most one of so many is eligible here, the eligible are gathered.
+_FEW = 16
 # Entries at a time on other devices than a CPU.
 _CHUNK = 1 << 24
 # How many digits of the keys in the sample are looked at, by the width of the keys: a float64 has a longer exponent.
@@ -95,7 +98,26 @@ def smallest_of_spread(
         return torch.zeros_like(among)
     if not masks.on_cpu(among):
         return _without_looking(parts, k, among, numel, sum_, key)
-    return _OnCPU(parts, among, numel, sum_, key).smallest(k)
+    if count_true(among) * _FEW > len(among):
+        return _OnCPU(parts, among, numel, sum_, key).smallest(k)
+    where = among.nonzero().squeeze(1)
+    few = [_gathered(part, here) for part, here in _divided(parts, where)]
+    chosen = torch.zeros_like(among)
+    chosen[where] = _OnCPU(few, among[where], numel, sum_, key).smallest(k)
+    return chosen
+
+
+def _gathered(part: Held, here: Tensor) -> Held:
+    """Some entries of a part."""
+    return Held(part.scores.detach()[here], lambda at: part.places(here[at]), part.owned)
+
+
+def _divided(parts: Sequence[Held], at: Tensor) -> list[tuple[Held, Tensor]]:
+    """Rising places here, as those in each part."""
+    starts = torch.tensor([0, *accumulate(len(part.scores) for part in parts)])
+    bounds = torch.searchsorted(at, starts).tolist()
+    pairs = zip(parts, starts.tolist(), pairwise(bounds), strict=False)
+    return [(part, at[first:last] - start) for part, start, (first, last) in pairs]
 
 
 class _OnCPU:
@@ -252,21 +274,15 @@ class _OnCPU:
         drawn = (
             torch.randint(len(self.among), (mine,), generator=torch.Generator().manual_seed(0)).sort().values.numpy()
         )
-        scores = [part.scores.detach()[here] for part, here in self._divided(drawn[self.counted[drawn]])]
-        keys = self._keys(torch.cat(scores)) if scores else np.empty(0, self.floating)
+        drawn = torch.from_numpy(drawn[self.counted[drawn]])
+        scores = torch.cat([part.scores.detach()[here] for part, here in _divided(self.parts, drawn)])
+        keys = self._keys(scores)
         return keys[~np.isnan(keys)]
 
     def _places(self, at: _Array) -> _Array:
         """Places in the whole of entries at rising places here."""
-        found = [part.places(here).numpy().astype(np.uint64) for part, here in self._divided(at)]
-        return np.concatenate([np.empty(0, np.uint64), *found])
-
-    def _divided(self, at: _Array) -> Iterator[tuple[Held, Tensor]]:
-        """Rising places here, as those in each part that has some."""
-        bounds = np.searchsorted(at, [*self.starts, len(self.among)])
-        for part, start, (first, last) in zip(self.parts, self.starts, pairwise(bounds), strict=True):
-            if first < last:
-                yield part, torch.from_numpy(at[first:last] - start)
+        found = [part.places(here) for part, here in _divided(self.parts, torch.from_numpy(at))]
+        return torch.cat(found).numpy().astype(np.uint64)
 
     def _as_float(self, integer: int) -> float:
         """The inverse of :func:`_ordered`; NaN beyond infinity."""

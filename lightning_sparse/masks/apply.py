@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
+from lightning_sparse.masks.layout import layout_of, local_part
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Plan, judge_parameters, names_near
 from lightning_sparse.masks.registry import MaskRegistry
@@ -30,7 +31,7 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
 
     Args:
         module: The module that ``fit`` will be given, with its weights loaded. Where each process runs the script, as
-            in DDP, each calls this.
+            in DDP, each calls this. One that is sharded already will do, each process giving the same whole masks.
         masks: A path, of a file that :func:`~lightning_sparse.save_masks` wrote, of a checkpoint of a method, or of
             weights with zeros in them, safetensors included; or a mapping of parameter names to ``bool`` tensors of the
             weights' shapes, ``True`` = active. Weights without a mask do not change.
@@ -61,11 +62,13 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
     if wrong := wrong_shapes(given, plan, source):
         raise ValueError(wrong)
     by_name = _by_first_name(given, source, plan)
-    left = MaskRegistry.left_in(module)  # of weights that were pruned before, and have no mask here
+    layouts = {candidate.name: layout_of(candidate.parameter) for candidate in plan}
+    # Of weights that were pruned before, and have no mask here.
+    left = {name: layouts[name].whole(mask) for name, mask in MaskRegistry.left_in(module).items()}
     for candidate in plan:
         if candidate.name in by_name:
-            mask = by_name[candidate.name].to(candidate.parameter.device)
-            candidate.parameter.masked_fill_(~mask, 0.0)
+            mask = layouts[candidate.name].take(by_name[candidate.name]).to(candidate.parameter.device)
+            local_part(candidate.parameter).masked_fill_(~mask, 0.0)
     MaskRegistry.leave(module, left | by_name, given=True)
 
 
@@ -83,7 +86,10 @@ def _read(masks: Any, plan: Plan) -> tuple[dict[str, Tensor], str]:
             "masks is empty; give a bool tensor for at least one parameter. The registry of a method is empty before"
             " its training."
         )
-    tensors = {name: value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()}
+    tensors = {
+        name: value.layout.whole(value.mask) if isinstance(value, MaskedWeight) else value
+        for name, value in masks.items()
+    }
     check_bool(tensors)
     return as_named(tensors, [candidate.name for candidate in plan]), "The mapping masks="
 

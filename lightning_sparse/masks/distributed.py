@@ -158,18 +158,19 @@ def _differing(group: MaskGroup, tensors: Sequence[Tensor]) -> list[str]:
 def _differing_copies(group: MaskGroup, tensors: Sequence[Tensor], count: int = 0) -> tuple[list[str], int]:
     """Names of the weights of which processes hold different copies, and the sum of a count; one transfer.
 
-    Hashes are summed twice, over all processes and over those that own the entries: of equal copies one sum is a
-    multiple of the other.
+    Of entries that one process alone holds there is nothing to compare. Hashes are summed twice, over all processes and
+    over those that own the entries: of equal copies one sum is a multiple of the other.
     """
-    hashes = torch.stack([content_hash(tensor) for tensor in tensors])
-    owned = torch.tensor([weight.layout.owned for weight in group], device=hashes.device)
-    more = torch.tensor([count], device=hashes.device)
-    all_, of_owners, total = sum_over_processes(torch.cat([hashes, hashes * owned, more])).split(
-        [len(hashes), len(hashes), 1]
-    )
-    copies = torch.tensor([weight.layout.copies for weight in group], device=hashes.device)
-    same = (all_ == of_owners * copies).tolist()
-    return [weight.name for weight, its in zip(group, same, strict=True) if not its], int(total)
+    copied = [(w, tensor) for w, tensor in zip(group, tensors, strict=True) if w.layout.copies > 1]
+    hashes = [content_hash(tensor) for _, tensor in copied]
+    of_owners = [its * weight.layout.owned for its, (weight, _) in zip(hashes, copied, strict=True)]
+    more = torch.tensor(count, device=group.mask.device)
+    *sums, total = sum_over_processes(torch.stack([*hashes, *of_owners, more])).tolist()
+    of_all, of_owners = sums[: len(copied)], sums[len(copied) :]
+    triples = zip(copied, of_all, of_owners, strict=True)
+    # Sums wrap around, as those of hashes do.
+    differ = [weight.name for (weight, _), its, own in triples if (its - own * weight.layout.copies) % (1 << 64)]
+    return differ, total
 
 
 def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,12 @@ from lightning_sparse.masks.checkpoint import (
     some_of,
     state_dict_of,
 )
+from lightning_sparse.masks.layout import is_sharded, layout_of, local_part
 from lightning_sparse.masks.places import canonical_name, printable
 from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.reading import is_archive, metadata_of
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.sums import rank
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.masks.wrappers import as_named, unwrapped
 
@@ -60,8 +62,8 @@ def save_masks(
 ) -> None:
     """Write masks to a file: one bit a weight, in the safetensors format.
 
-    In a training on several processes the masks are the same, so let one process write. The file is written whole or
-    not at all.
+    In a training on several processes the masks are the same, so let one process write. If weights are sharded, let all
+    processes call it: each has a part of the masks, and process 0 writes. The file is written whole or not at all.
 
     Args:
         path: The file; one that is there is replaced. It keeps its mode, and a link still leads to it.
@@ -86,7 +88,7 @@ def save_masks(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{_HOW_TO_SAVE}; the path is a {type(path).__name__}.")
-    tensors = _tensors(masks)
+    tensors, is_spread = _tensors(masks)
     if not tensors:
         raise ValueError(
             f"There is no mask to write to {path}. A callback has masks from the start of its training on; to save"
@@ -98,6 +100,8 @@ def save_masks(
     packed = {name: pack(mask) for name, mask in tensors.items()}
     metadata = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(shapes)}
     metadata["digest"] = _digest(shapes, packed)
+    if is_spread and rank() != 0:
+        return
     try:
         content = save(packed, metadata)
     except (SafetensorError, UnicodeEncodeError) as error:
@@ -198,12 +202,15 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
     return masks
 
 
-def _tensors(masks: Any) -> dict[str, Tensor]:
+def _tensors(masks: Any) -> tuple[dict[str, Tensor], bool]:
+    """The masks by name, whole, and whether processes hold parts of them."""
     if isinstance(masks, nn.Module):
         masks = unwrapped(masks)
         registry = MaskRegistry.find(masks)
         if registry is None:
-            return {weight.name: weight.parameter.detach() != 0 for weight in judge_parameters(masks).weights}
+            weights = judge_parameters(masks).weights
+            sharded = any(is_sharded(weight.parameter) for weight in weights)
+            return {w.name: layout_of(w.parameter).whole(local_part(w.parameter) != 0) for w in weights}, sharded
         masks = registry
     elif not isinstance(masks, Mapping):
         masks = getattr(masks, "registry", masks)
@@ -211,9 +218,12 @@ def _tensors(masks: Any) -> dict[str, Tensor]:
         raise TypeError(f"{_HOW_TO_SAVE}; what is to be written is a {type(masks).__name__}.")
     if unnamed := [name for name in masks if not isinstance(name, str) or name == "__metadata__"]:
         raise ValueError(f"Masks have the names of weights, and {unnamed[0]!r} is not a name.")
-    return {
-        canonical_name(name): value.mask if isinstance(value, MaskedWeight) else value for name, value in masks.items()
+    spread = any(isinstance(value, MaskedWeight) and not value.layout.is_whole for value in masks.values())
+    tensors = {
+        canonical_name(name): value.layout.whole(value.mask) if isinstance(value, MaskedWeight) else value
+        for name, value in masks.items()
     }
+    return tensors, spread
 
 
 def _check_mask(name: str, mask: Any) -> None:

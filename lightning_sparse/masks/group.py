@@ -61,7 +61,7 @@ class MaskGroup(MaskPool):
         return {
             weight.name: {
                 "shape": list(weight.shape),
-                "bits": pack(weight.layout.whole(weight.mask)),
+                "bits": pack(weight.layout.saved(weight.mask)),
                 "budget": weight.budget,
                 "updated_at": self.updated_at,
                 "uses": weight.candidate.uses,

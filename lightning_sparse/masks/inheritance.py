@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import clear_moments
 from lightning_sparse.masks.randomness import random_scores
@@ -73,17 +72,14 @@ def waking_zeros(groups: Sequence[MaskGroup], inherited: Mapping[str, Tensor]) -
 def _would_wake(weight: MaskedWeight) -> bool:
     zeros = weight.value == 0
     # a layer that begins at zero was not pruned
-    return weight.count(zeros) < weight.numel and weight.count(zeros & weight.mask) > _PRUNED * weight.numel
+    return weight.count(zeros) < weight.numel and looks_pruned(weight.count(zeros & weight.mask), weight.numel)
 
 
-def looks_pruned(zeros: Tensor) -> bool:
+def looks_pruned(zeros: int, numel: int) -> bool:
     """Whether so many of a layer's weights are zero that it seems to come from a sparse training.
 
-    Args:
-        zeros: ``bool``, ``True`` where a weight is zero.
-
     Example:
-        >>> looks_pruned(torch.tensor([0.5, 0.0, -0.5]) == 0)
+        >>> looks_pruned(zeros=1, numel=3)
         True
     """
-    return count_true(zeros) > _PRUNED * zeros.numel()
+    return zeros > _PRUNED * numel

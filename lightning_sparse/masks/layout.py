@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, final
 
 import torch
@@ -18,9 +20,34 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.sums import largest_of_processes, rank, sum_of_group, sum_over_processes, world_size
 
-__all__ = ["Block", "Layout", "Whole", "is_sharded", "laid_like", "layout_of", "local_part", "obstacle_of_shards"]
+__all__ = [
+    "Block",
+    "Layout",
+    "Whole",
+    "count_of_whole",
+    "is_sharded",
+    "laid_like",
+    "layout_of",
+    "local_part",
+    "obstacle_of_shards",
+    "saved_everywhere",
+]
+
+
+_everywhere: ContextVar[bool] = ContextVar("_everywhere", default=False)
+
+
+@contextmanager
+def saved_everywhere() -> Generator[None]:
+    """Within it every process makes the whole of what is saved: for a training that goes on from it at once."""
+    token = _everywhere.set(True)
+    try:
+        yield
+    finally:
+        _everywhere.reset(token)
 
 
 class Layout(ABC):
@@ -64,6 +91,16 @@ class Layout(ABC):
     @abstractmethod
     def whole(self, local: Tensor) -> Tensor:
         """The inverse of :meth:`take`. A collective: every process must call it."""
+
+    def saved(self, local: Tensor) -> Tensor:
+        """The whole for a checkpoint, on the CPU: in process 0, which writes it; in others an empty tensor.
+
+        A collective, as :meth:`whole` is. Within :func:`saved_everywhere` every process has it.
+        """
+        whole = self.whole(local.detach())
+        if rank() == 0 or self.is_whole or _everywhere.get():
+            return whole.cpu()
+        return torch.empty(0, dtype=local.dtype)
 
     @abstractmethod
     def sum(self, counts: Tensor) -> Tensor:
@@ -277,6 +314,14 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch.no_grad():
         return tensor.to_local().detach()
+
+
+def count_of_whole(parameter: Tensor, mask: Tensor) -> int:
+    """The number of ``True`` of the whole, of a mask of what is here of a parameter; a collective if sharded."""
+    count = count_true(mask)
+    if not is_sharded(parameter):
+        return count
+    return int(layout_of(parameter).sum(torch.tensor(count, device=mask.device)))
 
 
 def laid_like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class SparseMethod(Method):
         following.follow_optimizer(self, trainer, optimizer)
         steps.announced(self, trainer, optimizer)
         if self is methods_of(trainer)[-1]:
-            steps.leave_out(self.registry.idle_optimizers, optimizer)
+            steps.leave_out(trainer, self.registry.idle_optimizers, optimizer)
 
     @final
     @override

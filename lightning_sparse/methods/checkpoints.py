@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.checkpoint import CheckpointError, fault_of_seal, load_checkpoint, masks_by_method
+from lightning_sparse.masks.layout import saved_everywhere
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
@@ -38,7 +39,10 @@ _TOLERANCE = 0.005
 
 
 def state_of(method: Method) -> dict[str, Any]:
-    """What ``method`` has to say in a checkpoint that is written now; empty where it has never trained."""
+    """What ``method`` has to say in a checkpoint that is written now; empty where it has never trained.
+
+    A collective where weights are sharded: process 0 then has all of it, and writes it.
+    """
     run, loaded = method.last_run, method.loaded
     if loaded is not None and loaded.state is not None and not (run is not None and run.active):
         return dict(loaded.state)  # the weights are those of the checkpoint that was loaded since
@@ -193,7 +197,8 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
     if loaded is not None and loaded.state is not None and _is_still_there(loaded.left, module):
         return Beginning(check_state(loaded.state, method.state_key, method.state_fields()), goes_on=goes_on)
     if loaded is None and run is not None and run.module() is module and _is_still_there(run.left, module):
-        return Beginning(_state(method, run), goes_on=goes_on, source="module")
+        with saved_everywhere():
+            return Beginning(_state(method, run), goes_on=goes_on, source="module")
     return Beginning(inherited=MaskRegistry.left_in(module))
 
 

@@ -30,7 +30,7 @@ from typing_extensions import override
 from lightning_sparse.functional.thresholds import threshold_gradients_, threshold_mask, threshold_penalty
 from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.layout import is_sharded
+from lightning_sparse.masks.layout import Layout, is_sharded
 from lightning_sparse.masks.schema import Check, any_of, mapping_of, names, record, refuse, whole, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
@@ -164,6 +164,10 @@ class DST(LatentMethod):
         self._own.resets[weight.name] = 0
         dtype = torch.promote_types(weight.value.dtype, torch.float32)  # steps of 1e-5 vanish in a half
         return torch.zeros(weight.rows(weight.value).shape[0], dtype=dtype, device=weight.value.device)
+
+    @override
+    def layout_of_learned(self, weight: MaskedWeight) -> Layout:
+        return weight.rows_layout
 
     @override
     def new_mask(self, weight: MaskedWeight, latent: Tensor) -> Tensor:

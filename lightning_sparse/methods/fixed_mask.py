@@ -19,12 +19,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import count_true, pack, unpack, zero_pruned_
+from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
 from lightning_sparse.masks.distributed import broadcast_
 from lightning_sparse.masks.files import read_masks
 from lightning_sparse.masks.given import check_bool, wrong_shapes
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import looks_pruned
+from lightning_sparse.masks.layout import count_of_whole, is_sharded, layout_of, local_part
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import names_near
 from lightning_sparse.masks.schema import Check, mapping_of, packed_mask, whole
@@ -131,7 +132,13 @@ class FixedMask(HardMaskMethod):
         else:
             given, source = self._read(self.masks)
             self._admit(given)
-            self.run.own |= self._checked(given, source)
+            self.run.own |= self._taken(self._checked(given, source))
+
+    def _taken(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of masks of whole weights."""
+        weights = (*self.weights, *self.run.plan.frozen)
+        layouts = {weight.name: layout_of(weight.parameter) for weight in weights}
+        return {name: layouts[name].take(mask) if name in layouts else mask for name, mask in masks.items()}
 
     def _admit(self, masks: Mapping[str, Any]) -> None:
         """Mask what the rules leave dense and a mask is there for: it is held, or the fit is refused."""
@@ -161,9 +168,10 @@ class FixedMask(HardMaskMethod):
         self.run.own = {name: mask for name, mask in self._asleep.items() if name in frozen}
         for name, mask in self._asleep.items():
             mask = mask.to(frozen[name].parameter.device)
-            broadcast_(mask)
+            if not is_sharded(frozen[name].parameter):
+                broadcast_(mask)
             self._asleep[name] = mask
-            zero_pruned_(frozen[name].parameter, mask)
+            zero_pruned_(local_part(frozen[name].parameter), mask)
 
     @override
     def mask_of_thawed(self, name: str) -> Tensor | None:
@@ -171,7 +179,9 @@ class FixedMask(HardMaskMethod):
 
     @override
     def method_state(self) -> dict[str, Any]:
-        packed = {name: {"shape": list(mask.shape), "bits": pack(mask)} for name, mask in self._asleep.items()}
+        layouts = {candidate.name: layout_of(candidate.parameter) for candidate in self.run.plan.frozen}
+        whole = {name: layouts[name].saved(mask) for name, mask in self._asleep.items()}
+        packed = {name: {"shape": list(layouts[name].shape), "bits": pack(mask)} for name, mask in whole.items()}
         return super().method_state() | {"asleep": packed}
 
     @override
@@ -186,15 +196,17 @@ class FixedMask(HardMaskMethod):
         masks = {name: unpack(its["bits"], its["shape"]) for name, its in packed.items()}
         if wrong := wrong_shapes(masks, self.run.plan.frozen, "The checkpoint"):
             raise MisconfigurationException(wrong)
-        self.run.own = masks
+        self.run.own = self._taken(masks)
 
     def _masks_in_module(self) -> Mapping[str, Tensor]:
         zeros = {weight.name: weight.value != 0 for weight in self.weights}
         masks = zeros | dict(self.inherited)  # a weight that was just grown is zero, and active
         self._tell_of_dense_zeros()
-        frozen = {candidate.name: candidate.parameter != 0 for candidate in self.run.plan.frozen}
-        frozen = {name: mask for name, mask in frozen.items() if mask.any() and not mask.all()}
-        if not frozen and all(mask.all() for mask in masks.values()):
+        parts = {candidate.name: local_part(candidate.parameter) != 0 for candidate in self.run.plan.frozen}
+        counts = {c.name: (count_of_whole(c.parameter, parts[c.name]), c.numel) for c in self.run.plan.frozen}
+        frozen = {name: parts[name] for name, (active, numel) in counts.items() if 0 < active < numel}
+        dense = (weight.count(masks[weight.name]) == weight.numel for weight in self.weights)
+        if not frozen and all([*dense, *(mask.all() for name, mask in masks.items() if name not in zeros)]):
             raise MisconfigurationException(
                 f"FixedMask found no zero in {', '.join(masks)}: the module is dense. Load sparse weights into it"
                 " before fit, resume a sparse training with ckpt_path, or give the masks: FixedMask(masks=PATH)."
@@ -203,15 +215,14 @@ class FixedMask(HardMaskMethod):
 
     def _tell_of_dense_zeros(self) -> None:
         """Name zeros, as of a sparse training, in weights that are trained and stay dense."""
-        counts = {
-            candidate.name: count_true(candidate.parameter == 0)
+        zeros = {
+            candidate.name: (count_of_whole(candidate.parameter, local_part(candidate.parameter) == 0), candidate.numel)
             for candidate in self.dense
             if candidate.parameter.dim() > 1
             and candidate.parameter.requires_grad
             and not candidate.reason.startswith((*_LEFT_OUT, "auxiliary"))
-            and candidate.parameter.any()
-            and looks_pruned(candidate.parameter == 0)
         }
+        counts = {name: count for name, (count, numel) in zeros.items() if count < numel and looks_pruned(count, numel)}
         if counts:
             shown = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
             self.warn_once(

@@ -141,6 +141,11 @@ class GraSP(AtInitialization):
             return pool.smallest(pool.flat(self.drop_scores), n, among)
         return pool.smallest(self.drop_scores(pool), n, among)
 
+    @override
+    def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
+        signed = self.drop_scores(weight).double()
+        return signed - signed.min()  # by magnitude as with their signs
+
 
 def _gradients(of: Tensor, weights: Sequence[MaskedWeight], *, create_graph: bool) -> Sequence[Tensor | None]:
     """Gradients with respect to weights; None where one plays no part."""

@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_sparse.arguments import check_flag
 from lightning_sparse.functional.allocation import share
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.weight import MaskedWeight
@@ -77,8 +76,6 @@ class GrowingMethod(ScoredMethod, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("initial_scale", self.initial_scale, InitialScale)
-        self.regrow = check_flag("regrow", self.regrow)
-        self.update_replaces_step = check_flag("update_replaces_step", self.update_replaces_step)
         check_fraction("drop_fraction", as_schedule(self.drop_fraction), below_one=False)
         if not isinstance(self.drop_fraction, Schedule):
             self.drop_fraction = Cosine(self.drop_fraction, 0.0)

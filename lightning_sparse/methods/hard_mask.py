@@ -200,7 +200,7 @@ class HardMaskMethod(SparseMethod):
         return {
             "stop": None if times is None else times.stop - self.run.origin,
             "memory": {
-                name: {key: value.detach().cpu().clone() for key, value in tensors.items()}
+                name: {key: self.registry[key].layout.saved(value).clone() for key, value in tensors.items()}
                 for name, tensors in self.run.memory.items()
             },
         }
@@ -215,7 +215,7 @@ class HardMaskMethod(SparseMethod):
         for name, tensors in state.get("memory", {}).items():
             _check_memory(name, tensors, self)
         run.memory = {
-            name: {key: value.to(run.registry[key].value.device).clone() for key, value in tensors.items()}
+            name: {key: _taken(run.registry[key], value) for key, value in tensors.items()}
             for name, tensors in state.get("memory", {}).items()
         }
         if times is not None and state.get("stop") != times.stop - run.origin:
@@ -233,6 +233,11 @@ def _warm(trainer: pl.Trainer, group: MaskGroup, before: Tensor) -> None:
         warm_moments(group.optimizer, weight.parameter, grown, survivors, seen(weight.grad), weight.layout)
 
     group.each(warm, group.split(before))
+
+
+def _taken(weight: MaskedWeight, value: Tensor) -> Tensor:
+    """What this process holds of something saved."""
+    return weight.layout.take(value).to(weight.value.device).clone()
 
 
 def _check_memory(name: str, tensors: Mapping[str, torch.Tensor], method: HardMaskMethod) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
@@ -63,7 +64,8 @@ class Method(pl.Callback, ABC):
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):  # numbers of numpy are numbers
-            setattr(self, item.name, as_number(getattr(self, item.name)))
+            value = as_number(getattr(self, item.name))
+            setattr(self, item.name, check_flag(item.name, value) if item.type in (bool, "bool") else value)
         self.include, self.exclude = as_patterns("include", self.include), as_patterns("exclude", self.exclude)
         # Lightning asks for it at every hook.
         self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)

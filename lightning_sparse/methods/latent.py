@@ -24,13 +24,22 @@ from typing_extensions import override
 
 from lightning_sparse.masks.distributed import all_agree
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import Layout
 from lightning_sparse.masks.moments import all_finite, gradient_scale
 from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, refuse, tensor, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
-from lightning_sparse.methods.twins import descend, set_like_its_user, twin_optimizer
+from lightning_sparse.methods.twins import (
+    descend,
+    saved_like,
+    saved_twin,
+    set_like_its_user,
+    taken_like,
+    taken_twin,
+    twin_optimizer,
+)
 
 __all__ = ["LatentMethod"]
 
@@ -94,6 +103,10 @@ class LatentMethod(SparseMethod):
 
     def learned(self, weight: MaskedWeight) -> Tensor | None:
         """First values of what is learned beside ``weight``, stepped by an optimizer like the weight's own."""
+        return None
+
+    def layout_of_learned(self, weight: MaskedWeight) -> Layout | None:
+        """Where the values of :meth:`learned` are; None where every process holds all of them."""
         return None
 
     def twin_settings(self) -> Mapping[str, Any]:
@@ -297,16 +310,24 @@ class LatentMethod(SparseMethod):
     @override
     def method_state(self) -> dict[str, Any]:
         kept = self._kept
-        asleep = {
-            weight.name: (self.latent(weight) if self.shrinks else self.latent(weight)[~weight.mask]).cpu().clone()
-            for weight in self.weights
-        }
+        layouts = self._layouts_of_learned()
         return {
-            "asleep": asleep,
-            "learned": {name: value.detach().cpu().clone() for name, value in kept.parameters.items()},
-            "twins": [kept.twins[group].state_dict() for group in self.groups if group in kept.twins],
+            "asleep": {weight.name: self._asleep(weight) for weight in self.weights},
+            "learned": {name: saved_like(value, layouts.get(id(value))) for name, value in kept.parameters.items()},
+            "twins": [saved_twin(kept.twins[group], layouts) for group in self.groups if group in kept.twins],
             "own": self.own_state(),
         }
+
+    def _asleep(self, weight: MaskedWeight) -> Tensor:
+        """What a checkpoint has to hold of the dense values."""
+        latent = weight.layout.saved(self.latent(weight))
+        return (latent if self.shrinks else latent[~weight.layout.saved(weight.mask)]).clone()
+
+    def _layouts_of_learned(self) -> dict[int, Layout]:
+        """Where the values of each parameter that is learned are, by its ``id``."""
+        sharded = [weight for weight in self.weights if not weight.layout.is_whole]
+        own = ((self.parameters.get(weight.name), self.layout_of_learned(weight)) for weight in sharded)
+        return {id(parameter): layout for parameter, layout in own if parameter is not None and layout is not None}
 
     @final
     @override
@@ -341,7 +362,12 @@ class LatentMethod(SparseMethod):
                 f"The checkpoint holds {0 if values is None else values.numel()} sleeping values of {weight.name}, but"
                 f" its mask prunes {expected}. The file is cut short; resume from an earlier one."
             )
-        latent[pruned] = values.to(latent).flatten()
+        if weight.layout.is_whole:
+            latent[pruned] = values.to(latent).flatten()
+        else:
+            whole = torch.zeros(weight.shape, dtype=latent.dtype)
+            whole[weight.layout.whole(pruned).cpu()] = values.to(whole).flatten()
+            latent[pruned] = weight.layout.take(whole).to(latent.device)[pruned]
         return latent
 
     @torch.no_grad()
@@ -349,6 +375,8 @@ class LatentMethod(SparseMethod):
         mine = self._kept.parameters
         if fault := wrong_names(learned, mine):
             refuse(f"The checkpoint is damaged: what it holds of learned values {fault}")
+        layouts = self._layouts_of_learned()
+        learned = {name: taken_like(learned[name], value, layouts.get(id(value))) for name, value in mine.items()}
         damaged = [name for name, value in mine.items() if learned[name].shape != value.shape]
         own = [self._kept.twins[group] for group in self.groups if group in self._kept.twins]
         if damaged or len(twins) != len(own):
@@ -359,4 +387,4 @@ class LatentMethod(SparseMethod):
         for name, value in mine.items():
             value.copy_(learned[name])
         for twin, saved in zip(own, twins, strict=True):
-            load_optimizer(twin, saved)
+            load_optimizer(twin, taken_twin(twin, saved, layouts))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.masks.budgets import budget_of, check_budget, feasible_budgets, layer_budgets
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate, judge_parameters, select_weights
 from lightning_sparse.masks.pool import MaskPool
@@ -97,6 +98,11 @@ def prune(
     if MaskRegistry.find(module):
         raise ValueError(
             f"{type(module).__name__} is in training, and its method holds its masks. Call prune before fit."
+        )
+    if any(map(is_sharded, module.parameters())):
+        raise ValueError(
+            f"{type(module).__name__} is sharded, and prune works on whole weights. Call it before fully_shard or"
+            " parallelize_module, or train with GMP, which prunes sharded weights."
         )
     number = check_sparsity("sparsity", sparsity)
     by_wanda = _asks_for_wanda(scores, batches)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal, final
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -130,6 +131,15 @@ class ScoredMethod(HardMaskMethod, ABC):
         """
         return pool.smallest(self.ranked(pool, self.drop_scores), n, among, key=torch.abs)
 
+    def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
+        """With a :attr:`pattern`, what :meth:`dropped` is without: those with the largest magnitude of this stay.
+
+        Args:
+            weight: One layer.
+            keep: How many stay.
+        """
+        return self.drop_scores(weight)
+
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
         """The weights with the largest magnitude of this are grown; shaped like ``weight.value``."""
         return random_scores(weight, self.seed, self.step)
@@ -248,7 +258,8 @@ class ScoredMethod(HardMaskMethod, ABC):
         """The mask of a layer that is pruned to ``keep`` weights."""
         if self._shaped:
             feasible = self.shape.feasible(weight, keep, weight.mask)
-            return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
+            scores = self.pattern_scores(weight, feasible)
+            return self.shape.largest(weight, scores, feasible, weight.mask, key=torch.abs)
         n = weight.num_active - keep
         return weight.mask & ~self.dropped(weight, weight.mask, n) if n > 0 else weight.mask
 
@@ -292,7 +303,14 @@ class ScoredMethod(HardMaskMethod, ABC):
     def _shape(self, weight: MaskedWeight) -> None:
         """Of masks without the pattern the largest weights that fit it stay."""
         weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
-        weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+        mask = self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs)
+        if not self.grows and (woken := weight.count(mask & ~weight.mask)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} goes on from a mask of {weight.name} that the pattern {self.shape} does not"
+                f" fit: it would train {woken:,} of its zeros again. Go on with pattern='any', or with a method that"
+                " grows weights."
+            )
+        weight.mask.copy_(mask)
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""

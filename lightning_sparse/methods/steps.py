@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import laid_like
-from lightning_sparse.masks.moments import skipped_step
+from lightning_sparse.masks.moments import scaler_of_step, skipped_step
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.interface import Method
@@ -106,10 +106,13 @@ def _put_back(graphs: dict[MaskedWeight, Tensor], *, masked: bool) -> None:
             weight.parameter.grad = _Rewritten.apply(grad, values, weight.mask if masked else None)  # type: ignore[assignment]
 
 
-def leave_out(idle: set[Optimizer], optimizer: Optimizer) -> None:
+def leave_out(trainer: pl.Trainer, idle: set[Optimizer], optimizer: Optimizer) -> None:
     """Let ``optimizer`` find no gradient, where a method has updated its masks instead of a step."""
     if optimizer in idle:
         idle.discard(optimizer)
+        scaler = scaler_of_step(trainer, optimizer)
+        if scaler is not None:
+            scaler.unscale_(optimizer)  # it refuses to go on from a step in which it has seen no gradient
         optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
 
 

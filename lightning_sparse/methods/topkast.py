@@ -172,7 +172,7 @@ class TopKAST(LatentMethod):
 
     @override
     def own_state(self) -> dict[str, Any]:
-        return {w.name: pack(w.layout.whole(self.trained[w.name])) for w in self.weights}
+        return {w.name: pack(w.layout.saved(self.trained[w.name])) for w in self.weights}
 
     @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.layout import Layout
 
-__all__ = ["descend", "set_like_its_user", "twin_optimizer"]
+__all__ = ["descend", "saved_like", "saved_twin", "set_like_its_user", "taken_like", "taken_twin", "twin_optimizer"]
 
 
 def twin_optimizer(
@@ -63,6 +64,61 @@ def descend(twin: Optimizer) -> None:
         for parameter in settings["params"]:
             if parameter.grad is not None:
                 parameter.sub_(parameter.grad, alpha=float(settings["lr"]))
+
+
+def saved_like(value: Tensor, layout: Layout | None) -> Tensor:
+    """What is learned, whole, for a checkpoint; a collective where processes hold parts of it.
+
+    Args:
+        value: Flat, what this process holds.
+        layout: Where the rest is; None where this is all.
+    """
+    if layout is None:
+        return value.detach().cpu().clone()
+    return layout.saved(value.detach().view(layout.local_shape)).flatten().clone()
+
+
+def taken_like(saved: Tensor, value: Tensor, layout: Layout | None) -> Tensor:
+    """What this process holds of something saved, shaped like ``value``; as it is where it does not fit."""
+    if layout is None or saved.numel() != layout.shape.numel():
+        return saved
+    return layout.take(saved.view(layout.shape)).reshape(value.shape)
+
+
+def saved_twin(twin: Optimizer, layouts: Mapping[int, Layout]) -> dict[str, Any]:
+    """The state of a twin with what it keeps for each entry whole.
+
+    Args:
+        twin: The optimizer.
+        layouts: Of its parameters of which processes hold parts, by ``id``.
+    """
+    return _with_state(twin, twin.state_dict(), lambda value, own, layout: saved_like(value, layout), layouts)
+
+
+def taken_twin(twin: Optimizer, state: Mapping[str, Any], layouts: Mapping[int, Layout]) -> Mapping[str, Any]:
+    """The inverse of :func:`saved_twin`: of what is kept for each entry, what this process holds."""
+    return _with_state(twin, state, taken_like, layouts)
+
+
+def _with_state(
+    twin: Optimizer,
+    state: Mapping[str, Any],
+    change: Callable[[Tensor, Tensor, Layout], Tensor],
+    layouts: Mapping[int, Layout],
+) -> dict[str, Any]:
+    parameters = dict(enumerate(own for group in twin.param_groups for own in group["params"]))
+
+    def changed(key: str, value: Any, number: int) -> Any:
+        own = parameters.get(number)
+        layout = None if own is None else layouts.get(id(own))
+        is_of_entries = isinstance(value, Tensor) and value.dim() > 0 and key != "step"
+        return change(value, own, layout) if layout is not None and own is not None and is_of_entries else value
+
+    states = {
+        number: {key: changed(key, value, number) for key, value in its.items()}
+        for number, its in state["state"].items()
+    }
+    return {**state, "state": states}
 
 
 def _masked_param_groups(group: MaskGroup) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_sparse.masks.schema import Check, bits, mapping_of
 __all__ = ["HISTORY_FIELDS", "HistoryState", "MaskHistory"]
 
 PackedMasks = dict[str, Tensor]
+Sum = Callable[[Mapping[str, int]], Sequence[int]]
 
 HISTORY_FIELDS: Mapping[str, Check] = {part: mapping_of(bits) for part in ("initial", "latest", "ever_active")}
 """What the fields of a saved :class:`MaskHistory` may be."""
@@ -31,7 +32,9 @@ class MaskHistory:
     """Remembers the first masks, the latest and the union of all, packed to a bit a weight.
 
     Args:
-        masks: The masks with which training begins, by name.
+        masks: The masks with which training begins, by name; where weights are sharded, of what this process holds.
+        sum_: Adds up counts, by name, over the processes of a sharded training; where given, what is asked of the
+            history is a collective.
 
     Example:
         >>> import torch
@@ -44,8 +47,9 @@ class MaskHistory:
         (0.0, 0.75)
     """
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self._numel = sum(mask.numel() for mask in masks.values())
+    def __init__(self, masks: Mapping[str, Tensor], sum_: Sum | None = None) -> None:
+        self._sum = sum_ or (lambda counts: list(counts.values()))
+        self._sizes = {name: mask.numel() for name, mask in masks.items()}
         self._initial: PackedMasks = {name: pack(mask) for name, mask in masks.items()}
         self._latest: PackedMasks = self._initial
         self._ever_active: PackedMasks = self._initial
@@ -54,7 +58,7 @@ class MaskHistory:
         """Take in the first masks of weights that had none until now; of the others nothing changes."""
         new = {name: mask for name, mask in masks.items() if name not in self._latest}
         first = {name: pack(mask) for name, mask in new.items()}
-        self._numel += sum(mask.numel() for mask in new.values())
+        self._sizes |= {name: mask.numel() for name, mask in new.items()}
         self._initial = self._initial | first
         self._latest = self._latest | first
         self._ever_active = self._ever_active | first
@@ -67,17 +71,17 @@ class MaskHistory:
         """
         before, self._latest = self._latest, {name: pack(mask) for name, mask in masks.items()}
         self._ever_active = {name: bits | self._latest[name] for name, bits in self._ever_active.items()}
-        return self._share(before[name] ^ bits for name, bits in self._latest.items())
+        return self._share({name: before[name] ^ bits for name, bits in self._latest.items()})
 
     @property
     def changed_since_start(self) -> float:
         """The share of entries that differ from those with which training began, in [0, 1]."""
-        return self._share(self._initial[name] ^ bits for name, bits in self._latest.items())
+        return self._share({name: self._initial[name] ^ bits for name, bits in self._latest.items()})
 
     @property
     def ever_active(self) -> float:
         """The share of weights that were active in some mask taken in, in [0, 1]."""
-        return self._share(self._ever_active.values())
+        return self._share(self._ever_active)
 
     def state_dict(self) -> HistoryState:
         """What a checkpoint must hold."""
@@ -104,5 +108,6 @@ class MaskHistory:
         self._latest = {name: state["latest"].get(name, bits) for name, bits in self._latest.items()}
         self._ever_active = {name: state["ever_active"].get(name, bits) for name, bits in self._ever_active.items()}
 
-    def _share(self, packed: Iterable[Tensor]) -> float:
-        return sum(count_bits(bits) for bits in packed) / self._numel
+    def _share(self, packed: PackedMasks) -> float:
+        counts = {name: count_bits(bits) for name, bits in packed.items()}
+        return sum(self._sum(counts)) / sum(self._sum(self._sizes))

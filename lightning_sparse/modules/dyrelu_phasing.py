@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from lightning_sparse.arguments import check_flag, check_globs, check_whole
 from lightning_sparse.masks.distributed import world_size
+from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.schema import check_fields, names
 from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
@@ -210,7 +211,8 @@ class DyReLUPhasing(pl.Callback):
             for site in self._sites.values():
                 site.phase_in()  # which weights that the module's own setup has loaded may have phased out
         for parameter in self._parameters() if world_size() > 1 else ():
-            distributed.broadcast(parameter, src=0)
+            if not is_sharded(parameter):  # else each process holds a part of what a seed has drawn
+                distributed.broadcast(parameter, src=0)
 
     @override
     def on_train_batch_start(
@@ -241,7 +243,10 @@ class DyReLUPhasing(pl.Callback):
         # Of accumulated batches too: what was averaged before is equal on every rank, and stays what it is.
         if world_size() == 1 or self._is_over():
             return
-        learning = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        # FSDP2 averages the gradients of what it shards.
+        learning = [
+            parameter for parameter in self._parameters() if parameter.requires_grad and not is_sharded(parameter)
+        ]
         if not learning:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]

@@ -28,6 +28,7 @@ from lightning_sparse.masks.checkpoint import (
 )
 from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.layers import kind_of
+from lightning_sparse.masks.layout import count_of_whole, is_sharded, layout_of, local_part
 from lightning_sparse.masks.plan import Candidate, Plan, canonical_name, judge_parameters
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.wrappers import unwrapped
@@ -65,6 +66,7 @@ def report(
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
+        ValueError: There is nothing to count, or the module is sharded and an example input is given.
         TypeError: The source is neither, for example a callback or a Trainer.
         ValueError: The module has no weight to count, is sharded, or an example input or patterns were given for a
             checkpoint.
@@ -200,6 +202,12 @@ def _report_of_module(
 ) -> SparsityReport:
     if any(kind_of(item.reason) == "sharded" for item in plan):
         raise ValueError(plan.refusal)
+    sharded = any(is_sharded(item.parameter) for item in plan)
+    if sharded and example is not None:
+        raise ValueError(
+            f"{type(module).__name__} is sharded, and report would run and copy it for its example input. Report it"
+            " without one, or report the module of a checkpoint, on one device."
+        )
     counter = None if example is None else _count_flops(module, example)
     masked = {*MaskRegistry.left_in(module), *(MaskRegistry.find(module) or ())}
     out = {"no shape yet", "excluded", *(["not included"] if narrowed else [])}
@@ -210,7 +218,10 @@ def _report_of_module(
             return False
         if everything or kind in ("", "frozen", "shared memory") or item.name in masked:
             return True
-        return item.is_matrix and bool(item.parameter.any()) and looks_pruned(item.parameter == 0)
+        if not item.is_matrix:
+            return False
+        zeros = count_of_whole(item.parameter, local_part(item.parameter) == 0)
+        return zeros < item.numel and looks_pruned(zeros, item.numel)
 
     counted = [item for item in plan if is_counted(item)]
     if not counted:
@@ -223,6 +234,8 @@ def _report_of_module(
         replace(_layer(item, by_name.get(item.name)), masked=item.name in masked if masked else None)
         for item in counted
     )
+    if sharded:
+        return SparsityReport(layers)
     gains = _gains(module, counted, example, by_name if counter else None)
     if counter is None:
         return SparsityReport(layers, gains=gains)
@@ -253,7 +266,7 @@ def _dead_units(module: nn.Module, example: Any) -> Shrinkage | None:
 
 
 def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
-    value = candidate.parameter.detach()
+    value = layout_of(candidate.parameter).whole(local_part(candidate.parameter))
     num_active = count_true(value != 0)  # of eight-bit floats too
     flops = None if dense_flops is None else round(dense_flops * num_active / max(1, value.numel()))
     if candidate.reason not in ("", "frozen"):

@@ -131,9 +131,11 @@ def choose(grid: Grid, scores: Tensor, among: Tensor, k: int, key: Callable[[Ten
     return whole
 
 
-@pytest.fixture(params=["by rounds", "by bracket", "without looking"])
+@pytest.fixture(params=["by rounds", "by bracket", "of few", "without looking"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "by bracket":
+    if request.param == "of few":
+        monkeypatch.setattr(spreading, "_FEW", 0)  # as if they were
+    if request.param in ("by bracket", "of few"):
         for name, value in (("_LARGE", 0), ("_SAMPLE", 6)):
             monkeypatch.setattr(spreading, name, value)
     if request.param == "without looking":

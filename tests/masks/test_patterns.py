@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import DSR, FGGP, GMP, MEST, SET, SNFS, GraNet, RigL
+from lightning_sparse import DSR, FGGP, GMP, MEST, SET, SNFS, GraNet, RigL, prune
 from lightning_sparse.functional import num_active
 from lightning_sparse.masks import MaskedWeight, select_weights
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Filters, NofM, Pattern, as_pattern
@@ -228,6 +228,20 @@ def test_a_budget_below_one_filter_of_each_layer_is_refused(tmp_path: Path) -> N
     # 16 of 512 and 32 of 192; 0.95 leaves 35 of 704
     with pytest.raises(Exception, match=r"at least 48 must stay active .*largest feasible sparsity is 0\.931818"):
         make_trainer(tmp_path, callbacks=[GMP(0.95, pattern=Filters())]).fit(Four())
+
+
+def test_what_never_grows_wakes_no_zero_of_inherited_masks(tmp_path: Path) -> None:
+    """Filters that are pruned in part are no whole filters."""
+    model = Four()
+    masks = prune(model, 0.5, allocation="uniform", exclude=["network.4.*"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(Exception, match=r"a mask of network\.0\.weight that .*would train \d+ of its zeros"):
+        make_trainer(tmp_path, callbacks=[GMP(0.75, pattern=Filters())]).fit(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for pattern in ("2:4", ConstantFanIn()):
+        make_trainer(tmp_path, callbacks=[GMP(0.75, pattern=pattern, **OFTEN)]).fit(model)
+        for name in ("network.0.weight", "network.2.weight"):
+            assert not (model.state_dict()[name].bool() & ~masks[name]).any()
 
 
 def test_a_layer_that_does_not_fit_stays_dense_with_the_reason(tmp_path: Path) -> None:

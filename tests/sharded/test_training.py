@@ -1,0 +1,136 @@
+"""What a training does beside its masks: precision, clipping, validation, other networks, other ways to build them."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._composable import checkpoint as recompute
+from torch.distributed.fsdp import fully_shard
+
+from lightning_sparse import DST, FGGP, RigL
+from lightning_sparse.methods import SparseMethod
+from lightning_sparse.testing import OPTIMIZERS, ConvToy
+from tests.sharded.processes import ONE, Mesh, ShardedToy, assert_same, fit, forked, recorded
+
+TIMES = {"update_every": 2, "stop": 11}
+
+
+class Single(ShardedToy):
+    """In single precision."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(OPTIMIZERS[optimizer], double=False)
+
+
+Run = tuple[Callable[[], SparseMethod], Callable[[], Any], dict[str, Any]]
+
+
+def train(mesh: Mesh | str, name: str, run: Run, root: Path) -> None:
+    """Train; what fails is told in a file."""
+    make, model, more = run
+    try:
+        fit(mesh, make(), root / f"{name}.pt", model, **more)
+    except Exception:
+        (root / f"{name}.error").write_text(traceback.format_exc())
+
+
+def train_all(mesh: Mesh | str, runs: dict[str, Run], root: Path) -> None:
+    for name, run in runs.items():
+        train(mesh, name, run, root)
+
+
+def compare(
+    one: Mesh | str,
+    other: Mesh,
+    runs: dict[str, Run],
+    tmp_path: Path,
+    *,
+    bitwise: bool = False,
+) -> None:
+    """Train everything over two meshes, and compare the masks and weights."""
+    for number, mesh in enumerate((one, other)):
+        root = tmp_path / str(number)
+        root.mkdir()
+        forked(2 if mesh == "ddp" else int(mesh[0]) * int(mesh[1]), train_all, mesh, runs, root)
+        errors = [path.read_text() for path in root.glob("*.error")]
+        assert not errors, errors[0]
+    for name in runs:
+        assert_same(recorded(tmp_path / "1" / f"{name}.pt"), recorded(tmp_path / "0" / f"{name}.pt"), bitwise=bitwise)
+
+
+def test_fsdp_is_ddp_to_the_bit(tmp_path: Path) -> None:
+    methods: dict[str, Callable[[], SparseMethod]] = {
+        "fggp": partial(FGGP, 0.8, **TIMES),
+        "rigl": partial(RigL, 0.8, warm_moments=False, **TIMES),
+        "dst": partial(DST, 0.03),
+    }
+    of = {
+        f"{name}-{optimizer}": (method, partial(Single, optimizer), {})
+        for name, method in methods.items()
+        for optimizer in ("sgd", "adamw")
+    }
+    compare("ddp", (2, 1), of, tmp_path, bitwise=True)
+
+
+class Convolutions(ShardedToy):
+    """The convolutional toy, whose grouped and one-by-one layers are sharded too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        toy = ConvToy(batch_size=16)
+        self.network, self.train_data, self.val_data = toy.network.double(), toy.train_data, toy.val_data
+        self.network[1] = nn.Identity()  # BatchNorm's statistics are those of each part of a batch
+
+
+class Recomputed(ShardedToy):
+    """Activations are computed again in the backward."""
+
+    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
+        recompute(network[0])
+        super().shard(network, data, tensor)
+
+
+class Tied(ShardedToy):
+    """An embedding whose weight is the last layer's too, in one wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16))
+        torch.manual_seed(0)
+        for parameter in self.network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        self.network[4].weight = self.network[0].weight
+        self.double()
+
+    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
+        fully_shard(network, mesh=data)
+
+
+class Compiled(ShardedToy):
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not isinstance(self.network, torch._dynamo.OptimizedModule):
+            self.network.compile(backend="aot_eager")
+
+
+WAYS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "convolutions": (Convolutions, {}),
+    # After a validation FSDP2 leaves the whole of some weights in their places.
+    "validated": (ShardedToy, {"limit_val_batches": 1, "val_check_interval": 2, "num_sanity_val_steps": 1}),
+    "clipped": (ShardedToy, {"gradient_clip_val": 0.05}),
+    "recomputed": (Recomputed, {}),
+    "tied": (Tied, {}),
+    "compiled": (Compiled, {}),
+    "accumulated": (ShardedToy, {"accumulate_grad_batches": 2}),
+}
+
+
+def test_whatever_else_a_training_does(tmp_path: Path) -> None:
+    of = {name: (partial(RigL, 0.8, **TIMES), model, more) for name, (model, more) in WAYS.items()}
+    compare(ONE, (2, 1), of, tmp_path)
