@@ -46,11 +46,11 @@ _LEAST_RECORDS = 200
 
 @final
 class SparsityMonitor(TrainerCallback):
-    r"""Shows what sparse training does, beside ``LearningRateMonitor``; it changes nothing of it.
+    r"""Logs what sparse training does, like ``LearningRateMonitor``; it changes nothing in training.
 
-    These go to every logger of the Trainer, at the number of optimizer steps taken: before the first, after each update
-    of the masks, and at the end of each epoch. Updates that come faster than the Trainer's ``log_every_n_steps``, and
-    than every 200th part of training, make one record together.
+    It writes these to every logger of the Trainer: before the first optimizer step, after each update of the masks, and
+    at the end of each epoch. Updates that come faster than the Trainer's ``log_every_n_steps`` and than every 200th
+    part of training are written together.
 
     ============================== =====================================================================================
     ``sparsity``                   fraction of zeros among the weights that have a mask
@@ -74,8 +74,8 @@ class SparsityMonitor(TrainerCallback):
     :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: what an ideal sparse kernel would need. See
     :mod:`lightning_sparse.functional.flops`.
 
-    Weights that get their masks later, such as those of a backbone that thaws, join all of these from then on, and
-    operations are counted anew; the heat map is blank where they had none.
+    Weights that get their masks later, such as those of a backbone that thaws, are included from then on, and
+    operations are counted again; the heat map is blank where they had none.
 
     Beside Lightning's ``ThroughputMonitor``, in releases whose ``Throughput`` takes ``using_sparse_model``, the monitor
     sets it to False, unless you have set it. Masked weights are multiplied by the dense kernels, so utilisation (MFU)

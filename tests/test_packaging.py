@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import sysconfig
+import venv
 from collections.abc import Mapping
 from configparser import ConfigParser
 from functools import cache
@@ -102,3 +106,50 @@ def test_type_information_and_recipes_are_part_of_the_package() -> None:
     package = files("lightning_sparse")
     assert (package / "py.typed").is_file()
     assert [item for item in (package / "zoo" / "recipes").iterdir() if item.name.endswith(".yaml")]
+
+
+QUICK_START = """
+import lightning as L
+import torch
+from lightning_sparse import FGGP, SparsityMonitor, accelerate, report, save_sparse
+from lightning_sparse.zoo import Classifier, DigitsDataModule, LeNet300100
+
+model = Classifier(LeNet300100(in_features=64))
+trainer = L.Trainer(max_epochs=2, accelerator="cpu", callbacks=[FGGP(sparsity=0.95), SparsityMonitor()])
+trainer.fit(model, DigitsDataModule())
+print(report(model))
+save_sparse(model, "model.sparse")
+accelerate(model.network, torch.randn(16, 64), threads=1)
+trainer.save_checkpoint("last.ckpt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_wheel_runs_the_quick_start_outside_of_the_checkout(tmp_path: Path) -> None:
+    def run(*command: str | Path, cwd: Path = tmp_path) -> str:
+        ended = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    run(
+        sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ".", cwd=ROOT
+    )  # the wheel from the sources' archive
+    run(sys.executable, "-m", "twine", "check", "--strict", *(tmp_path / "dist").iterdir())
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    # An environment that has only the wheel, and finds all that it needs where the tests find it.
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    found = run(
+        python, "-I", "-c", "import lightning_sparse; print(lightning_sparse.__file__, lightning_sparse.__version__)"
+    )
+    assert found.split() == [str(packages / "lightning_sparse" / "__init__.py"), lightning_sparse.__version__]
+    (tmp_path / "quick_start.py").write_text(QUICK_START)
+    assert "95.0" in run(python, "-I", "quick_start.py")
+    command = tmp_path / "env" / "bin" / "lightning-sparse"
+    assert "fggp-digits" in run(command, "recipes")
+    assert "95.0" in run(command, "report", "last.ckpt")

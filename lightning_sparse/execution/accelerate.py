@@ -47,30 +47,30 @@ def accelerate(
     kernels: str | None = None,
     seconds: float = 1.0,
 ) -> AcceleratedModule:
-    """Make a module with zeros faster for inference on a CPU, or say that it cannot be.
+    """Make a module with zeros faster for inference on a CPU, if that is possible.
 
-    BatchNorms are folded and dead units removed. Each layer is timed dense and sparse on inputs of the example's size;
-    what is at least 1.1 times as fast is swapped. Then the whole is timed against the module as it was given. What is
-    returned computes the same, to rounding; other batch sizes work, though the choice was made for this one.
+    BatchNorms are folded and dead units removed. Each layer is timed dense and sparse on inputs of the example's size,
+    and replaced if the sparse one is at least 1.1 times as fast. Then the result is timed against the original module.
+    Its outputs are the same, up to rounding. Other batch sizes work, though the choice was made for this one.
 
     Args:
-        module: Any torch module, in fp32 or fp64, on the CPU. It is never changed. What is returned computes as it does
-            in evaluation mode.
+        module: Any torch module, in fp32 or fp64, on the CPU. It is never changed. The result computes as the module
+            does in evaluation mode.
         example_input: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        threads: How many threads compute; as many as torch's now, if none is given. The dense module is timed with as
-            many. Sparse layers take one of them alone, if that is faster.
-        kernels: ``llvm`` or ``torch_csr``; the fastest that is installed, if none is named.
-        seconds: How long the whole is timed, about, in each of its forms. Layers take 0.03 s each besides.
+        threads: How many threads compute; by default torch's present number. The dense module is timed with the same
+            number. Sparse layers take one of them alone, if that is faster.
+        kernels: ``llvm`` or ``torch_csr``; by default the fastest that is installed.
+        seconds: About how long each variant of the whole network is timed. Each layer takes another 0.03 s.
 
     Returns:
-        A module with the same outputs. Its ``report`` says what was chosen for each layer and what it gained; a module
-        without zeros, or that nothing makes faster, is called as it is.
+        A module with the same outputs. Its ``report`` says what was chosen for each layer and what it gained. If the
+        module has no zeros, or nothing makes it faster, the result calls the module unchanged.
 
     Raises:
         ValueError: The example is not what the module takes or is empty, the module cannot be copied, is not
             initialised yet, is on another device, or the kernels are not installed.
 
-    On a GPU of NVIDIA, linear layers in fp16 or bf16 that satisfy 2:4 are stored so instead, if that is faster; see
+    On an NVIDIA GPU, linear layers in fp16 or bf16 that satisfy 2:4 are stored as 2:4 instead, if that is faster; see
     :func:`~lightning_sparse.execution.project_to_2_4`.
 
     Example:

@@ -21,7 +21,7 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
     Example:
         >>> from torch import nn
         >>> why_dense_attention(nn.MultiheadAttention(8, 2, kdim=4))
-        'keys and values of other sizes than queries are left to torch'
+        'torch computes attention whose keys and values differ in size from the queries'
     """
     joined: Any = attention.in_proj_weight
     if joined is None:

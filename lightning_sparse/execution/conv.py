@@ -25,7 +25,7 @@ def why_dense(conv: nn.Conv2d, kernels: str) -> str | None:
     Example:
         >>> from torch import nn
         >>> why_dense(nn.Conv2d(3, 8, 3, stride=3), "llvm")
-        'strides other than 1 and 2 are left to torch'
+        'torch computes strides other than 1 and 2'
     """
     if kernels != "llvm":
         pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
@@ -36,7 +36,7 @@ def why_dense(conv: nn.Conv2d, kernels: str) -> str | None:
     if conv.padding_mode != "zeros":
         return f"padding with {conv.padding_mode} is computed by torch"
     if isinstance(conv.padding, str) and any(reach % 2 for reach in _reach(conv)) and conv.padding == "same":
-        return "'same' padding of an even window is left to torch"
+        return "'same' padding of an even window is computed by torch"
     return None
 
 

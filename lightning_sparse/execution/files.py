@@ -57,8 +57,9 @@ def save_sparse(
 ) -> None:
     """Write a state dict without its zeros; :func:`load_sparse` gives it back bit for bit.
 
-    Of each tensor what is smallest is stored: all values; or those that are not zero, and the gaps between them in one
-    or two bytes each, or a bit for each place. Tied weights are stored once. The file is written whole or not at all.
+    Each tensor is stored in its smallest form: all values; or the values that are not zero, with the gaps between them
+    in one or two bytes each or with a bit for each place. Tied weights are stored once. The file is written whole or
+    not at all.
 
     Args:
         source: A module, whose ``state_dict`` is meant, or a state dict.
@@ -69,7 +70,7 @@ def save_sparse(
             which takes one bit a weight; ``False`` makes them 0.0.
 
     Raises:
-        TypeError: The source or the path is nothing of these, or something in the state dict is no tensor.
+        TypeError: The source or the path has another type, or something in the state dict is not a tensor.
         ValueError: There is no tensor, one has no plain memory (sparse, quantised, on the meta device, not
             initialised, sharded), or a value is too large for ``float16``.
         SparseFileError: The file cannot be written.

@@ -34,7 +34,7 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
             in DDP, each calls this. One that is sharded already will do, each process giving the same whole masks.
         masks: A path, of a file that :func:`~lightning_sparse.save_masks` wrote, of a checkpoint of a method, or of
             weights with zeros in them, safetensors included; or a mapping of parameter names to ``bool`` tensors of the
-            weights' shapes, ``True`` = active. Weights without a mask stay as they are.
+            weights' shapes, ``True`` = active. Weights without a mask do not change.
 
     Raises:
         ValueError: There is no mask, one is not ``bool``, names or shapes are not those of the module, or the module is

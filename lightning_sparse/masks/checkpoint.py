@@ -95,7 +95,7 @@ def fault_of_seal(state: Mapping[Any, Any]) -> str:
 
     Example:
         >>> fault_of_seal({"step": 3, "version": STATE_VERSION, "digest": "0"})
-        'is damaged: it is not what was written (its digest differs)'
+        'is damaged: its digest does not match its contents'
     """
     if not {"version", "digest"} & state.keys():
         return ""  # as the first versions of this package wrote

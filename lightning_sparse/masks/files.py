@@ -62,9 +62,8 @@ def save_masks(
 ) -> None:
     """Write masks to a file: one bit a weight, in the safetensors format.
 
-    In a training on several processes, whose masks are the same, let one of them write; where weights are sharded, let
-    all of them call it, for each has a part of the masks: process 0 then writes. The file is written whole or
-    not at all: whatever happens, there is the old one or the new one.
+    In a training on several processes the masks are the same, so let one process write. If weights are sharded, let all
+    processes call it: each has a part of the masks, and process 0 writes. The file is written whole or not at all.
 
     Args:
         path: The file; one that is there is replaced. It keeps its mode, and a link still leads to it.
@@ -74,7 +73,7 @@ def save_masks(
             Fabric, DDP, DataParallel, AveragedModel) leaves no trace in the names.
 
     Raises:
-        TypeError: The path is no path, as when the arguments are swapped, or the masks are nothing of these.
+        TypeError: The path is no path, as when the arguments are swapped, or the masks have another type.
         ValueError: There is no mask, or one is not ``bool``, or has no name that can be written.
         OSError: The file cannot be written; the message says why, as where the disk is full.
 

@@ -209,7 +209,7 @@ def record(fields: Mapping[str, Check], *, closed: bool = True) -> Check:
 
     Example:
         >>> record({"step": whole(0, 9)})({"step": 3, "stop": 4})
-        ': stop is a field that it does not have'
+        ': stop is an unknown field'
     """
 
     def check(value: Any) -> str:

@@ -30,9 +30,9 @@ __all__ = ["ACDC"]
 class ACDC(ScoredMethod):
     r"""Alternating compressed and decompressed training: dense and sparse phases take turns, and the last is sparse.
 
-    Where a compressed phase begins, of all :math:`N` weights the :math:`\lfloor (1 - s) N \rfloor` largest :math:`|w|`
-    stay active, and masks stay as they are until it ends. Where a dense phase begins, every weight is active again,
-    those that were pruned at zero.
+    When a compressed phase begins, the :math:`\lfloor (1 - s) N \rfloor` largest :math:`|w|` of all :math:`N` weights
+    stay active, and the masks do not change until it ends. When a dense phase begins, every weight is active again;
+    those that were pruned start at zero.
 
     ::
 

@@ -46,14 +46,16 @@ class AtInitialization(ScoredMethod, ABC):
     """
 
     sparsity: float | Schedule = field(
-        kw_only=False, metadata=doc("Sparsity, a number in [0, 1), of the masked weights together.")
+        kw_only=False, metadata=doc("Sparsity of all masked weights together, a number in [0, 1).")
     )
     allocation: Allocation = field(
         default="global", metadata=doc('Which weights are ranked together: all (``"global"``), or those of a layer.')
     )
     batches: int = field(
         default=1,
-        metadata=doc("Optimizer steps, none of which is taken, whose gradients are added up to one, at least 1."),
+        metadata=doc(
+            "Number of optimizer steps whose gradients are added up, at least 1; none of these steps is taken."
+        ),
     )
     # What would say when, has nothing to say here.
     update_every: Duration = field(default=1, init=False)

@@ -90,7 +90,7 @@ class DSR(GrowingMethod):
         ),
     )
     threshold: float = field(default=1e-3, metadata=doc("The first H, above 0; it doubles and halves as needed."))
-    stop: Duration = field(default=0.95, metadata=doc("Time after which the masks stay."))
+    stop: Duration = field(default=0.95, metadata=doc("Time after which the masks no longer change."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

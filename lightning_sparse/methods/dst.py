@@ -55,9 +55,10 @@ class DST(LatentMethod):
 
     .. math:: J = L + \alpha \sum_{\text{layers}} \sum_i e^{-t_i}
 
-    where :func:`~lightning_sparse.functional.thresholds.long_tailed_estimator` stands in for the step's derivative.
-    A sleeping weight keeps its value, receives the structure gradient, and can wake. Thresholds begin at 0, the network
-    dense; an optimizer of the class and the settings of the weights' own steps them, weight decay included.
+    where :func:`~lightning_sparse.functional.thresholds.long_tailed_estimator` stands in for the step's derivative. A
+    pruned weight keeps its value, receives the structure gradient, and can become active again. Thresholds begin at 0,
+    where the network is dense. An optimizer of the same class and settings as the weights' steps them, weight decay
+    included.
 
     Acts at every step. A layer of which at most one hundredth is left has its thresholds reset, unless it is recurrent
     (``reset_sparsity``).

@@ -127,8 +127,9 @@ class EAST(GrowingMethod):
     clip_dense_norm: float | None = field(
         default=None,
         metadata=doc(
-            "To what the norm of all gradients of an optimizer, those of pruned weights included, is clipped, above 0;"
-            " instead of the Trainer's ``gradient_clip_val``, which comes after the masks."
+            "The largest norm of all gradients of an optimizer, those of pruned weights included, above 0; larger"
+            " ones are clipped to it. Use it instead of the Trainer's ``gradient_clip_val``, which clips after the"
+            " masks."
         ),
     )
     drop_fraction: float | Schedule = field(
@@ -140,7 +141,9 @@ class EAST(GrowingMethod):
     )
     stop: Duration = field(
         default=1.0,
-        metadata=doc("Time after which the masks stay; ``int`` = optimizer steps, ``float`` = fraction of training."),
+        metadata=doc(
+            "Time after which the masks no longer change; ``int`` = optimizer steps, ``float`` = fraction of training."
+        ),
     )
 
     def __post_init__(self) -> None:

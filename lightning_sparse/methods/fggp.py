@@ -54,11 +54,12 @@ class FGGP(ScoredMethod):
              |\partial L / \partial w| \\
         P &= \text{the } n \text{ members of } C \text{ with the smallest } |w|
 
-    and :math:`P` is pruned for good. :math:`\gamma` is ``pool``, and :math:`s_t` is cubic from dense to ``sparsity``.
+    and :math:`P` is pruned permanently. :math:`\gamma` is ``pool``, and :math:`s_t` is cubic from dense to
+    ``sparsity``.
 
     The paper's ablations: ``first="magnitude"`` pools by magnitude and prunes by gradient; ``pool=Cosine(0.5, 0.005)``
-    anneals the rate; ``pool_of="survivors"`` takes a pool of :math:`n + \gamma (R - n)`. GraNet's selection, as the
-    authors compare with it, is all three.
+    anneals the rate; ``pool_of="survivors"`` takes a pool of :math:`n + \gamma (R - n)`. All three together are
+    GraNet's selection, with which the authors compare.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -51,19 +51,19 @@ class FixedMask(HardMaskMethod):
 
     .. math:: W \leftarrow M \odot \bigl(W - \eta\, (M \odot \nabla L)\bigr) .
 
-    There is no sparsity to ask for: it, and its target, is that of the masks. They are read as training begins;
-    resumed with ``ckpt_path``, a training goes on with those that are in its checkpoint. What is frozen when training
-    begins, such as a backbone that a callback thaws later, is masked when an optimizer first steps it.
+    The sparsity, and its target, is that of the masks; you cannot choose it. They are read as training begins; resumed
+    with ``ckpt_path``, a training goes on with those that are in its checkpoint. What is frozen when training begins,
+    such as a backbone that a callback thaws later, is masked when an optimizer first steps it.
 
     ``masks`` says where the masks come from:
 
     - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left masks,
       as after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
-    - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or a checkpoint
-      or safetensors file that nothing of ours has trained, whose zeros are taken.
+    - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or any other
+      checkpoint or safetensors file, of which the zeros are taken.
     - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
 
-    A path or a mapping has a mask for every weight that is masked here, and wins over a checkpoint's.
+    A path or a mapping must have a mask for every weight that is masked here. Its masks replace those of a checkpoint.
 
     Raises:
         MisconfigurationException: As training begins: no weight has a zero, or names or shapes of the masks are not

@@ -34,8 +34,9 @@ class GMP(ScoredMethod):
     :math:`s_f` is ``sparsity``, :math:`s_i` is 0, :math:`t_0` is ``start``, :math:`t_0 + n \Delta t` is ``stop`` and
     :math:`\Delta t` is ``update_every``.
 
-    Pruned alike, small layers starve at high sparsity: a small CNN on MNIST (10,000 images, 1200 steps) reached 57 % at
-    0.99 with ``"uniform"``, 90 % with ``"erk"`` and 94 % with ``"global"``. To prune whole filters or N of M, give a
+    With the same sparsity in each layer, small layers lose too much at high sparsity: a small CNN on MNIST (10,000
+    images, 1200 steps) reached 57 % at 0.99 with ``"uniform"``, 90 % with ``"erk"`` and 94 % with ``"global"``. To
+    prune whole filters or N of M, give a
     ``pattern``.
 
     Raises:
@@ -69,14 +70,14 @@ class GMP(ScoredMethod):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "The final sparsity, in [0, 1), reached from dense along the cubic; or a schedule of it. One that begins"
-            " above 0 begins with random masks, unless another method has left its own."
+            "The final sparsity, in [0, 1), reached from dense along the cubic; or a schedule of it. A schedule that"
+            " begins above 0 begins with random masks, unless another method has left masks."
         ),
     )
     allocation: Allocation = field(
         default="uniform",
         metadata=doc(
-            'Which weights are ranked together: all (``"global"``), or those of a layer, with its share of the budget.'
-            ' The paper prunes every layer alike: ``"uniform"``.'
+            'Which weights are ranked together: all (``"global"``), or those of a layer, with its share of the'
+            ' budget. The paper prunes all layers equally: ``"uniform"``.'
         ),
     )

@@ -92,7 +92,7 @@ class GraNet(GrowingMethod):
         default=Cosine(0.5, 0.005),
         metadata=doc("Fraction of a layer's active weights that the second stage exchanges, or a schedule of it."),
     )
-    stop: Duration = field(default=1.0, metadata=doc("Time after which the masks stay."))
+    stop: Duration = field(default=1.0, metadata=doc("Time after which the masks no longer change."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,34 +43,33 @@ class GrowingMethod(ScoredMethod, ABC):
     )
     regrow: bool = field(
         default=True,
-        metadata=doc("Whether a weight that the update has just pruned may be grown by it; its value is then kept."),
+        metadata=doc("Whether an update may grow a weight that it has just pruned; such a weight keeps its value."),
     )
     update_replaces_step: bool = field(
         default=False,
         metadata=doc(
-            "Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and"
-            " neither does the module's own ``on_before_optimizer_step``; weights that are not masked wait"
-            " too."
+            "Whether an update of the masks takes the place of the optimizer's step. The optimizer and the module's"
+            " own ``on_before_optimizer_step`` then find no gradient (``None``), not even of weights without a mask."
         ),
     )
     warm_moments: bool = field(
         default=True,
         metadata=doc(
-            "Whether a grown weight's second moment (Adam, RMSprop, …) begins at the square of its gradient, or the"
-            " mean of the layer's survivors where that is more. Else it begins at 0, and first steps are up to six"
-            " learning rates long."
+            "Whether a grown weight's second moment (Adam, RMSprop, …) begins at the square of its gradient, or at"
+            " the mean of the layer's survivors if that is larger. Otherwise it begins at 0, and the weight's first"
+            " steps are up to six learning rates long."
         ),
     )
     initial_scale: InitialScale = field(
         default="none",
         metadata=doc(
-            'What the weights that masks leave are multiplied by as training begins: ``"density"`` by 1/√(1 − s) in a'
-            " layer of sparsity s, which gives its outputs the variance that they had when it was dense. It helps"
+            'How the weights that the first masks leave are scaled: ``"density"`` multiplies them by 1/√(1 − s) in a'
+            " layer of sparsity s, so that the layer's outputs keep the variance of the dense layer's. This helps"
             " sparse networks without normalisation."
         ),
     )
-    stop: Duration = field(default=0.75, metadata=doc("Time after which the masks stay."))
-    min_active: int = field(default=1, metadata=doc("Weights that every layer holds at least."))
+    stop: Duration = field(default=0.75, metadata=doc("Time after which the masks no longer change."))
+    min_active: int = field(default=1, metadata=doc("The least number of weights that each layer holds."))
 
     rounds_up: ClassVar[bool] = False
 

@@ -53,9 +53,10 @@ class Method(TrainerCallback, ABC):
     """
 
     include: Sequence[str] | None = field(
-        default=None, metadata=doc("Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.")
+        default=None,
+        metadata=doc("Patterns of the weights to mask; see :func:`~lightning_sparse.masks.select_weights`."),
     )
-    exclude: Sequence[str] | None = field(default=None, metadata=doc("Patterns of what stays dense."))
+    exclude: Sequence[str] | None = field(default=None, metadata=doc("Patterns of the weights that stay dense."))
 
     paper: ClassVar[Paper]
     needs_dense_gradients: ClassVar[bool] = False

@@ -75,8 +75,8 @@ class RigL(GrowingMethod):
     update_replaces_step: bool = field(
         default=True,
         metadata=doc(
-            "Whether the optimizer takes no step where masks change. It then finds no gradient (``None``), and neither"
-            " does the module's own ``on_before_optimizer_step``; weights that are not masked wait too."
+            "Whether an update of the masks takes the place of the optimizer's step. The optimizer and the module's"
+            " own ``on_before_optimizer_step`` then find no gradient (``None``), not even of weights without a mask."
         ),
     )
 

@@ -62,7 +62,7 @@ class ScoredMethod(HardMaskMethod, ABC):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "Sparsity, in [0, 1), of the masked weights together; or a schedule of it, over the time to ``stop``."
+            "Sparsity of all masked weights together, in [0, 1); or a schedule of it over the time to ``stop``."
         ),
     )
     allocation: Allocation = field(
@@ -77,7 +77,7 @@ class ScoredMethod(HardMaskMethod, ABC):
         metadata=doc(
             'Which masks a layer may have: ``"any"``; ``"2:4"`` and other N of M along the inputs;'
             " :class:`~lightning_sparse.masks.patterns.ConstantFanIn` or"
-            " :class:`~lightning_sparse.masks.patterns.Filters`. A layer that cannot stays dense."
+            " :class:`~lightning_sparse.masks.patterns.Filters`. A layer that cannot have it stays dense."
         ),
     )
     update_every: Duration = field(
@@ -90,8 +90,8 @@ class ScoredMethod(HardMaskMethod, ABC):
     stop: Duration = field(
         default=0.8, metadata=doc("Time of the last update, at which the final sparsity is reached.")
     )
-    min_active: int = field(default=0, metadata=doc("Weights that every layer keeps at least."))
-    seed: int = field(default=0, metadata=doc("Seed of all that is drawn at random."))
+    min_active: int = field(default=0, metadata=doc("The least number of weights that each layer keeps."))
+    seed: int = field(default=0, metadata=doc("Seed of every random choice."))
 
     grows: ClassVar[bool] = True
     begins_dense: ClassVar[bool] = False

@@ -83,7 +83,7 @@ class SNFS(GrowingMethod):
         default=Cosine(0.5, 0.005),
         metadata=doc("Fraction of each layer's active weights that an update prunes, or a schedule of it."),
     )
-    stop: Duration = field(default=1.0, metadata=doc("Time after which the masks stay."))
+    stop: Duration = field(default=1.0, metadata=doc("Time after which the masks no longer change."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,7 @@ class SNIP(AtInitialization):
     .. math:: s_j = \Bigl|\frac{\partial L(c \odot w)}{\partial c_j}\Bigr|_{c = 1}
               = \Bigl| w_j\, \frac{\partial L}{\partial w_j} \Bigr|
 
-    are pruned, of all layers together, until :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. No step is
+    in all layers together are pruned until :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. No step is
     taken on those batches.
 
     Raises:

@@ -81,10 +81,14 @@ class SRigL(GrowingMethod):
     pattern: Pattern | str = field(default=ConstantFanIn(), init=False)
     ablation: float = field(
         default=0.3,
-        metadata=doc("γ, in [0, 1]: neurons with fewer salient weights than that share of the fan-in go; 0 for none."),
+        metadata=doc(
+            "γ, in [0, 1]: neurons with fewer salient weights than that share of the fan-in are removed; 0"
+            " removes none."
+        ),
     )
     update_replaces_step: bool = field(
-        default=True, metadata=doc("Whether the optimizer takes no step where masks change, as in :class:`RigL`.")
+        default=True,
+        metadata=doc("Whether an update of the masks takes the place of the optimizer's step, as in :class:`RigL`."),
     )
 
     def __post_init__(self) -> None:

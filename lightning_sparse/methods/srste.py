@@ -40,8 +40,8 @@ class SRSTE(LatentMethod):
 
     .. math:: g = \frac{\partial L}{\partial \widetilde W} + \lambda \, (1 - M) \odot W ,
 
-    the straight-through gradient, which reaches pruned weights too, and a term that draws these to zero, so that masks
-    come to rest. It is part of the gradient: momentum and the second moments of Adam see it. :math:`\lambda` is
+    the straight-through gradient, which reaches pruned weights too, and a term that pulls these towards zero, so that
+    masks settle. The term is part of the gradient: momentum and the second moments of Adam see it. :math:`\lambda` is
     ``decay``.
 
     The authors train ResNet-50 on ImageNet at 2:4 for 120 epochs with a weight decay of 5e-5.
@@ -82,7 +82,7 @@ class SRSTE(LatentMethod):
         ),
     )
     decay: float = field(
-        default=2e-4, metadata=doc("How strongly pruned weights are drawn to zero, at least 0; 0 is plain STE.")
+        default=2e-4, metadata=doc("How strongly pruned weights are pulled towards zero, at least 0; 0 is plain STE.")
     )
 
     def __post_init__(self) -> None:

@@ -40,10 +40,10 @@ class STR(LatentMethod):
     .. math:: \widetilde W = \operatorname{sign}(W) \operatorname{ReLU}\bigl(|W| - g(s)\bigr), \qquad
         g(s) = \frac{1}{1 + e^{-s}}
 
-    with one learned :math:`s` for each layer, stepped by an optimizer of the class and the settings of the weights'
-    own. The loss gives both their true gradients, of which sleeping weights receive none. There is no target: weight
-    decay draws :math:`s` from its negative beginning, ``initial``, towards 0, and so the threshold up from 0 to 1/2;
-    the loss resists. More decay, or a beginning nearer to 0, ends sparser.
+    with one learned :math:`s` for each layer, stepped by an optimizer of the same class and settings as the weights'.
+    Both get their true gradients from the loss; pruned weights get none. There is no target sparsity: weight decay
+    moves :math:`s` from its negative beginning, ``initial``, towards 0, and so raises the threshold from 0 towards 1/2;
+    the loss resists. More decay, or a beginning nearer to 0, gives a sparser network.
 
     The authors' ResNet-50 on ImageNet at 90.23 %: :math:`s_{init}` = -3200, weight decay 2.25e-5 on weights and
     :math:`s`, SGD with momentum 0.875, learning rate 0.256 on a cosine, 100 epochs.

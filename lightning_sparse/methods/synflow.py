@@ -80,7 +80,7 @@ class SynFlow(AtInitialization):
         url="https://arxiv.org/abs/2006.05467",
     )
 
-    iterations: int = field(default=100, metadata=doc("n: how often scores are computed anew, at least 1."))
+    iterations: int = field(default=100, metadata=doc("n: how often scores are computed, at least 1."))
     batches: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:

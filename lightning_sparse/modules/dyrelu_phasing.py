@@ -61,13 +61,13 @@ class DyReLUPhasing(TrainerCallback):
 
     From ``stop`` on it is a plain ReLU, and the state of module and optimizer no longer holds its parameters: a
     checkpoint that is written then loads into the module as it was before. When the fit ends, the module holds its
-    ``nn.ReLU`` again. A fit that ends earlier leaves the Dynamic ReLUs, which the network needs, and says so.
+    ``nn.ReLU`` again. A fit that ends earlier leaves the Dynamic ReLUs, which the network needs, and warns.
 
-    How many channels come to a ReLU is found by letting a copy of the module compute: ``forward`` of its
+    A copy of the module is run once to find the number of channels at each ReLU: ``forward`` of its
     ``example_input_array`` or, where it has none, ``training_step`` of a first training batch. A data set that can be
     iterated over only once has lost that batch when training begins; an ``example_input_array`` avoids this. Calls of
-    ``F.relu``, which cannot be replaced, and ReLUs of (batch, position, feature) as in transformers, for which Dynamic
-    ReLU is not defined, stay; a warning names them.
+    ``F.relu`` cannot be replaced; nor can ReLUs whose inputs are (batch, position, feature), as in transformers,
+    because Dynamic ReLU is not defined for them. A warning lists both.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.

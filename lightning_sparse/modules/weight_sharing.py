@@ -213,10 +213,10 @@ class WeightSharing(TrainerCallback):
     r"""Shares weights within residual stages while training, as a callback: see :func:`share_weights`.
 
     The module changes when ``fit`` sets up, before its optimizers are made, and stays shared afterwards;
-    :func:`unshare_weights` gives plain convolutions for export. A module that is only validated, tested or asked for
-    predictions stays as it is; as a plain one it computes the same from the checkpoint of a shared one. The sparsity of
-    a method beside it counts the weights as the network had them unshared: at sparsity :math:`s` as many weights are
-    stored as at :math:`s` without sharing, among fewer places.
+    :func:`unshare_weights` gives plain convolutions for export. ``validate``, ``test`` and ``predict`` do not change a
+    module; a plain module computes the same from the checkpoint of a shared one. A method beside it counts sparsity as
+    if nothing were shared: at sparsity :math:`s` the network stores as many weights as without sharing, spread over
+    fewer places.
 
     The optimizer's weight decay draws the scalars towards 0 like any other parameter, as in the authors' code.
 
