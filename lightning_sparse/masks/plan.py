@@ -40,9 +40,8 @@ _REFUSALS = {
     "no shape yet": "The shape of {names} of {types} is not known yet. Run one batch through the module before fit,"
     " replace the lazy layer by one with stated sizes, or leave it out with exclude=.",
     "sharded": "The entries of {names} are spread over processes in a way in which masks cannot follow them: by"
-    " DeepSpeed, or by FSDP2 and tensor parallelism together into parts that are not equal; print(select_weights(module,"
-    " exclude=...)) says which. Use ModelParallelStrategy, with numbers of processes that divide these dimensions, or"
-    " strategy='ddp'.",
+    " DeepSpeed, or by FSDP2 and tensor parallelism together into parts that are not equal. Use ModelParallelStrategy,"
+    " with numbers of processes that divide their dimensions, or strategy='ddp'.",
     "sparse gradients": "The gradients of {names} are sparse, and masks need dense ones. Build {types} with"
     " sparse=False, or leave it out of include=.",
     "shared memory": "The entries of {names} lie in the same memory, but in two parameters, which would have two masks."
