@@ -214,10 +214,14 @@ class HardMaskMethod(SparseMethod):
         return {
             "stop": None if times is None else times.stop - self.run.origin,
             "memory": {
-                name: {key: self.registry[key].layout.saved(value).clone() for key, value in tensors.items()}
+                name: {key: self._saved(key, value) for key, value in tensors.items()}
                 for name, tensors in self.run.memory.items()
             },
         }
+
+    def _saved(self, name: str, value: Tensor) -> Tensor:
+        weight = self.registry.get(name)  # none of a layer that was lost
+        return (value.detach().cpu() if weight is None else weight.layout.saved(value)).clone()
 
     @override
     def state_fields(self) -> Mapping[str, Check]:
