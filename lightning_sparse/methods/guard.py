@@ -43,6 +43,7 @@ class Guard:
         self._samples: list[Tensor] = []
         self._before: list[_Mark] = []
         self._writes: list[int] = []
+        self._state = group.optimizer.state
         self.suspects = False
         self.note_weights()
 
@@ -58,6 +59,11 @@ class Guard:
     def step_begins(self) -> None:
         """To be called when the optimizer is about to step."""
         self._before = [_mark(weight.parameter) for weight in self._group]
+
+    def moments_are_others(self) -> bool:
+        """Whether the optimizer has another state than when last asked, as after its ``load_state_dict``."""
+        before, self._state = self._state, self._group.optimizer.state
+        return self._state is not before
 
     def step_is_odd(self) -> bool:
         """Whether more, or less, was written since :meth:`step_begins` than in the last step, or this is the first.

@@ -59,6 +59,8 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
         _put_back(graphs, masked=method.clears_gradients)
         if method.clears_gradients:
             run.guards[group].note_gradients()
+            if run.guards[group].moments_are_others():  # of weights that were active then
+                holding.forget_moments(group, group)
             run.guards[group].step_begins()
         else:
             run.guards[group].note_weights()  # their dense values are laid in
