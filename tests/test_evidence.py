@@ -65,7 +65,7 @@ def test_n_of_m_comes_near(inputs: int, sparsity: float) -> None:
 
 
 @pytest.mark.parametrize("method", ["equal-weights", "static", "one-shot", "RigL"])
-def test_a_run_counts_its_own_zeros(method: str, tiny_mnist: Path) -> None:  # noqa: F811
+def test_a_run_counts_its_own_zeros(method: str, tiny_mnist: Path) -> None:
     result = train(Run("lenet300", method, 0.9, seed=0, epochs=2), tiny_mnist)
     assert json.loads(json.dumps(result)) == result
     assert 0.899 < result["achieved_sparsity"] < 0.91
@@ -74,7 +74,7 @@ def test_a_run_counts_its_own_zeros(method: str, tiny_mnist: Path) -> None:  # n
     assert result["file_bytes"] < 200_000
 
 
-def test_a_method_that_cannot_is_kept_as_a_run(tiny_mnist: Path) -> None:  # noqa: F811
+def test_a_method_that_cannot_is_kept_as_a_run(tiny_mnist: Path) -> None:
     result = train(Run("lenet300", "GMP", 0.9999999, seed=0, epochs=1), tiny_mnist)
     assert result["accuracy"] is None
     assert "largest feasible sparsity" in result["error"]

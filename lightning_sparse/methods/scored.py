@@ -38,6 +38,8 @@ from lightning_sparse.schedules import (
 
 __all__ = ["Allocation", "ScoredMethod"]
 
+_STARVED = 8  # outputs to one weight, from which on a layer is named
+
 Allocation = Literal["global", "uniform", "er", "erk"]
 """How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
 
@@ -273,6 +275,8 @@ class ScoredMethod(HardMaskMethod, ABC):
         assert isinstance(self.sparsity, Schedule)
         for percent in range(101) if self.grows else (100,):  # refuse at the start what could not be done later
             check_budget(group, self.sparsity(percent / 100), self.min_active)
+        if self.allocation == "uniform" and not self._shaped:
+            self._name_starved(layer_budgets(group, self.sparsity(1.0), "uniform", self.min_active, grow=True), group)
         first = self.sparsity(0.0)
         # What never grows begins with what it inherits; its first update prunes the rest.
         if first > 0.0 and (self.grows or not self.inherited):
@@ -283,6 +287,19 @@ class ScoredMethod(HardMaskMethod, ABC):
                 weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
                 weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
         self.clock_starts(group)
+
+    def _name_starved(self, budgets: Sequence[int], group: MaskGroup) -> None:
+        """Warn of small layers that the same sparsity as all others leaves hardly a weight."""
+        starved = [
+            f"{weight.name} ({budget} of {weight.numel})"
+            for weight, budget in zip(group, budgets, strict=True)
+            if 0 < budget * _STARVED < len(weight.rows(weight.mask))
+        ]
+        if starved:
+            self.warn_once(
+                f"pruned like all other layers, {', '.join(starved)} will have less than one weight to {_STARVED}"
+                " outputs, and let hardly anything through. Give allocation='erk', or leave it dense with exclude="
+            )
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
