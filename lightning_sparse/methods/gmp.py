@@ -34,10 +34,9 @@ class GMP(ScoredMethod):
     :math:`s_f` is ``sparsity``, :math:`s_i` is 0, :math:`t_0` is ``start``, :math:`t_0 + n \Delta t` is ``stop`` and
     :math:`\Delta t` is ``update_every``.
 
-    With the same sparsity in each layer, small layers lose too much at high sparsity: a small CNN on MNIST (10,000
-    images, 1200 steps) reached 57 % at 0.99 with ``"uniform"``, 90 % with ``"erk"`` and 94 % with ``"global"``. To
-    prune whole filters or N of M, give a
-    ``pattern``.
+    With the same sparsity in each layer, small layers lose too much at high sparsity, and a warning says which: a small
+    CNN with BatchNorm on MNIST (20,000 images, 600 steps) reached 10 % at 0.99 with ``"uniform"``, 90 % with ``"erk"``
+    and 93 % with ``"global"``. To prune whole filters or N of M, give a ``pattern``.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -40,6 +40,8 @@ from lightning_sparse.schedules import (
 
 __all__ = ["Allocation", "ScoredMethod"]
 
+_STARVED = 8  # outputs to one weight, from which on a layer is named
+
 Allocation = Literal["global", "uniform", "er", "erk"]
 """How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
 
@@ -293,6 +295,9 @@ class ScoredMethod(HardMaskMethod, ABC):
         assert isinstance(self.sparsity, Schedule)
         for percent in range(101) if self.grows else (100,):  # refuse at the start what could not be done later
             check_budget(group, self.sparsity(percent / 100), self.min_active, self.shape)
+        if self.allocation == "uniform" and not self._shaped:
+            last = layer_budgets(group, self.sparsity(1.0), "uniform", self.min_active, grow=True)
+            self._warn_of_starved(group, last)
         first = self.sparsity(0.0)
         # What never grows begins with what it inherits; its first update prunes the rest.
         if first > 0.0 and (self.grows or not self.inherited):
@@ -313,6 +318,19 @@ class ScoredMethod(HardMaskMethod, ABC):
                 " grows weights."
             )
         weight.mask.copy_(mask)
+
+    def _warn_of_starved(self, group: MaskGroup, budgets: Sequence[int]) -> None:
+        """Warn of small layers that the same sparsity as all others leaves hardly a weight."""
+        starved = [
+            f"{weight.name} ({budget} of {weight.numel})"
+            for weight, budget in zip(group, budgets, strict=True)
+            if 0 < budget * _STARVED < weight.numel // weight.candidate.fan_in
+        ]
+        if starved:
+            self.warn_once(
+                f"pruned like all other layers, {', '.join(starved)} will have less than one weight to {_STARVED}"
+                " outputs, and let hardly anything through. Give allocation='erk', or leave it dense with exclude="
+            )
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""

@@ -400,3 +400,28 @@ def test_settings_say_what_a_schedule_is_and_not_where() -> None:
     assert GMP(Squared(0.8)).settings() == GMP(Squared(0.8)).settings()
     assert GMP(Squared(0.8)).settings() != GMP(Squared(0.7)).settings()
     assert GMP(Squared(0.8)).settings() != GMP(Constant(0.8)).settings()
+
+
+class Small(ToyModel):
+    """Of 12 inputs a hundredth is little."""
+
+    @staticmethod
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+NAMED = r"network\.0\.weight \(1 of 192\) will have less than one weight to 8 outputs.*Give allocation='erk'"
+
+
+@pytest.mark.filterwarnings("ignore:.*(without an|no) active")
+def test_a_small_layer_that_the_same_sparsity_starves_is_named(tmp_path: Path) -> None:
+    # Of 496 weights three stay: one of 192 for 16 outputs, two of 256 for as many, none of the last.
+    with pytest.warns(UserWarning, match=NAMED):
+        make_trainer(tmp_path, callbacks=[GMP(0.992)]).fit(Small())
+
+
+@pytest.mark.filterwarnings("ignore:.*(without an|no) active")
+@pytest.mark.parametrize("settings", [{"allocation": "erk"}, {"exclude": ["network.0.*"]}, {"sparsity": 0.95}])
+def test_where_no_layer_is_starved_none_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"sparsity": 0.992} | settings
+    make_trainer(tmp_path, callbacks=[GMP(**arguments)]).fit(Small())  # a warning would be an error
