@@ -106,7 +106,9 @@ class InputsFirst(ShardedToy):
 
 
 def test_thresholds_of_outputs_that_no_process_holds() -> None:
-    refused("cannot mask any weight of this module: .*it stores its inputs first", (2, 1), partial(DST, 1e-3), InputsFirst)
+    refused(
+        "cannot mask any weight of this module: .*it stores its inputs first", (2, 1), partial(DST, 1e-3), InputsFirst
+    )
 
 
 def test_second_derivatives() -> None:
