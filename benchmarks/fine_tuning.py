@@ -88,7 +88,7 @@ class MaskedLoRA(nn.Module):
 
     def __init__(self, weight: Tensor, *, masked: bool = True, rank: int = 4) -> None:
         super().__init__()
-        self.register_buffer("mask", weight.detach() != 0 if masked else torch.ones_like(weight, dtype=torch.bool))
+        self.mask = nn.Buffer(weight.detach() != 0 if masked else torch.ones_like(weight, dtype=torch.bool))
         self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
         self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
 
@@ -137,8 +137,9 @@ def measure(seed: int) -> Iterator[dict[str, Any]]:
     data = DigitsDataModule()
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_labels=10,
+        num_hidden_layers=2, num_attention_heads=4,
     )  # fmt: skip
+    config.num_labels = 10
     dense = ViTForImageClassification(config)
     yield {"what": "dense", "sparsity": 0.0, "seed": seed, "accuracy": fit(dense, data, DENSE_EPOCHS), "zeros": 0}
     calibration = [{"pixel_values": data.train_set.images[:256]}]

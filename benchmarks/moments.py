@@ -5,13 +5,13 @@ moment of 0 takes a first step of 3.2 learning rates, and up to 6.6 a dozen step
 With ``warm_moments``, which is on by default, its second moment begins at the square of its gradient, or the mean of
 the layer's survivors where that is more (docs/decisions/0011).
 
-torchvision's vision transformer (two layers of 64, four heads, patches of 2 x 2) on scikit-learn's 8 x 8 digits: AdamW
+torchvision's vision transformer (two layers of 64 or 128, four heads) on scikit-learn's 8 x 8 digits: AdamW
 with a learning rate of 1e-3, batch 64, 12 epochs, 95 %, an update every 6 steps until three quarters of training (34 of
 them). Accuracy on the 360 images that are held out, after the last epoch, five seeds::
 
     python -m benchmarks.moments --out moments.jsonl
     python -m benchmarks.moments --out moments.jsonl --table
-    python -m benchmarks.moments --out moments.jsonl --figure warm-moments.svg
+    python -m benchmarks.moments --docs
 """
 
 from __future__ import annotations
@@ -31,26 +31,30 @@ from rich.table import Table
 from torchvision.models import VisionTransformer
 from typing_extensions import override
 
-from benchmarks.harness import machine, print_table, quiet_trainer, versions
+from benchmarks.harness import machine, quiet_trainer, versions
+from benchmarks.pages import as_markdown, put_into
 from benchmarks.runs import Plain, begin, mean_and_deviation, read, train_missing
 from lightning_sparse import SET, RigL
 from lightning_sparse.zoo import DigitsDataModule
 
+WIDTHS = (64, 128)
 METHODS = {"RigL": RigL, "SET": SET}
 RESULTS = Path(__file__).parent / "results" / "moments.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: by which method, with warm moments or without, from which seed."""
+    """One training: by which method, with warm moments or without, from which seed, of how wide a transformer."""
 
     method: str
     warm: bool
     seed: int
+    width: int = 128
     epochs: int = 12
 
     def __str__(self) -> str:
-        return f"{self.method} {'warm' if self.warm else 'cold'} seed {self.seed}"
+        return f"{self.method} {'warm' if self.warm else 'cold'} seed {self.seed} width {self.width}"
 
 
 class Noted(Plain):
@@ -67,12 +71,12 @@ class Noted(Plain):
         self.epochs_accuracy.append(round(100.0 * float(self.trainer.callback_metrics["accuracy"]), 2))
 
 
-def network() -> VisionTransformer:
+def network(width: int) -> VisionTransformer:
     """Make torchvision's vision transformer for one channel of 8 x 8 pixels."""
     its = VisionTransformer(
-        image_size=8, patch_size=2, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
+        image_size=8, patch_size=2, num_layers=2, num_heads=4, hidden_dim=width, mlp_dim=2 * width, num_classes=10
     )
-    its.conv_proj = torch.nn.Conv2d(1, 64, kernel_size=2, stride=2)
+    its.conv_proj = torch.nn.Conv2d(1, width, kernel_size=2, stride=2)
     return its
 
 
@@ -83,7 +87,7 @@ def train(run: Run) -> dict[str, Any]:
         run: What to train.
     """
     begin(run.seed)
-    module = Noted(network(), partial(torch.optim.AdamW, lr=1e-3))
+    module = Noted(network(run.width), partial(torch.optim.AdamW, lr=1e-3))
     callbacks = []
     if run.method in METHODS:
         callbacks = [METHODS[run.method](0.95, update_every=6, warm_moments=run.warm)]
@@ -99,26 +103,29 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
-def all_runs(seeds: Sequence[int] = range(5)) -> list[Run]:
-    """Return the runs, seed by seed."""
+def all_runs(seeds: Sequence[int] = range(5), widths: Sequence[int] = WIDTHS) -> list[Run]:
+    """Return the runs, width by width and seed by seed."""
     kinds = [("dense", False), *((method, warm) for method in METHODS for warm in (False, True))]
-    return [Run(method, warm, seed) for seed in seeds for method, warm in kinds]
+    return [Run(method, warm, seed, width) for width in widths for seed in seeds for method, warm in kinds]
 
 
-def _cells(finished: Sequence[dict[str, Any]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
-    cells: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
-    for result in finished:
-        cells[result["method"], result["warm"]].append(result)
+def _cells(finished: Sequence[dict[str, Any]]) -> dict[tuple[int, str, bool], list[dict[str, Any]]]:
+    cells: dict[tuple[int, str, bool], list[dict[str, Any]]] = defaultdict(list)
+    for result in sorted(finished, key=lambda result: result["seed"]):
+        cells[result["width"], result["method"], result["warm"]].append(result)
     return cells
 
 
 def tabulate(finished: Sequence[dict[str, Any]]) -> Table:
     """Make the table: mean ± sample standard deviation, and every seed."""
-    table = Table("method", "grown weights' second moments", "accuracy, %", "each seed")
-    for (method, warm), results in sorted(_cells(finished).items(), key=lambda item: (item[0][0] != "dense", item[0])):
+    table = Table("width", "method", "grown weights' second moments", "accuracy, %", "each seed")
+    order = ["dense", *METHODS]
+    cells = _cells(finished)
+    for width, method, warm in sorted(cells, key=lambda cell: (cell[0], order.index(cell[1]), cell[2])):
         told = "" if method == "dense" else "max(g², mean of survivors)" if warm else "0"
-        values = [result["accuracy"] for result in sorted(results, key=lambda result: result["seed"])]
-        table.add_row(method, told, mean_and_deviation(values), ", ".join(f"{value:.1f}" for value in values))
+        values = [result["accuracy"] for result in cells[width, method, warm]]
+        each = ", ".join(f"{value:.1f}" for value in values)
+        table.add_row(str(width), method, told, mean_and_deviation(values), each)
     return table
 
 
@@ -131,14 +138,18 @@ def draw(finished: Sequence[dict[str, Any]], path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "moments"
     cells = _cells(finished)
-    figure, axes = plt.subplots(1, len(METHODS), figsize=(8, 3.2), sharey=True, layout="constrained")
-    for axis, method in zip(axes, METHODS, strict=True):
-        for key, colour, label in (
-            (("dense", False), "#444444", "dense"),
-            ((method, False), "#d55e00", "moments of 0"),
-            ((method, True), "#0072b2", "warm moments"),
+    widths = sorted({width for width, _, _ in cells})
+    panels = [(width, method) for width in widths for method in METHODS]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (width, method) in zip(axes[0], panels, strict=True):
+        for kind, warm, colour, label in (
+            ("dense", False, "#444444", "dense"),
+            (method, False, "#d55e00", "moments of 0"),
+            (method, True, "#0072b2", "warm moments"),
         ):
-            curves = [result["epochs_accuracy"] for result in cells.get(key, ())]
+            curves = [result["epochs_accuracy"] for result in cells.get((width, kind, warm), ())]
             for curve in curves:
                 axis.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.6, alpha=0.4)
             if curves:
@@ -149,12 +160,20 @@ def draw(finished: Sequence[dict[str, Any]], path: Path) -> None:
                     linewidth=2,
                     label=label,
                 )
-        axis.set(title=f"{method}, 95 %", xlabel="epoch")
+        axis.set(title=f"{method}, 95 %, width {width}", xlabel="epoch")
         axis.legend(frameon=False, fontsize=8, loc="lower right")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("accuracy, %")
+    axes[0, 0].set_ylabel("accuracy, %")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
+
+
+def figures(finished: Sequence[dict[str, Any]]) -> str:
+    """What stands in the documentation: the table, and how it was measured."""
+    measured_on = sorted(
+        {", ".join([result["machine"], *map(" ".join, result["versions"].items())]) for result in finished}
+    )
+    return f"{as_markdown(tabulate(finished))}\n\n`python -m benchmarks.moments`: {'; '.join(measured_on)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,14 +183,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--table", action="store_true", help="train nothing; print the table of what is in --out")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="train nothing; draw what is in --out")
+    parser.add_argument("--docs", action="store_true", help="train nothing; write table and figure into the docs")
     arguments = parser.parse_args(argv)
-    if not (arguments.table or arguments.figure):
+    if not (arguments.table or arguments.docs):
         train_missing(all_runs(arguments.seeds), train, arguments.out, arguments.jobs)
     finished = list(read(arguments.out, Run).values())
-    if arguments.figure:
-        draw(finished, arguments.figure)
-    print_table(tabulate(finished))
+    if arguments.docs:
+        put_into(PAGE, "moments", figures(finished))
+        draw(finished, PAGE.with_name("warm-moments.svg"))
+    else:
+        print(figures(finished))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.tables import MARGIN, Evidence, beside_baselines
 from lightning_sparse.methods.catalog import all_methods, methods_table
 
 __all__ = ["take_over"]
@@ -62,7 +63,15 @@ def _card(method: type) -> str:
         return card
     heading, _, rest = differs[0].partition("\n")
     lines = "\n".join(line.removeprefix("    ") for line in rest.splitlines())
-    return f"{card}\n.. rubric:: {heading.rstrip(':')}\n\n{lines}"
+    return f"{card}\n.. rubric:: {heading.rstrip(':')}\n\n{lines}\n\n{_beside_baselines(method.__name__)}"
+
+
+def _beside_baselines(method: str) -> str:
+    """To which baselines a method loses in docs/evidence.md, and where; nothing where it loses to none."""
+    lost = beside_baselines(Evidence.read()).get(method, [])
+    items = "\n".join(f"- {sentence}" for sentence in lost)
+    head = f"With its defaults, in the short runs of :doc:`evidence`, it ended by more than {MARGIN} points behind"
+    return f".. rubric:: Beside a baseline\n\n{head}\n\n{items}\n" if lost else ""
 
 
 def notebook(stem: str) -> str:

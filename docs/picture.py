@@ -83,7 +83,8 @@ def draw(figures: dict[str, Any]) -> Figure:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(mpl.rcParamsDefault | {"font.size": 10, "axes.titleweight": "bold", "axes.titlesize": 11}):
+    style: dict[Any, Any] = {"font.size": 10, "axes.titleweight": "bold", "axes.titlesize": 11}
+    with mpl.rc_context({**mpl.rcParamsDefault, **style}):
         figure = Figure(figsize=(12, 3.9), layout="constrained", facecolor="white")
         accuracy, size, speed = figure.subplots(1, 3, width_ratios=[1.15, 0.9, 1.15])
         draw_accuracy(accuracy, figures["accuracies"])

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.load import (
     _load_distributed_checkpoint,  # pyright: ignore[reportPrivateUsage]  # Lightning's script calls it, and then fails
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_sparse.masks import CheckpointError
 from lightning_sparse.masks.places import printable
@@ -24,6 +25,9 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
 
     The file holds weights, optimizers and the states of callbacks, masks among them: a training goes on from it on one
     device, under DDP, or sharded over other processes. All of it must fit into memory once; no process group is needed.
+
+    Torch describes the parts in a pickle, ``.metadata``, which can run code when it is read: take folders that you
+    trust.
 
     Args:
         folder: What the Trainer saved.
@@ -44,7 +48,7 @@ def consolidate(folder: str | Path, file: str | Path) -> None:
         )
     try:
         checkpoint = _load_distributed_checkpoint(folder)
-    except Exception as error:  # whatever reading a damaged file raises
+    except (Exception, CheckpointException) as error:  # whatever reading a damaged file raises
         raise CheckpointError(f"{folder} cannot be read: {printable(str(error)).splitlines()[0]}") from error
     torch.save(_as_of_one_device(checkpoint), file)
 

@@ -27,6 +27,7 @@ from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
 from lightning_sparse.trainer import (
+    TrainerCallback,
     batches_stepped,
     callbacks_of,
     count_dense_peak,
@@ -44,7 +45,7 @@ _LEAST_RECORDS = 200
 
 
 @final
-class SparsityMonitor(pl.Callback):
+class SparsityMonitor(TrainerCallback):
     r"""Logs what sparse training does, like ``LearningRateMonitor``; it changes nothing in training.
 
     It writes these to every logger of the Trainer: before the first optimizer step, after each update of the masks, and

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning_sparse.timetable import Duration, Timetable, UpdateTimes, as_number
 
@@ -280,8 +280,8 @@ class Steps(Schedule):
         return self.values[sum(time <= progress for time in self.at)]
 
 
-def _numbers(name: str, values: object) -> tuple[float, ...]:
-    plain = tuple(map(as_number, values)) if isinstance(values, Iterable) else (None,)
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    plain: tuple[Any, ...] = tuple(map(as_number, values)) if isinstance(values, Iterable) else (None,)
     if any(isinstance(each, bool) or not isinstance(each, int | float) for each in plain):
         raise ValueError(f"{name} of Steps is {values!r}; give a list of numbers.")
     return plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import throughput_monitor
 from torch import nn
 
 __all__ = [
+    "TrainerCallback",
     "batches_stepped",
     "callbacks_of",
     "check_in_optimizer",
@@ -24,6 +26,33 @@ __all__ = [
     "steps_taken",
     "writers_of",
 ]
+
+
+class TrainerCallback(pl.Callback):
+    """A callback of a Trainer. ``Fabric(callbacks=...)`` takes anything and would call none of its hooks: refused."""
+
+    def on_after_setup(self, fabric: object, module: object) -> None:
+        """Fabric has set up a module.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        self._refuse_fabric()
+
+    def on_after_optimizer_step(self, strategy: object, optimizer: object) -> None:
+        """An optimizer of Fabric has stepped.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        self._refuse_fabric()
+
+    def _refuse_fabric(self) -> NoReturn:
+        raise MisconfigurationException(
+            f"{type(self).__name__} is a callback of Lightning's Trainer, and Fabric calls none of its hooks: nothing"
+            " would be masked. Train with L.Trainer(callbacks=[...]); to prune a module without one, call"
+            " lightning_sparse.prune."
+        )
 
 
 def batches_stepped(trainer: pl.Trainer) -> int:
@@ -139,9 +168,20 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
     total = trainer.estimated_stepping_batches
     if total < 0:  # Lightning's answer for a data loader without length
         return math.inf
+    if math.isfinite(total) and _has_epoch_without_steps(trainer):
+        of_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = min(total, of_an_epoch * ((trainer.max_epochs or 1) - 1))
     if trainer.max_steps != -1 and not pl_module.automatic_optimization:
         return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
     return total
+
+
+def _has_epoch_without_steps(trainer: pl.Trainer) -> bool:
+    """Whether stochastic weight averaging has added an epoch to ``max_epochs``, in which BatchNorm alone learns."""
+    return trainer.max_epochs not in (None, -1) and any(
+        is_a(callback, "StochasticWeightAveraging") and getattr(callback, "_model_contains_batch_norm", False)
+        for callback in callbacks_of(trainer)
+    )
 
 
 def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:

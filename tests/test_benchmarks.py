@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import dst, files, inference, memory, mnist, overhead, scaling, sync, update, whole_runs
+from benchmarks import dst, files, guard, inference, memory, mnist, overhead, scaling, sharded, sync, update, whole_runs
 from benchmarks.runs import read
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [overhead, whole_runs, update, memory, sync, scaling, inference, files])
+@pytest.mark.parametrize(
+    "benchmark", [overhead, whole_runs, update, memory, sync, scaling, sharded, inference, files, guard]
+)
 def test_the_smallest_case_runs_and_writes_its_figures(benchmark: ModuleType, tmp_path: Path) -> None:
     benchmark.main(["--smallest", "--json", str(tmp_path / "figures.json")])
     content = json.loads((tmp_path / "figures.json").read_text())

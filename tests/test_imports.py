@@ -20,7 +20,7 @@ LAYERS = [
     {"methods", "metrics", "monitor", "reporting"},
     {"__init__"},
     {"testing", "zoo"},
-    {"cli", "trained", "__main__"},
+    {"cli", "consolidate", "trained", "__main__"},
 ]
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

@@ -40,16 +40,19 @@ STAGES = (("lenet300",), ("cnn-bn", "cnn"), ("resnet8",))
 """What is trained first; within a stage, all of a seed before the next, and all methods of a sparsity."""
 
 
-def all_runs(networks: Sequence[str] = (), methods: Sequence[str] = (), seeds: Sequence[int] = SEEDS) -> list[Run]:
+def all_runs(
+    networks: Sequence[str] = (), methods: Sequence[str] = (), seeds: Sequence[int] = SEEDS, **shorter: int
+) -> list[Run]:
     """Return the runs of the evidence, in the order in which they are trained.
 
     Args:
         networks: Names of networks; all where there are none.
         methods: Names of methods, variants and baselines; all where there are none.
         seeds: Of each.
+        shorter: ``train_images`` and ``epochs``, for a trial that is no part of the evidence.
     """
     runs = [
-        Run(network, method, sparsity, seed)
+        Run(network, method, sparsity, seed, **shorter)
         for stage in STAGES
         for seed in seeds
         for network in stage
@@ -68,11 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--only", nargs="+", default=[], help="names of networks and methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES)
+    parser.add_argument("--train-images", type=int, default=0, help="a trial on the first so many")
+    parser.add_argument("--epochs", type=int, default=0, help="a trial of so many")
     parser.add_argument("--table", action="store_true", help="train nothing; print the tables of what is in --out")
     parser.add_argument("--docs", action="store_true", help="train nothing; write tables and figure into docs")
     arguments = parser.parse_args(argv)
     if arguments.table or arguments.docs:
-        evidence = Evidence.read(arguments.out)
+        evidence = Evidence.read(arguments.out, arguments.train_images, arguments.epochs)
         if arguments.docs:
             put_into(PAGE, "evidence", markdown(evidence))
             draw(evidence, PAGE.with_name("evidence.svg"))
@@ -81,7 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     networks = [name for name in arguments.only if name in NETWORKS]
     methods = [name for name in arguments.only if name not in NETWORKS]
-    runs = all_runs(networks, methods, arguments.seeds)
+    shorter = {"train_images": arguments.train_images, "epochs": arguments.epochs}
+    runs = [
+        run
+        for run in all_runs(networks, methods, arguments.seeds, **shorter)
+        if run.sparsity in (0.0, *arguments.sparsities)
+    ]
     train_missing(runs, train, arguments.out, arguments.jobs, data=arguments.data)
 
 

@@ -40,7 +40,12 @@ dense, magnitude pruning of all layers together at once, and the other half with
 
 STR_INITIAL = -5.0
 
-STR_DECAY: Mapping[tuple[str, float], float] = {}
+STR_DECAY: Mapping[tuple[str, float], float] = {
+    ("lenet300", 0.9): 0.0182,
+    ("lenet300", 0.95): 0.0282,
+    ("lenet300", 0.98): 0.0453,
+    ("lenet300", 0.99): 0.0602,
+}
 """STR has no target: the weight decay of s that ended nearest to the sparsity, as ``benchmarks.evidence.calibrate``
 has found it."""
 

@@ -43,7 +43,7 @@ def draw(evidence: Evidence, path: Path) -> None:
         sparsities = evidence.sparsities(network)
         everything = [method for family in FAMILIES.values() for method in family]
         lines = {m: _line(evidence, network, m) for m in (*everything, *_BASELINES)}
-        values = sorted(value for xs, ys in lines.values() for value in ys)
+        values = sorted(value for _, ys in lines.values() for value in ys)
         dense = evidence.accuracies(network, 0.0, "dense")
         top = max([*values, *dense])
         low = max(min(values), top - 12.0)  # what falls further leaves the panel

@@ -16,7 +16,7 @@ from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.training import Run
 from benchmarks.runs import mean_and_deviation, read
 
-__all__ = ["RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown"]
+__all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
 ALL = (*BASELINES, *METHODS, *VARIANTS)
@@ -64,18 +64,20 @@ class Evidence:
 
     Args:
         rows: One for each run.
+        train_images: Those of a trial that was shorter, of which the rows are; 0 where all were trained on.
+        epochs: Likewise.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = [row for row in rows if not (row["train_images"] or row["epochs"])]
+    def __init__(self, rows: Iterable[Row], train_images: int = 0, epochs: int = 0) -> None:
+        self.rows = [row for row in rows if (row["train_images"], row["epochs"]) == (train_images, epochs)]
         self._cells: dict[Cell, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows:
             self._cells[row["network"], row["sparsity"]][row["method"]].append(row)
 
     @classmethod
-    def read(cls, path: Path = RESULTS) -> Evidence:
+    def read(cls, path: Path = RESULTS, train_images: int = 0, epochs: int = 0) -> Evidence:
         """Read them from a file of one result a line."""
-        return cls(read(path, Run).values())
+        return cls(read(path, Run).values(), train_images, epochs)
 
     @property
     def networks(self) -> list[str]:
@@ -110,18 +112,9 @@ class Evidence:
     def ranks(self) -> Ranks | None:
         """Rank whoever competes, in every block that has all of them; None where there are fewer than two blocks.
 
-        Who misses a sparsity, in any block, is left out of all.
+        Left out is who misses a sparsity, or has no run of a network of which most others have one.
         """
-        absent = {
-            method
-            for method in COMPETE
-            for network in self.networks
-            for sparsity in self.sparsities(network)
-            if self.misses(network, sparsity, method)
-        }
-        methods = [
-            method for method in COMPETE if method not in absent and any(self.of(*c, method) for c in self._cells)
-        ]
+        methods = [method for method in COMPETE if not self._left_out(method)]
         blocks = list(self._blocks(methods))
         if len(blocks) < 2 or len(methods) < 3:
             return None
@@ -135,6 +128,19 @@ class Evidence:
             len(blocks),
             *_friedman(placed),
         )
+
+    def _left_out(self, method: str) -> bool:
+        ever = [other for other in COMPETE if any(self._has(network, other) for network in self.networks)]
+        for network in self.networks:
+            begun = [other for other in ever if self._has(network, other)]
+            if method not in begun and 2 * len(begun) > len(ever):
+                return True
+            if any(self.misses(network, sparsity, method) for sparsity in self.sparsities(network)):
+                return True
+        return method not in ever
+
+    def _has(self, network: str, method: str) -> bool:
+        return any(self.of(network, sparsity, method) for sparsity in self.sparsities(network))
 
     def _blocks(self, methods: Sequence[str]) -> Iterable[list[float]]:
         for network, sparsity in sorted(self._cells):

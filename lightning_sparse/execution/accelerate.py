@@ -58,7 +58,7 @@ def accelerate(
             does in evaluation mode.
         example_input: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         threads: How many threads compute; by default torch's present number. The dense module is timed with the same
-            number.
+            number. Sparse layers take one of them alone, if that is faster.
         kernels: ``llvm`` or ``torch_csr``; by default the fastest that is installed.
         seconds: About how long each variant of the whole network is timed. Each layer takes another 0.03 s.
 
@@ -141,7 +141,7 @@ class _Acceleration:
         self.device = device
         self.dense = frozen_copy(module)
         self.notes: list[str] = []
-        self.layers: dict[bool, list[LayerChoice]] = {}
+        self.layers: dict[tuple[bool, int], list[LayerChoice]] = {}  # by whether units are gone, and threads
         self.outputs = self._run_example()
 
     def result(self) -> AcceleratedModule:
@@ -162,6 +162,8 @@ class _Acceleration:
         if times["dense"] < LEAST_GAIN_OF_THE_WHOLE * fast:
             return self._as_it_is(f"The fastest that was tried takes {fast / times['dense']:.2f} of the dense time")
         assert best.recipe is not None
+        if best.recipe.threads != self.threads:
+            self._note("Sparse layers compute on one thread, which was faster than on several.")
         best.report = self._report(best.recipe, times["dense"], fast)
         return best
 
@@ -190,16 +192,22 @@ class _Acceleration:
             own = frozen_copy(self.module)
             network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
             specs = input_specs(network, _calling(self.call, network))
-            choices = self.layers[shrink] = self._time(network, specs, inside=traced)
-            gaining = frozenset(choice.name for choice in choices if choice.sparse)
-            beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
-            sets = [gaining, beside if traced and gaining else gaining, frozenset[str]()]
-            recipes += [
-                Recipe(layers, traced, self.kernels, self.threads, arguments, specs, shrink)
-                for layers in dict.fromkeys(sets)
-                if layers or traced or shrink  # a network may gain by folding and shrinking alone
-            ]
+            for threads in self._numbers_of_threads():
+                choices = self.layers[shrink, threads] = self._time(network, specs, threads, inside=traced)
+                gaining = frozenset(choice.name for choice in choices if choice.sparse)
+                beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
+                sets = [gaining, beside if traced and gaining else gaining, frozenset[str]()]
+                recipes += [
+                    Recipe(layers, traced, self.kernels, threads, arguments, specs, shrink)
+                    for layers in dict.fromkeys(sets)
+                    # A network may gain by folding and shrinking alone.
+                    if layers or ((traced or shrink) and threads == self.threads)
+                ]
         return recipes
+
+    def _numbers_of_threads(self) -> list[int]:
+        """How many threads sparse layers may have: a small one is done before another thread has heard of it."""
+        return list(dict.fromkeys([self.threads, 1] if self.kernels == "llvm" else [self.threads]))
 
     def _has_dead_units(self) -> bool:
         if not can_shrink() or self.call.kwargs or self.kernels == SEMI_STRUCTURED:
@@ -224,10 +232,12 @@ class _Acceleration:
             self._note(f"Layers are replaced one by one: {error}")
             return own, False
 
-    def _time(self, network: nn.Module, specs: Mapping[str, InputSpec], *, inside: bool) -> list[LayerChoice]:
+    def _time(
+        self, network: nn.Module, specs: Mapping[str, InputSpec], threads: int, *, inside: bool
+    ) -> list[LayerChoice]:
         """Time every layer that has zeros, and among convolutions in a graph those without, too."""
         return [
-            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=self.threads, inside=inside)
+            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=threads, inside=inside)
             for name, layer, share in layers_with_zeros(network)
             if share or (inside and self.kernels == "llvm" and isinstance(layer, nn.Conv2d))
         ]
@@ -261,7 +271,8 @@ class _Acceleration:
     def _final_choices(self, recipe: Recipe | None) -> list[LayerChoice]:
         """Say of each layer whether the recipe has it."""
         chosen = frozenset[str]() if recipe is None else recipe.layers
-        layers = self.layers.get(recipe is not None and recipe.shrink, [])
+        key = (False, self.threads) if recipe is None else (recipe.shrink, recipe.threads)
+        layers = self.layers.get(key, [])
         kept = "the network is faster without it"
         return [
             replace(

@@ -163,7 +163,7 @@ class AcceleratedModule(nn.Module):
         if self._arity is not None and (kwargs or len(args) != self._arity or type(args[0]) is not Tensor):
             assert self.recipe is not None
             args, kwargs = tuple(as_traced(self._source[0], self.recipe.arguments, args, kwargs)), {}
-        if self.recipe is not None and torch.is_grad_enabled():
+        if self._looks_for_gradients and torch.is_grad_enabled():
             for x in args:
                 if isinstance(x, Tensor):
                     refuse_gradients(x)
@@ -260,6 +260,9 @@ class AcceleratedModule(nn.Module):
         # A graph has one way, that of the example, and a sparse layer takes one tensor: other calls are looked at.
         one_way = self.recipe is not None and (self.recipe.traced or isinstance(module, (SparseLinear, SparseConv2d)))
         self._arity = self._plain_arity() if one_way else None
+        self._looks_for_gradients = self.recipe is not None and not isinstance(
+            module, SparseLinear
+        )  # which does itself
 
     def _plain_arity(self) -> int:
         """How many tensors a call has that need not be looked at; none, if one of the arguments is a constant."""

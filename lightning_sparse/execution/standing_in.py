@@ -48,6 +48,5 @@ def share_memory(copy: nn.Module, module: nn.Module) -> None:
         (True, False)
     """
     for own, other in zip(copy.modules(), module.modules(), strict=True):
-        for name, parameter in other._parameters.items():  # as they are, and not as a parametrization gives them
-            if parameter is not None:
-                own._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+        for name, parameter in other.named_parameters(recurse=False):
+            own.register_parameter(name, nn.Parameter(parameter.detach(), requires_grad=False))

@@ -147,7 +147,8 @@ class _OnCPU:
         few = self._few(at, inside)
         found = self._kth(few, self.width, k)
         if found is None:
-            eligible, comparable = self._sum([np.count_nonzero(self.counted), np.count_nonzero(few.counted)])
+            both = np.array([np.count_nonzero(self.counted), np.count_nonzero(few.counted)])
+            eligible, comparable = self._sum(both).tolist()
             raise ValueError(
                 f"Cannot choose {k} entries: only {comparable} are eligible"
                 f" ({eligible - comparable} more have the score NaN, which cannot be ranked)."
@@ -179,8 +180,8 @@ class _OnCPU:
         """Keys between which the k-th most probably is: five standard deviations around, as a sample tells."""
         integers = _ordered(self._sample())
         digits = _digits(integers, self.width - _BITS)
-        *hist, eligible = self._sum([*np.bincount(digits, minlength=_BUCKETS), np.count_nonzero(self.counted)])
-        seen = sum(hist)
+        hist, eligible = self._sum_with(np.bincount(digits, minlength=_BUCKETS), np.count_nonzero(self.counted))
+        seen = int(hist.sum())
         if not seen or k > eligible:
             return None
         middle = k / eligible * seen
@@ -215,9 +216,10 @@ class _OnCPU:
         ties = 0
         for number, shift in enumerate(_shifts(width)):
             digits = _digits(opened.pool, shift)
-            *hist, before = self._sum([*np.bincount(digits[counted], minlength=_BUCKETS), below if number == 0 else 0])
+            its = np.bincount(digits[counted], minlength=_BUCKETS)
+            hist, before = self._sum_with(its, below if number == 0 else 0)
             opened.rank -= before
-            if number == 0 and not 1 <= opened.rank <= sum(hist):
+            if number == 0 and not 1 <= opened.rank <= hist.sum():
                 return None
             ties = opened.open(hist, digits)
             counted = counted[opened.kept]
@@ -239,8 +241,13 @@ class _OnCPU:
         chosen[at] = True
         return chosen
 
-    def _sum(self, counts: _Array | Sequence[int]) -> list[int]:
-        return self.sum_(torch.as_tensor(np.asarray(counts)).to(self.counter)).tolist()
+    def _sum(self, counts: _Array) -> _Array:
+        return self.sum_(torch.from_numpy(counts).to(self.counter)).numpy()
+
+    def _sum_with(self, counts: _Array, another: int) -> tuple[_Array, int]:
+        """Two sums by one transfer."""
+        sums = self._sum(np.append(counts, another))
+        return sums[:-1], int(sums[-1])
 
     def _counted(self) -> _Array:
         """The eligible entries that are counted here."""
@@ -307,15 +314,15 @@ class _Open:
         self.rank, self.pool, self.prefix = rank, pool, 0
         self.kept = np.empty(0, dtype=bool)
 
-    def open(self, hist: Sequence[int], digits: _Array) -> int:
+    def open(self, hist: _Array, digits: _Array) -> int:
         """Open the bucket of the rank, given the counts of all processes; return how many it holds."""
-        sums = np.cumsum(hist)
-        bucket = int(np.searchsorted(sums, self.rank))
-        self.rank -= int(sums[bucket]) - hist[bucket]
+        sums = hist.cumsum()
+        bucket = int(sums.searchsorted(self.rank))
+        self.rank -= int(sums[bucket] - hist[bucket])
         self.prefix = self.prefix << _BITS | bucket
         self.kept = digits == bucket
         self.pool = self.pool[self.kept]
-        return hist[bucket]
+        return int(hist[bucket])
 
 
 def _width(parts: Sequence[Held]) -> int:

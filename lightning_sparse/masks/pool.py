@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sparse.functional import selection
-from lightning_sparse.functional.masks import counts_true
+from lightning_sparse.functional.masks import counts_true, on_cpu
 from lightning_sparse.functional.selection import Key, Scores
 from lightning_sparse.functional.spread import Held, smallest_of_spread
 from lightning_sparse.masks.candidate import Candidate
@@ -123,7 +123,10 @@ class MaskPool(Sequence[MaskedWeight]):
         """
         if not self.is_spread:
             return counts_true(masks)
-        return self.each(lambda weight, mask: weight.count(mask), masks)
+        # What every process holds is counted by the one that owns it, as all else.
+        own = zip(self, masks, strict=True)
+        counts = torch.stack([_count(mask) * weight.layout.owned for weight, mask in own])
+        return sum_over_processes(counts).tolist()  # type: ignore[no-any-return]
 
     # How its entries lie.
 
@@ -151,6 +154,11 @@ class MaskPool(Sequence[MaskedWeight]):
         """Zero the pruned weights."""
         for weight in self:
             weight.apply_()
+
+
+def _count(mask: Tensor) -> Tensor:
+    """The number of ``True``, where the mask is."""
+    return torch.tensor(counts_true([mask])[0]) if on_cpu(mask) else mask.count_nonzero()
 
 
 def _places_of(weight: MaskedWeight, start: int) -> Callable[[Tensor], Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -133,6 +134,17 @@ class AtInitialization(ScoredMethod, ABC):
         for tensors in (*self.run.memory.values(), self.watched.tensors):
             for weight in group:
                 tensors.pop(weight.name, None)
+
+    @override
+    def training_ended(self) -> None:
+        if any(self.is_pending(group) for group in self.groups):
+            rank_zero_warn(
+                f"{type(self).__name__} has pruned nothing: training ended at step {self.step} before every masked"
+                f" weight had a finite gradient in {self.steps_watched} optimizer step(s). Look at the loss, and at the"
+                " number of batches."
+            )
+        else:
+            super().training_ended()
 
     @override
     def method_state(self) -> dict[str, Any]:

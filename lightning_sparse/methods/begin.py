@@ -67,7 +67,7 @@ def _plan_and_make(
         if error is None:
             for method in methods:
                 _make_masks(method)
-            _refuse_waking(methods, trainer, pl_module)
+            _warn_of_waking(methods, trainer, pl_module)
     except Exception as refused:
         error = refused
     agree_to_begin(_settings(methods, error), error)
@@ -175,11 +175,11 @@ def _resume(method: Method, run: Run) -> None:
             method.clock_starts(group)
 
 
-def _refuse_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Name masks that were left in the module, and that no method takes over."""
+def _warn_of_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Warn of masks that were left in the module and that no method takes over: their zeros would be trained."""
     left = checkpoints.inherited_by_all(methods, pl_module)
     taken = {name for method in methods for name in method.run.registry}
-    # What is frozen is not trained; it is named when it thaws.
+    # What is frozen is not trained; the warning comes when it thaws.
     frozen = {candidate.name for method in methods for candidate in method.run.plan.frozen}
     unmasked = left.keys() - taken - frozen
     if unmasked:
@@ -222,6 +222,7 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
     if run is None or not run.active:
         checkpoints.resume_no_more(method)
         return
+    steps.clip_again(method)
     for group in run.groups:
         if group in run.steps.awaiting:  # an error between the gradients and the step
             method.step_skipped(group)

@@ -214,7 +214,7 @@ class FixedMask(HardMaskMethod):
         return masks | frozen
 
     def _tell_of_dense_zeros(self) -> None:
-        """Name zeros, as of a sparse training, in weights that are trained and stay dense."""
+        """Warn of zeros, as a sparse training leaves them, in weights that are trained and stay dense."""
         zeros = {
             candidate.name: (count_of_whole(candidate.parameter, local_part(candidate.parameter) == 0), candidate.numel)
             for candidate in self.dense

@@ -18,7 +18,7 @@ from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice
 from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.methods.vanishing import vanished
-from lightning_sparse.schedules import Cosine, Duration, Schedule, UpdateTimes, as_schedule, check_fraction
+from lightning_sparse.schedules import Cosine, Duration, Schedule, as_schedule, check_fraction
 
 __all__ = ["GrowingMethod", "InitialScale"]
 
@@ -84,12 +84,6 @@ class GrowingMethod(ScoredMethod, ABC):
                 "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
                 " update_every of 10 steps or more, or update_replaces_step=False."
             )
-
-    @property
-    @override
-    def times(self) -> UpdateTimes:
-        # What has just been grown needs steps to grow in.
-        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
 
     @property
     @override

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -22,6 +24,7 @@ from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.schedules import Timetable, UpdateTimes
+from lightning_sparse.timetable import without_end
 
 __all__ = ["HardMaskMethod"]
 
@@ -80,6 +83,12 @@ class HardMaskMethod(SparseMethod):
     @final
     @override
     def timetable(self, total_steps: float) -> Timetable:
+        if math.isinf(total_steps) and self.times.needs_total_steps:
+            given = {
+                item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.type == "Duration"
+            }
+            if any(isinstance(value, float) for value in given.values()):
+                raise ValueError(without_end(given))
         times = self.times.resolve(total_steps)
         if self.last_run is not None and self._is_before(times):
             self._warn_of(times, total_steps)
@@ -103,6 +112,11 @@ class HardMaskMethod(SparseMethod):
                 f" and end at step {times.stop}: masks change only there, all at once. Give a smaller update_every, or"
                 " a fraction of training."
             )
+
+    @final
+    @override
+    def updates_now(self, group: MaskGroup) -> bool:
+        return self._is_due(group)
 
     @final
     @override
@@ -200,10 +214,14 @@ class HardMaskMethod(SparseMethod):
         return {
             "stop": None if times is None else times.stop - self.run.origin,
             "memory": {
-                name: {key: self.registry[key].layout.saved(value).clone() for key, value in tensors.items()}
+                name: {key: self._saved(key, value) for key, value in tensors.items()}
                 for name, tensors in self.run.memory.items()
             },
         }
+
+    def _saved(self, name: str, value: Tensor) -> Tensor:
+        weight = self.registry.get(name)  # none of a layer that was lost
+        return (value.detach().cpu() if weight is None else weight.layout.saved(value)).clone()
 
     @override
     def state_fields(self) -> Mapping[str, Check]:

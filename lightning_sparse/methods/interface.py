@@ -26,6 +26,7 @@ from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.run import Loaded, Run
 from lightning_sparse.schedules import Timetable, as_number
+from lightning_sparse.trainer import TrainerCallback
 
 __all__ = ["Method"]
 
@@ -36,7 +37,7 @@ _PATIENCE = 100
 
 
 @method
-class Method(pl.Callback, ABC):
+class Method(TrainerCallback, ABC):
     """A method of sparse training: the questions that it answers, and what can be read of it.
 
     :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, at which it is asked.
@@ -140,6 +141,10 @@ class Method(pl.Callback, ABC):
     def clock_starts(self, group: MaskGroup) -> None:
         """A new training begins with masks of an earlier one; say when ``group`` was last updated."""
         group.updated_at = self.step - 1
+
+    def updates_now(self, group: MaskGroup) -> bool:
+        """Whether the masks of ``group`` are about to be ranked anew, so that its weights have to be as they should."""
+        return False
 
     def on_batch(self, batch: Any) -> None:
         """Look at a batch before training_step does; on the device of the module."""

@@ -48,8 +48,9 @@ def prune(
     with :math:`X_j` the inputs that the weight meets in ``batches``; each output keeps as many inputs as every other of
     its layer, rounded down, and all layers have one sparsity. There is no training in it.
 
-    The next training of the module by a method goes on from these masks. In a loop of one's own, call
-    :func:`~lightning_sparse.apply_masks` after each optimizer step.
+    What earlier masks of the module prune goes first, whatever its score. The next training of the module by a method
+    goes on from these masks. In a loop of one's own, call :func:`~lightning_sparse.apply_masks` after each optimizer
+    step.
 
     Args:
         module: Any module; frozen weights are pruned too. What wraps it, as DDP does, is left out of account.
@@ -120,7 +121,8 @@ def prune(
     check_budget(pool, number, min_active=0, pattern=shape)
     if isinstance(scores, str):
         scores = wanda_scores(module, batches or (), [weight.candidate for weight in pool])
-    ranked = [_scores_of(weight, scores) for weight in pool]
+    left = MaskRegistry.left_in(module)
+    ranked = [_scores_of(weight, scores, left) for weight in pool]
     if allocation == "global":
         flat = [weight.flatten(its) for weight, its in zip(pool, ranked, strict=True)]
         n = pool.numel - budget_of(pool, number)
@@ -133,7 +135,7 @@ def prune(
     pool.recount()
     pool.apply_()
     masks = {weight.name: weight.mask.clone(memory_format=torch.contiguous_format) for weight in pool}
-    MaskRegistry.leave(module, MaskRegistry.left_in(module) | masks, given=True)
+    MaskRegistry.leave(module, left | masks, given=True)
     return masks
 
 
@@ -163,7 +165,7 @@ def _candidates(
     return fitting
 
 
-def _scores_of(weight: MaskedWeight, scores: Scores | None) -> Tensor:
+def _scores_of(weight: MaskedWeight, scores: Scores | None, left: Mapping[str, Tensor]) -> Tensor:
     if scores is None:
         its = weight.value
     elif isinstance(scores, Mapping):
@@ -181,4 +183,5 @@ def _scores_of(weight: MaskedWeight, scores: Scores | None) -> Tensor:
     unranked = count_true(its.isnan())
     if unranked:
         raise ValueError(f"{unranked} scores of {weight.name} are NaN, which cannot be ranked. Give finite scores.")
-    return its.to(weight.value.device)
+    its = its.to(weight.value.device)
+    return its.masked_fill(~left[weight.name], 0.0) if weight.name in left else its

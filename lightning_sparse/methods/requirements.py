@@ -17,7 +17,7 @@ _INSTEAD = "Use strategy='ddp', strategy=ModelParallelStrategy() (FSDP2 and tens
 # By name: with pytorch_lightning and lightning both installed, isinstance fails across the two.
 _UNSUPPORTED_STRATEGIES = {
     "FSDPStrategy": "FSDP1 flattens the weights of several layers into one. Use FSDP2, which keeps them:"
-    " strategy=ModelParallelStrategy(), with fully_shard in configure_model",
+    " strategy=ModelParallelStrategy(), with fully_shard in configure_model; or strategy='ddp'",
     "DeepSpeedStrategy": f"its engine owns the optimizer step. {_INSTEAD}",
     "XLAFSDPStrategy": f"it flattens the weights. {_INSTEAD}",
     "XLAStrategy": f"it compiles the step. {_INSTEAD}",

@@ -203,6 +203,8 @@ class ScoredMethod(HardMaskMethod, ABC):
         self.after_update(group)
 
     def _renew(self, weight: MaskedWeight, keep: int, budget: int) -> None:
+        if not self.regrows:  # what grows then needs a place among those that were pruned before
+            keep = max(keep, budget - (weight.numel - weight.num_active))
         mask, weight.budget = self.pruned_to(weight, keep), budget
         if self.grows and (budget > keep or self._shaped):
             free = self.free(weight, mask)

@@ -137,12 +137,18 @@ class SRigL(GrowingMethod):
 
     @override
     def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
-        return super().free(weight, kept) & self._alive[weight.name]
+        return self._alive[weight.name] & ~kept
 
     @override
     def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
+        fan_in = weight.budget // max(1, weight.count_rows(weight.rows(kept | free).any(dim=1)))
         # All kept weights come before all others: those by magnitude, these by gradient.
-        ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
+        if weight.count_rows(weight.rows(kept).sum(dim=1) > fan_in) == 0:  # as a rule: then none of them is cut off
+            ranked = weight.grad.abs().masked_fill_(kept, torch.inf)
+        else:
+            ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
+        if not self.regrows:  # what has just been pruned comes last: only where its neuron has no other place
+            ranked.masked_fill_(weight.mask & ~kept, -1.0)
         return self.shape.largest(weight, ranked, weight.budget, kept | free)
 
     def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:

@@ -7,8 +7,8 @@ Differs from the paper and the authors' code:
     - No layer is replaced: the gradient is rewritten in closed form before the optimizer steps.
     - The term of lambda is added once a step; the authors' backward adds it once for each batch that is accumulated.
     - Ties are broken by position, and gradients that are inf or NaN change no mask.
-    - A layer whose inputs are no multiple of M stays dense; the authors' code counts M weights on over the
-      ends of rows, which no accelerator executes.
+    - A layer whose inputs are no multiple of M stays dense, and the plan says so; the authors' code counts M weights on
+      over the ends of rows, which no accelerator executes.
 """
 
 from __future__ import annotations

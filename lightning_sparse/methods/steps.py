@@ -22,6 +22,7 @@ from lightning_sparse.trainer import clips_gradients
 __all__ = [
     "announced",
     "batch_ended",
+    "clip_again",
     "dissolve",
     "form",
     "leave_out",
@@ -45,13 +46,22 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     for group in groups:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
+        # Somebody may have written within training_step or after backward.
+        written = run.guards[group].written_weights()
         graphs = _make_plain(method, group)
+        if not graphs:  # else autograd would refuse
+            if written:
+                holding.repair_written(method)
+            holding.look_before_step(method, group)
         if graphs:
             run.steps.differentiated.add(group)
         method.before_step(trainer, group)
         _put_back(graphs, masked=method.clears_gradients)
         if method.clears_gradients:
             run.guards[group].note_gradients()
+            if run.guards[group].moments_are_others():  # of weights that were active then
+                holding.forget_moments(group, group)
+            run.guards[group].step_begins()
         else:
             run.guards[group].note_weights()  # their dense values are laid in
 
@@ -106,14 +116,24 @@ def _put_back(graphs: dict[MaskedWeight, Tensor], *, masked: bool) -> None:
             weight.parameter.grad = _Rewritten.apply(grad, values, weight.mask if masked else None)  # type: ignore[assignment]
 
 
-def leave_out(trainer: pl.Trainer, idle: set[Optimizer], optimizer: Optimizer) -> None:
+def leave_out(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """Let ``optimizer`` find no gradient, where a method has updated its masks instead of a step."""
+    idle = method.registry.idle_optimizers
     if optimizer in idle:
         idle.discard(optimizer)
         scaler = scaler_of_step(trainer, optimizer)
         if scaler is not None:
             scaler.unscale_(optimizer)  # it refuses to go on from a step in which it has seen no gradient
         optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
+        if trainer.gradient_clip_algorithm == "value":  # which torch cannot do where there is no gradient at all
+            method.run.steps.clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+
+def clip_again(method: Method) -> None:
+    """Give the Trainer back how it clips, after a step that was left out."""
+    steps, trainer = method.run.steps, method.run.trainer()
+    if steps.clip_val is not None and trainer is not None:
+        trainer.gradient_clip_val, steps.clip_val = steps.clip_val, None
 
 
 def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
@@ -219,6 +239,8 @@ def _stepped(method: Method, group: MaskGroup, *, clipped: bool) -> None:
         if written and method.clears_gradients:
             holding.mend_gradients(method, group, written)
         method.after_step(group)
+        if method.clears_gradients:
+            holding.look_after_step(method, group)
     if group in run.steps.differentiated:
         run.steps.differentiated.discard(group)
         group.apply_()
@@ -232,6 +254,7 @@ def batch_ended(method: Method) -> None:
     if run is None or not run.active:
         return
     steps = run.steps
+    clip_again(method)
     for group in list(steps.awaiting):
         if group not in steps.handles and run.guards[group].written_weights():
             _stepped(method, group, clipped=False)
@@ -250,7 +273,7 @@ def batch_ended(method: Method) -> None:
 
 
 def warn_of_unseen(method: Method) -> None:
-    """Name optimizers whose weights have gradients, and whose steps were never announced."""
+    """Warn of optimizers whose weights have gradients, and whose steps were never announced."""
     steps = method.run.steps
     for group in method.groups:
         if group in steps.had_gradients - steps.seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ def twin_optimizer(
     ]
     kind = type(group.optimizer)
     try:
+        inspect.signature(kind.step).bind(None)  # TypeError for one that asks for a closure, which a twin has not
         return kind(param_groups, lr=param_groups[0]["lr"])  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(

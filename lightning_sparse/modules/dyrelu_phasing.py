@@ -36,6 +36,7 @@ from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
 from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
 from lightning_sparse.trainer import (
+    TrainerCallback,
     check_in_optimizer,
     copy_again,
     refuse_twins,
@@ -49,7 +50,7 @@ _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 @final
-class DyReLUPhasing(pl.Callback):
+class DyReLUPhasing(TrainerCallback):
     r"""Puts Dynamic ReLU in the place of every ``nn.ReLU``, and takes it back to ReLU while training.
 
     With the share :math:`\beta` of Dynamic ReLU, each :class:`~lightning_sparse.modules.PhasedReLU` computes

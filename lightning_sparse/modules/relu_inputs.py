@@ -155,7 +155,9 @@ def _ways_to_compute(
         return converted(pl_module._apply_batch_transfer_handler(first, module.device))  # pyright: ignore[reportPrivateUsage]
 
     yield lambda: module.training_step(batch(), 0)
-    yield lambda: module(_as_tuple(batch())[0])
+    # What computes losses in training mode alone, as the detectors of torchvision do.
+    yield lambda: module.train().training_step(batch(), 0)
+    yield lambda: module.eval()(_as_tuple(batch())[0])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

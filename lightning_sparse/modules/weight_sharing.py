@@ -22,7 +22,7 @@ from lightning_sparse.arguments import check_globs, check_whole
 from lightning_sparse.functional.stored import digest
 from lightning_sparse.masks.schema import anything, check_fields, mapping_of, refuse, tensor, wrong_names
 from lightning_sparse.schedules import as_number
-from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
+from lightning_sparse.trainer import TrainerCallback, check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",
@@ -209,7 +209,7 @@ def shared_convolutions(module: nn.Module) -> dict[str, SharedConvolution]:
 
 
 @final
-class WeightSharing(pl.Callback):
+class WeightSharing(TrainerCallback):
     r"""Shares weights within residual stages while training, as a callback: see :func:`share_weights`.
 
     The module changes when ``fit`` sets up, before its optimizers are made, and stays shared afterwards;

@@ -355,17 +355,14 @@ def test_a_sharded_weight_is_refused_where_it_would_be_masked() -> None:
     assert masked_names(module, exclude=["1.*"]) == ["0.weight"]
 
 
-def test_a_distributed_tensor_is_refused_where_it_would_be_masked(tmp_path: Path) -> None:
+def test_a_distributed_tensor_is_masked(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        module[1].weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]))
-        with pytest.raises(MisconfigurationException, match=r"The entries of 1\.weight are spread over processes"):
-            select_weights(module)
-        assert masked_names(module, exclude=["1.*"]) == ["0.weight"]
-        with pytest.raises(ValueError, match=r"1\.weight are spread over processes"):
-            report(module)
+        module[1].weight = nn.Parameter(distribute_tensor(torch.eye(2), mesh, [Shard(0)]))
+        assert masked_names(module) == ["0.weight", "1.weight"]
+        assert [layer.num_active for layer in report(module).layers] == [4, 2]
     finally:
         dist.destroy_process_group()
 

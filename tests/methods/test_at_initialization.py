@@ -317,11 +317,22 @@ class WithoutLoss(ToyModel):
 def test_a_module_without_loss_is_named_and_not_trained(method: Any, tmp_path: Path) -> None:
     model, plain = WithoutLoss(), ToyModel()
     with (
-        pytest.warns(UserWarning, match="training ended at step"),
+        pytest.warns(UserWarning, match="has pruned nothing: training ended at step"),
         pytest.warns(UserWarning, match="no masked weight got a gradient, so neither pruning"),
     ):
         make_trainer(tmp_path, callbacks=[method(0.5)]).fit(model)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class Diverged(ToyModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_where_gradients_are_never_finite_the_end_says_so(method: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has pruned nothing: training ended at step 16 before every masked weight"):
+        make_trainer(tmp_path, callbacks=[method(0.5)]).fit(Diverged())
 
 
 class BadAtFirst(ToyModel):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -347,6 +348,20 @@ def test_the_clock_counts_batches_where_another_optimizer_steps_oftener(every: i
     make_trainer(tmp_path, callbacks=[method], max_epochs=8).fit(Adversarial(every))
     assert method.step == 64
     assert method.registry.sparsity == 0.75
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("stop", [1.0, 0.8])
+def test_the_epoch_that_averaging_adds_for_batch_norm_has_no_steps(
+    accumulated: int, stop: float, tmp_path: Path
+) -> None:
+    gmp = GMP(0.9, stop=stop)
+    model = ConvToy()
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    make_trainer(tmp_path, callbacks=[gmp, average], max_epochs=5, accumulate_grad_batches=accumulated).fit(model)
+    assert gmp.run.total_steps == 5 * 8 // accumulated
+    assert gmp.registry.sparsity == pytest.approx(0.9, abs=0.005)
+    assert sum(int((w.value == 0).sum()) for w in gmp.weights) == sum(w.numel - w.num_active for w in gmp.weights)
 
 
 # An update that fails, and schedules of a user's own.

@@ -91,9 +91,10 @@ def test_what_wraps_a_module_is_left_out_of_account(wrapper: Any, tmp_path: Path
     assert all(torch.equal(method.inherited[name], mask) for name, mask in masks.items())
 
 
-def test_pruned_further_nothing_wakes() -> None:
+@pytest.mark.parametrize("scores", [None, lambda name, weight: 1.0 / (1.0 + weight.abs())])
+def test_pruned_further_nothing_wakes(scores: Any) -> None:
     model = ToyModel()
-    first, second = prune(model, 0.5), prune(model, 0.8)
+    first, second = prune(model, 0.5), prune(model, 0.8, scores=scores)
     assert not any((second[name] & ~first[name]).any() for name in first)
 
 

@@ -59,7 +59,7 @@ def test_two_of_four_of_each_output() -> None:
 def test_the_norm_is_of_exactly_what_a_weight_meets(layer: nn.Module) -> None:
     # A weight meets x where its product with x is what it adds: the outputs' sum changes by x if it grows by 1.
     torch.manual_seed(0)
-    dims = {nn.Linear: (2, 5, 6), nn.Conv1d: (3, 6, 8)}.get(type(layer), (2, 6, 7, 7))
+    dims = (2, 5, 6) if isinstance(layer, nn.Linear) else (3, 6, 8) if isinstance(layer, nn.Conv1d) else (2, 6, 7, 7)
     batches = [torch.randn(dims) for _ in range(2)]
     scores = wanda_scores(layer, batches, judge_parameters(layer).weights)["weight"]
     weight = layer.get_parameter("weight")

@@ -192,12 +192,14 @@ def recorded(path: Path) -> Mapping[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any], *, bitwise: bool = False) -> None:
+def assert_same(
+    found: Mapping[str, Any], expected: Mapping[str, Any], *, bitwise: bool = False, rtol: float = 1e-9, what: str = ""
+) -> None:
     """Equal masks after every update, and equal weights; to rounding, or to the bit."""
     assert [step for step, _ in found["masks"]] == [step for step, _ in expected["masks"]]
     for (step, its), (_, those) in zip(found["masks"], expected["masks"], strict=True):
         differ = [name for name in those if not torch.equal(its[name], those[name])]
-        assert not differ, f"at step {step}: {differ}"
+        assert not differ, f"{what} at step {step}: {differ}"
     for name, weight in expected["weights"].items():
-        exact = {"rtol": 0.0, "atol": 0.0} if bitwise else {"rtol": 1e-9, "atol": 1e-12}
-        torch.testing.assert_close(found["weights"][name], weight, **exact)
+        exact = {"rtol": 0.0, "atol": 0.0} if bitwise else {"rtol": rtol, "atol": 1e-3 * rtol}
+        torch.testing.assert_close(found["weights"][name], weight, msg=lambda text: f"{what} {text}", **exact)

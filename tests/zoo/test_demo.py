@@ -82,7 +82,8 @@ def test_the_demo_ends_with_the_size_of_both_files(folder: Path, output: str) ->
 def test_the_sparse_file_of_the_demo_has_its_weights(folder: Path, output: str) -> None:
     network = LeNet300100(in_features=64)
     load_sparse(folder / "fggp.sparse", into=network)
-    assert sum(int(layer.weight.count_nonzero()) for layer in (network.fc1, network.fc2, network.fc3)) == 2_510
+    weights = [network.get_parameter(f"{layer}.weight") for layer in ("fc1", "fc2", "fc3")]
+    assert sum(int(weight.count_nonzero()) for weight in weights) == 2_510
 
 
 def test_the_demo_ends_with_the_time_of_both_networks(output: str) -> None:
