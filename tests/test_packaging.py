@@ -89,6 +89,15 @@ def test_nothing_but_setup_cfg_states_metadata() -> None:
     assert not re.search(r"^\[project\b", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_each_package_has_one_minimum(declared: ConfigParser) -> None:
+    # ``make .venv-oldest`` installs exactly these, and of one package no two releases at once.
+    lists = [declared["options"]["install_requires"], *declared["options.extras_require"].values()]
+    found = re.findall(r"^([\w.-]+)(?:\[[a-z,]+\])?>=", "\n".join(lists), re.MULTILINE)
+    named = [normalized(name) for name in found]
+    assert len(named) > 20
+    assert sorted(set(named)) == sorted(named)
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_imported_package_is_declared(path: Path, declared: ConfigParser) -> None:
     required = requirement_names(declared["options"]["install_requires"])
