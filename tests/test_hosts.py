@@ -164,7 +164,7 @@ def test_fabric_is_refused_in_words(make: Any) -> None:
         L.Fabric(accelerator="cpu", devices=1, callbacks=[callback]).setup(model)
     fabric = L.Fabric(accelerator="cpu", devices=1, callbacks=[callback])
     module = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(torch.optim.SGD(module.parameters(), lr=0.1))
+    optimizer: Any = fabric.setup_optimizers(torch.optim.SGD(module.parameters(), lr=0.1))
     fabric.backward(module(torch.randn(2, 4)).sum())
     with pytest.raises(MisconfigurationException, match=sentence):
         optimizer.step()

@@ -23,7 +23,8 @@ from lightning_sparse.testing import OPTIMIZERS, StepIndexedToy, make_trainer, r
 
 __all__ = ["TRAININGS", "Outcome", "crash", "differences", "undisturbed"]
 
-_FIRST, _REST = {"include": ["network.0.*"]}, {"exclude": ["network.0.*"]}
+_FIRST: dict[str, Any] = {"include": ["network.0.*"]}
+_REST: dict[str, Any] = {"exclude": ["network.0.*"]}
 _OFTEN: dict[str, Any] = {"update_every": 3, "stop": 40}
 
 
@@ -33,7 +34,7 @@ def _fixed() -> FixedMask:
     )
 
 
-TRAININGS: dict[str, Callable[[], list[SparseMethod]]] = {
+TRAININGS: dict[str, Callable[[], Sequence[SparseMethod]]] = {
     "RigL and GMP": lambda: [RigL(0.8, **_OFTEN, **_FIRST), GMP(0.8, **_OFTEN, **_REST)],
     "DST and FGGP": lambda: [DST(0.03, **_FIRST), FGGP(0.8, **_OFTEN, **_REST)],
     "SET and Top-KAST": lambda: [SET(0.8, **_OFTEN, **_FIRST), TopKAST(0.8, **_REST)],

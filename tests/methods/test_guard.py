@@ -486,7 +486,7 @@ class Hutchinson(torch.optim.Optimizer):
                     grads, used, [torch.ones_like(p) for p in used], allow_unused=True, retain_graph=True
                 )
             for p, h in zip(used, curvatures, strict=True):
-                self.state[p]["h"] = torch.zeros_like(p) if h is None else h.clone()
+                self.state[p]["h"] = torch.zeros_like(p) if h is None else h.clone()  # pyright: ignore[reportUnnecessaryComparison]
                 p.addcdiv_(p.grad.detach(), self.state[p]["h"].abs().add_(1.0), value=-0.1)  # type: ignore[union-attr]
         return loss
 

@@ -16,7 +16,8 @@ from lightning_sparse.trainer import callbacks_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-FIRST, REST = {"include": ["network.0.*"]}, {"exclude": ["network.0.*"]}
+FIRST: dict[str, Any] = {"include": ["network.0.*"]}
+REST: dict[str, Any] = {"exclude": ["network.0.*"]}
 OFTEN: dict[str, Any] = {"update_every": 2, "stop": 11}
 
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+OFTEN: dict[str, Any] = {"update_every": 2, "stop": 7}
 METHODS: dict[str, Callable[..., SparseMethod]] = {
-    "gmp": lambda **kw: GMP(0.8, **{"update_every": 2, "stop": 7} | kw),
-    "rigl": lambda **kw: RigL(0.8, **{"update_every": 2, "stop": 7} | kw),
+    "gmp": lambda **kw: GMP(0.8, **(OFTEN | kw)),
+    "rigl": lambda **kw: RigL(0.8, **(OFTEN | kw)),
     "dst": lambda **kw: DST(0.03, **kw),
 }
 SECONDS = 60  # of a busy machine; the process groups wait for 30 minutes
