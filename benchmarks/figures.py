@@ -21,6 +21,8 @@ from benchmarks import cifar, dst, goals, mnist
 
 __all__ = ["TABLES", "main", "page"]
 
+METHODS = {"gmp": "`GMP`", "fggp": "`FGGP`", "set": "`SET`", "rigl": "`RigL`", "east": "`EAST`", "dst": "`DST`"}
+
 # What a reader knows the networks, methods and rivals by, where results are shorter.
 NAMES = {
     "lenet300": "LeNet-300-100",
@@ -43,11 +45,10 @@ NAMES = {
     "a sort of all weights": "GMP by a sort of all weights",
     "two sorts of each layer": "RigL by two sorts of each layer",
     "EAST, Dynamic ReLUs": "`EAST`, while its Dynamic ReLUs last",
+    **METHODS,
+    **{name.strip("`"): name for name in METHODS.values()},
+    **{name: f"`{name}`" for name in ("FixedMask", "torch.nn.utils.prune", "parametrize")},
 }
-METHODS = {"gmp": "`GMP`", "fggp": "`FGGP`", "set": "`SET`", "rigl": "`RigL`", "east": "`EAST`", "dst": "`DST`"}
-NAMES |= METHODS | {name.strip("`"): name for name in METHODS.values()}
-NAMES |= {name: f"`{name}`" for name in ("FixedMask", "torch.nn.utils.prune", "parametrize")}
-
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TEMPLATE = HERE / "measured.md"

@@ -31,7 +31,7 @@ html_static_path = ["static"]
 html_css_files = ["pages.css"]
 exclude_patterns = ["ruff.toml"]
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_inherit_docstrings = False  # Lightning documents its hooks itself

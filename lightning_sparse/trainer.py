@@ -131,7 +131,8 @@ def count_dense_peak(trainer: pl.Trainer) -> None:
     Args:
         trainer: Its ``ThroughputMonitor`` must not have been set up yet, or this comes too late and changes nothing.
     """
-    if "using_sparse_model" in inspect.signature(throughput_monitor.Throughput).parameters:
+    throughput = throughput_monitor.Throughput  # pyright: ignore[reportPrivateImportUsage]
+    if "using_sparse_model" in inspect.signature(throughput).parameters:
         for callback in callbacks_of(trainer):
             if isinstance(callback, throughput_monitor.ThroughputMonitor):
                 callback.kwargs.setdefault("using_sparse_model", False)

@@ -43,7 +43,7 @@ class TestProgressBar:
     @pytest.mark.parametrize("monitor_first", [True, False])
     def test_shows_the_sparsity_of_each_step(self, monitor_first: bool, tmp_path: Path) -> None:
         callbacks = [GMP(0.75, **UPDATES), SparsityMonitor(progress_bar=True)]
-        shown = fit_with_bar(tmp_path, *(callbacks[::-1] if monitor_first else callbacks))
+        shown = fit_with_bar(tmp_path, *(callbacks[::-1] if monitor_first else callbacks))  # a warning is an error
         values = [float(metrics["sparsity"]) for metrics in shown]
         assert (len(values), values[0], round(values[-1], 2)) == (16, 0.0, 0.75)
         assert values == sorted(values)

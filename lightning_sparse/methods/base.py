@@ -210,11 +210,9 @@ def _numbered(method: SparseMethod, trainer: pl.Trainer) -> dict[str, float]:
 def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Name metrics that the module logs under the same keys."""
     results = getattr(trainer, "_results", None) or {}
-    theirs = {
-        item.meta.name
-        for item in results.values()
-        if getattr(getattr(item, "meta", None), "fx", "on_train_epoch_end") != "on_train_epoch_end"
-    }
+    metas = [item.meta for item in results.values() if hasattr(item, "meta")]
+    # What goes to the progress bar alone, as SparsityMonitor's sparsity of each step does, is in nobody's way.
+    theirs = {meta.name for meta in metas if meta.fx != "on_train_epoch_end" and (meta.logger or meta.on_epoch)}
     if same := sorted(theirs & values.keys()):
         method.warn_once(
             f"the module logs {', '.join(same)} too, and what this callback logs takes its place. Log yours under"
