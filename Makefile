@@ -14,7 +14,7 @@ OLDEST_PYTHON ?= $(shell for python in python3.10 "$$(pyenv prefix 3.10 2>&1)/bi
 PINNED := 's/^ +([A-Za-z0-9_.-]+)(\[[a-z,]+\])?>=([0-9.]+).*/\1==\3/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-oldest demo test test-all test-oldest check docs coverage benchmarks clean
+.PHONY: help .venv .venv-oldest demo test test-all test-oldest check docs coverage benchmarks figures clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ coverage: $(INSTALLED)  ## run all tests and list the lines that none of them re
 
 benchmarks: $(INSTALLED)  ## compare speed with dense training, on this machine
 	$(BIN)/python -m benchmarks
+
+figures: $(INSTALLED)  ## write docs/measured.md from what the benchmarks have left in benchmarks/results
+	$(BIN)/python -m benchmarks.figures
 
 clean:  ## remove what these targets leave behind, but for the virtual environments
 	rm -rf build dist demo lightning_logs *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median, quantiles
 from threading import Condition
@@ -188,6 +189,21 @@ def versions() -> dict[str, str]:
     }
 
 
+@lru_cache
+def cpu_name() -> str:
+    """Return the processor's name, and how wide its vectors are."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    wide = any("avx512f" in line for line in lines if line.startswith("flags"))
+    return f"{name}, AVX-512" if wide else name
+
+
+def machine() -> str:
+    """Return the processor and how many cores there are."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
+
+
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Make a parser with the options that the benchmarks of speed share; keeps Lightning's remarks out of them."""
     silence_lightning()
@@ -216,7 +232,7 @@ def wall_time() -> float:
 def conditions() -> dict[str, Any]:
     """Return what figures were measured on."""
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return versions() | {"cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
+    return versions() | {"cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None = None) -> None:

@@ -16,7 +16,6 @@ import copy
 import importlib.util
 import itertools
 import json
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.cases import resnet18, vit
-from benchmarks.harness import argument_parser, print_table, versions, write
+from benchmarks.harness import argument_parser, cpu_name, print_table, versions, write
 from lightning_sparse import accelerate
 from lightning_sparse.execution.timing import num_threads
 from lightning_sparse.zoo import LeNet5Caffe, LeNet300100
@@ -196,15 +195,6 @@ def measure(
 def conditions() -> dict[str, Any]:
     """Return what figures depend on."""
     return versions() | {"kernels": "llvm" if importlib.util.find_spec("llvmlite") else "torch_csr", "cpu": cpu_name()}
-
-
-def cpu_name() -> str:
-    """Return the processor's name, and how wide its vectors are."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    wide = any("avx512f" in line for line in lines if line.startswith("flags"))
-    return f"{name}, AVX-512" if wide else name
 
 
 def small_layers(smallest: bool) -> list[tuple[str, nn.Module, Tensor]]:

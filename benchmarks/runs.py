@@ -147,7 +147,10 @@ def train_missing(
     finished = read(out, kind)
     missing = [run for run in runs if run not in finished]
     os.environ.update(ENVIRONMENT)
-    one_process_per_run = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1)
+    context = multiprocessing.get_context("forkserver")
+    # Read once, by a process that computes nothing: torch, Lightning and torchvision take as long as a short run.
+    context.set_forkserver_preload(["benchmarks.runs", train.__module__])
+    one_process_per_run = context.Pool(jobs, maxtasksperchild=1)
     with one_process_per_run as pool, out.open("a") as file:
         if out.stat().st_size and not out.read_bytes().endswith(b"\n"):
             file.write("\n")
@@ -155,7 +158,8 @@ def train_missing(
         for number, result in enumerate(results, start=1):
             file.write(json.dumps(result) + "\n")
             file.flush()
-            cost = f"{result['accuracy']:.2f} %, {result['cpu_seconds']:.0f} s of one core"
+            reached = "failed" if result["accuracy"] is None else f"{result['accuracy']:.2f} %"
+            cost = f"{reached}, {result['cpu_seconds']:.0f} s of one core"
             print(f"{number}/{len(missing)}  {run_of(result, kind)}: {cost}", flush=True)
 
 

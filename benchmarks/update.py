@@ -3,7 +3,8 @@
 A real Trainer trains a network of so many weights with SGD and momentum, and masks change at every step. Timed is the
 whole: the choice, the optimizer's moments, the masks of weights and gradients. Right after it ``torch.sort`` sorts the
 magnitudes of the initial weights, as other libraries do to find a threshold. GMP and FGGP rank all weights together and
-prune some more each time, from dense to 95 %; SET, RigL and EAST exchange 30 % of each layer at 99 %; DST, SR-STE, STR,
+prune some more each time, from dense to 95 %; SET, RigL, EAST, MEST, SNFS and SRigL exchange 30 % of each layer at
+99 %, DSR what falls below its threshold; GraNet does both; DST, SR-STE, STR,
 Top-KAST and Feather, whose masks change at every step, are timed before and after the optimizer's step.
 
 The rivals do the same on the same weights: a sort of all magnitudes; RigL with two sorts of each layer, as in the code
@@ -30,7 +31,23 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from benchmarks.harness import Ratio, argument_parser, quiet_trainer, report, write
-from lightning_sparse import DST, EAST, FGGP, GMP, SET, SRSTE, STR, Feather, RigL, TopKAST
+from lightning_sparse import (
+    DSR,
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    SRSTE,
+    STR,
+    Feather,
+    GraNet,
+    RigL,
+    SRigL,
+    TopKAST,
+)
 from lightning_sparse.schedules import Constant
 
 TITLE = "An update over one torch.sort"
@@ -79,6 +96,11 @@ METHODS: dict[str, Callable[[int], L.Callback]] = {
     "SET": lambda steps: SET(0.99, **_every_step(steps)),
     "RigL": lambda steps: RigL(0.99, **_every_step(steps), update_replaces_step=False),
     "EAST": lambda steps: EAST(0.99, **_every_step(steps), cycles=0, phasing=False, sharing=False),
+    "GraNet": lambda steps: GraNet(0.95, drop_fraction=Constant(0.3), update_every=1, stop=steps),
+    "MEST": lambda steps: MEST(0.99, **_every_step(steps)),
+    "SNFS": lambda steps: SNFS(0.99, **_every_step(steps)),
+    "DSR": lambda steps: DSR(0.99, update_every=1, stop=steps),
+    "SRigL": lambda steps: SRigL(0.99, **_every_step(steps), update_replaces_step=False),
     "DST": lambda steps: DST(ALPHA),
     "SRSTE": lambda steps: SRSTE("2:4"),
     "STR": lambda steps: STR(-5.0, decay=1e-4),

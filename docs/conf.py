@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import pages  # noqa: E402
 
 import lightning_sparse  # noqa: E402
-from lightning_sparse.methods.catalog import all_methods, methods_table  # noqa: E402
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -22,10 +21,17 @@ author = "the authors of lightning_sparse"
 version = release = lightning_sparse.__version__
 html_title = f"lightning_sparse {version}"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+# Nothing here asks the network, neither the build nor the pages: equations are drawn by docs/equations.py.
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design", "equations"]
+html_math_renderer = "svg"
 html_theme = "furo"
+html_show_copyright = False
+pygments_dark_style = "github-dark"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 exclude_patterns = ["ruff.toml"]
 
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_inherit_docstrings = False  # Lightning documents its hooks itself
@@ -34,53 +40,10 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
 
-# Where the links of README.md and CONTRIBUTING.md lead here; others are to files that are no pages, and lose the link.
-PAGES = {
-    "docs/decisions": "decisions.md",
-    "docs/getting-started.md": "getting-started.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "tests/methods/test_contract.py": "api/testing.md",
-}
-LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
-MARKER = re.compile(r"^<!-- (README|CONTRIBUTING|METHODS)(?:: (.+))? -->$", re.MULTILINE)
-
-
-def section(file: str, heading: str | None) -> str:
-    """What stands under a heading of a file, or, without one, between its title and its first heading."""
-    text = (ROOT / f"{file}.md").read_text(encoding="utf-8")
-    parts = re.split(r"^##? (.+)\n", text, flags=re.MULTILINE)
-    headings = parts[1::2]
-    wanted = headings[0] if heading is None else heading
-    if wanted not in headings:
-        raise LookupError(f"{file}.md has no heading {wanted!r}; a page of docs/ takes over what stands under it.")
-    return LINK.sub(_linked, parts[2::2][headings.index(wanted)]).strip()
-
-
-def _linked(link: re.Match[str]) -> str:
-    text, target = link.groups()
-    return f"[{text}]({PAGES[target]})" if target in PAGES else text
-
-
-def cards() -> str:
-    """The table of methods, and the docstring of each."""
-    entries = [f"## {method.__name__}\n\n```{{eval-rst}}\n{_card(method)}\n```" for method in all_methods()]
-    return "\n\n".join([methods_table(), *entries])
-
-
-def _card(method: type) -> str:
-    source = Path(inspect.getsourcefile(method) or "").read_text(encoding="utf-8")
-    differs = re.search(r"^Differs from.*?(?=^\"\"\")", source, re.MULTILINE | re.DOTALL)
-    card = f".. autoclass:: lightning_sparse.{method.__name__}\n   :no-members:\n"
-    if differs is None:
-        return card
-    heading, _, rest = differs[0].partition("\n")
-    lines = "\n".join(line.removeprefix("    ") for line in rest.splitlines())
-    return f"{card}\n.. rubric:: {heading.rstrip(':')}\n\n{lines}"
-
 
 def take_over(_: Sphinx, __: str, source: list[str]) -> None:
-    """Put text from elsewhere in the place of a marker such as ``<!-- README: Limits -->``."""
-    source[0] = MARKER.sub(lambda found: cards() if found[1] == "METHODS" else section(found[1], found[2]), source[0])
+    """Let a page take over what is said elsewhere."""
+    source[0] = pages.take_over(source[0])
 
 
 def setup(app: Sphinx) -> None:

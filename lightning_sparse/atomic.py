@@ -12,8 +12,8 @@ __all__ = ["write_atomically"]
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your quota of the disk is used up",
-    errno.EROFS: "the disk can only be read",
+    errno.EDQUOT: "your disk quota is used up",
+    errno.EROFS: "the disk is read-only",
     errno.EACCES: "you may not write there",
     errno.EPERM: "you may not write there",
     errno.ENAMETOOLONG: "its name is too long",
@@ -51,7 +51,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | bytearray) -> N
         if error.errno is None:
             raise
         reason = _REASONS.get(error.errno, error.strerror)
-        raise type(error)(f"{path} cannot be written: {reason}. What was there before is as it was.") from error
+        raise type(error)(f"{path} cannot be written: {reason}. The old file is unchanged.") from error
 
 
 def _replace(target: Path, data: bytes | bytearray) -> None:

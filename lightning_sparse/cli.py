@@ -260,7 +260,7 @@ def _summary(name: str) -> str:
 
 def _refuse_to_overwrite(file: str) -> None:
     if Path(file).exists():
-        raise CommandError(f"{file} is there already. Remove it, or name another file.")
+        raise CommandError(f"{file} exists already. Remove it, or give another file.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)  # LightningCLI parses the rest
-    checkpoint = commands.add_parser("report", help="print the sparsity of each layer of checkpoints")
+    checkpoint = commands.add_parser("report", help="print the sparsity of each layer of a checkpoint")
     checkpoint.add_argument(
         "checkpoints",
         nargs="+",

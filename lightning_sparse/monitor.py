@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, final
@@ -27,7 +26,14 @@ from lightning_sparse.metrics.registry import dead_neurons, history_of, is_sprea
 from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
-from lightning_sparse.trainer import callbacks_of, steps_of_training
+from lightning_sparse.trainer import (
+    TrainerCallback,
+    batches_stepped,
+    callbacks_of,
+    count_dense_peak,
+    steps_of_training,
+    writers_of,
+)
 
 __all__ = ["SparsityMonitor"]
 
@@ -39,7 +45,7 @@ _LEAST_RECORDS = 200
 
 
 @final
-class SparsityMonitor(pl.Callback):
+class SparsityMonitor(TrainerCallback):
     r"""Shows what sparse training does, beside ``LearningRateMonitor``; it changes nothing of it.
 
     These go to every logger of the Trainer, at the number of optimizer steps taken: before the first, after each update
@@ -71,6 +77,11 @@ class SparsityMonitor(pl.Callback):
     Weights that get their masks later, such as those of a backbone that thaws, join all of these from then on, and
     operations are counted anew; the heat map is blank where they had none.
 
+    Beside Lightning's ``ThroughputMonitor``, in releases whose ``Throughput`` takes ``using_sparse_model``, the monitor
+    sets it to False, unless you have set it. Masked weights are multiplied by the dense kernels, so utilisation (MFU)
+    is that of the GPU's dense peak; the doubled peak of 2:4 kernels would halve it. In the list of callbacks, put
+    ``SparsityMonitor`` before ``ThroughputMonitor``.
+
     It may stand before or after the methods in the list of callbacks, and watches all of them together. Its history is
     part of a checkpoint, so that curves go on where they were; a fit that does not resume begins a new one.
 
@@ -78,6 +89,8 @@ class SparsityMonitor(pl.Callback):
         per_layer: Whether to write the curves of each layer.
         histograms: Whether to write histograms of active weights.
         heatmap: Whether to draw the heat map.
+        progress_bar: Whether the progress bar shows ``sparsity``, beside the metrics that are logged with
+            ``prog_bar=True``.
 
     Attributes:
         values: What was written last, by name.
@@ -97,10 +110,13 @@ class SparsityMonitor(pl.Callback):
         {'sparsity': 0.5, 'masks/ever_active': 1.0, 'flops/inference': 0.5}
     """
 
-    def __init__(self, *, per_layer: bool = True, histograms: bool = True, heatmap: bool = True) -> None:
+    def __init__(
+        self, *, per_layer: bool = True, histograms: bool = True, heatmap: bool = True, progress_bar: bool = False
+    ) -> None:
         self.per_layer = check_flag("per_layer", per_layer)
         self.histograms = check_flag("histograms", histograms)
         self.heatmap = check_flag("heatmap", heatmap)
+        self.progress_bar = check_flag("progress_bar", progress_bar)
         self._fits = False
         self._forget()
 
@@ -129,6 +145,7 @@ class SparsityMonitor(pl.Callback):
         self._fits = stage == "fit"
         if self._fits:
             self._forget()
+            count_dense_peak(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,7 +156,7 @@ class SparsityMonitor(pl.Callback):
             )
         if not trainer.loggers:
             rank_zero_warn("SparsityMonitor has nowhere to write to: this Trainer has no logger. Give it one, logger=.")
-        if self.heatmap and any(_writers(trainer, "add_figure")) and find_spec("matplotlib") is None:
+        if self.heatmap and any(writers_of(trainer, "add_figure")) and find_spec("matplotlib") is None:
             rank_zero_warn("SparsityMonitor draws no heat map: matplotlib is missing. Run: pip install matplotlib")
 
     @override
@@ -147,12 +164,14 @@ class SparsityMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # By now every callback has done its part of the last step, in whatever order they are listed.
+        if self.progress_bar:  # on every rank: it is a metric too, and whoever monitors it decides on every rank
+            pl_module.log("sparsity", MaskRegistry.of(pl_module).sparsity, prog_bar=True, logger=False, on_step=True)
         if not trainer.is_global_zero and not any(map(is_sharded, pl_module.parameters())):
             return
         if not self._begun:
             self._begin(trainer, pl_module)
         # Lightning leaves out the end of an epoch whose last batch is where a checkpoint was written.
-        missed_epoch_end = batch_idx == 0 and self._step < _batches_stepped(trainer)
+        missed_epoch_end = batch_idx == 0 and self._step < batches_stepped(trainer)
         self._advance(trainer)
         if missed_epoch_end and self._registry:
             self._record(trainer)
@@ -192,7 +211,7 @@ class SparsityMonitor(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.heatmap and self.timeline.steps and find_spec("matplotlib") is not None:
-            for add_figure in _writers(trainer, "add_figure"):
+            for add_figure in writers_of(trainer, "add_figure"):
                 add_figure("sparsity_heatmap", self.timeline.draw(end=self._step), global_step=self._step)
 
     @override
@@ -235,7 +254,7 @@ class SparsityMonitor(pl.Callback):
         self._history = history_of(self._registry)
         self._shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}
         self.timeline = SparsityTimeline(list(self._registry))
-        self._step = self._update_step = _batches_stepped(trainer)
+        self._step = self._update_step = batches_stepped(trainer)
         self._pause = _pause(trainer)
         self._counted = self._recorded = self._registry.num_updates
         if self._loaded is None:
@@ -258,7 +277,7 @@ class SparsityMonitor(pl.Callback):
 
     def _advance(self, trainer: pl.Trainer) -> None:
         """Count the steps taken since the last time, each with the masks that it computed with."""
-        step = _batches_stepped(trainer)
+        step = batches_stepped(trainer)
         updated = self._registry.num_updates != self._counted
         if self._flops is not None:
             self._flops.add(step - self._step, _dense_gradients(trainer, self._flops, updated=updated))
@@ -336,7 +355,7 @@ class SparsityMonitor(pl.Callback):
 
     @torch.no_grad()
     def _write_histograms(self, trainer: pl.Trainer) -> None:
-        for add_histogram in _writers(trainer, "add_histogram"):
+        for add_histogram in writers_of(trainer, "add_histogram"):
             for name, weight in self._registry.items():
                 active = weight.value[weight.mask].float()
                 active = active[active.isfinite()]
@@ -377,14 +396,6 @@ def _layers(trainer: pl.Trainer) -> dict[str, float]:
     return values
 
 
-def _writers(trainer: pl.Trainer, name: str) -> Iterator[Callable[..., object]]:
-    """The method ``name`` of each logger's experiment that has one."""
-    for logger in trainer.loggers:
-        writer = getattr(getattr(logger, "experiment", None), name, None)
-        if callable(writer):
-            yield writer
-
-
 def _pause(trainer: pl.Trainer) -> float:
     """How many steps lie at least between two updates that are recorded."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -392,8 +403,3 @@ def _pause(trainer: pl.Trainer) -> float:
         return math.inf
     total = steps_of_training(trainer, trainer.lightning_module)
     return max(1.0, min(every, total / _LEAST_RECORDS))
-
-
-def _batches_stepped(trainer: pl.Trainer) -> int:
-    # Lightning's own monitors log at this count: batches that stepped, however many optimizers did.
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning_sparse.timetable import Duration, Timetable, UpdateTimes, as_number
 
@@ -156,10 +156,7 @@ class Exponential(_OfNumbers):
         super().__post_init__()
         self._check_numbers()
         if not (self.initial < 1.0 and self.final < 1.0):
-            raise ValueError(
-                f"{self} must begin and end below sparsity 1, where nothing would remain to shrink; give fractions in"
-                " [0, 1)."
-            )
+            raise ValueError(f"{self} must begin and end below sparsity 1; give fractions in [0, 1).")
 
     def __call__(self, progress: float) -> float:  # noqa: D102
         if progress <= 0.0:
@@ -270,17 +267,24 @@ class Steps(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("values", "at"):
-            object.__setattr__(self, name, tuple(as_number(value) for value in getattr(self, name)))
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
                 f"{self} has {len(self.values)} values and {len(self.at)} times; give one value more than times, such"
                 " as Steps((0.2, 0.1, 0.0), at=(0.5, 0.75))."
             )
         if list(self.at) != sorted(self.at) or not all(0.0 <= time <= 1.0 for time in self.at):
-            raise ValueError(f"{self}: the times are to rise within [0, 1].")
+            raise ValueError(f"{self}: the times must rise within [0, 1].")
 
     def __call__(self, progress: float) -> float:  # noqa: D102
         return self.values[sum(time <= progress for time in self.at)]
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    plain: tuple[Any, ...] = tuple(map(as_number, values)) if isinstance(values, Iterable) else (None,)
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in plain):
+        raise ValueError(f"{name} of Steps is {values!r}; give a list of numbers.")
+    return plain
 
 
 def as_schedule(value: float | Schedule) -> Schedule:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-__all__ = ["Duration", "Timetable", "UpdateTimes", "as_number"]
+__all__ = ["Duration", "Timetable", "UpdateTimes", "as_number", "without_end"]
 
 Duration = int | float
 """``int``: a number of optimizer steps. ``float`` in [0, 1]: a fraction of training."""
@@ -54,14 +55,6 @@ class UpdateTimes:
         own = any(isinstance(duration, float) for duration in (self.every, self.start, self.stop))
         return own or (self.before is not None and self.before.needs_total_steps)
 
-    @property
-    def _fractions(self) -> str:
-        """The arguments that are fractions of training, as a user of a method has given them."""
-        own = {"start": self.start, "stop": self.stop, "update_every": self.every}
-        times = own if self.before is None else own | {"cycle_update_every": self.before.every}
-        *others, last = [f"{name}={value}" for name, value in times.items() if isinstance(value, float)]
-        return f"{', '.join(others)} and {last} are" if others else f"{last} is"
-
     def resolve(self, total_steps: float) -> Timetable:
         """The times in steps, for a training of ``total_steps`` optimizer steps (``inf`` where it has no known end).
 
@@ -69,11 +62,9 @@ class UpdateTimes:
             ValueError: A fraction of a training without known end is asked for, or ``stop`` comes before ``start``.
         """
         if self.needs_total_steps and math.isinf(total_steps):
-            raise ValueError(
-                f"{self._fractions} in fractions of training, but the Trainer has no known end (max_epochs=-1 without"
-                " max_steps, or a data loader without length). Set max_epochs or max_steps, or give an int, which is a"
-                " number of optimizer steps."
-            )
+            own = {"start": self.start, "stop": self.stop, "update_every": self.every}
+            earlier = self.before is not None and self.before.needs_total_steps
+            raise ValueError(without_end(own | {"times before": self.before} if earlier else own))
         start, stop = _steps(self.start, total_steps), _steps(self.stop, total_steps)
         if isinstance(self.stop, float):
             stop = min(stop, int(total_steps) - 1)  # the last step that exists
@@ -136,6 +127,17 @@ class Timetable:
             return self.stop
         return step - (step - self.start) % self.every
 
+    def is_before(self, step: int) -> bool:
+        """Whether the latest update up to ``step`` belongs to :attr:`before`, or ends it, as that at :attr:`start`.
+
+        Example:
+            >>> times = Timetable(every=10, start=20, stop=50, before=Timetable(every=5, start=0, stop=20))
+            >>> [times.is_before(step) for step in (4, 20, 29, 30)]
+            [True, True, True, False]
+        """
+        latest = self.latest(step)
+        return self.before is not None and latest is not None and latest <= self.start
+
     def progress(self, step: int) -> float:
         """How far ``step`` is from the first update to the last, in [0, 1]."""
         if step >= self.stop:
@@ -143,6 +145,21 @@ class Timetable:
         if step <= self.first:
             return 0.0
         return (step - self.first) / (self.stop - self.first)
+
+
+def without_end(times: Mapping[str, object]) -> str:
+    """The sentence that refuses times, by the names of arguments, some of which are fractions of an endless training.
+
+    Example:
+        >>> print(without_end({"start": 0, "stop": 0.5})[:48])
+        stop=0.5 is in fractions of training, but the Tr
+    """
+    *others, last = [f"{name}={value}" for name, value in times.items() if not isinstance(value, int)]
+    given = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    return (
+        f"{given} in fractions of training, but the Trainer has no known end (max_epochs=-1 without max_steps, or a"
+        " data loader without length). Set max_epochs or max_steps, or give an int, which is a number of steps."
+    )
 
 
 def _check_duration(name: str, duration: Duration) -> None:

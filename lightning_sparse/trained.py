@@ -111,7 +111,7 @@ def trained_module(model: str, checkpoint: str | Path) -> nn.Module:
         if names:
             raise CommandError(
                 f"{checkpoint} is not of {model}: it {problem} {', '.join(sorted(names)[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Name the model that was trained."
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Give the model that was trained."
             )
     try:
         module.load_state_dict(state)
@@ -123,7 +123,7 @@ def trained_module(model: str, checkpoint: str | Path) -> nn.Module:
 def _export(options: argparse.Namespace) -> None:
     out = Path(options.out or Path(options.checkpoint).with_suffix(f".{options.to}"))
     if out.exists():
-        raise CommandError(f"{out} is there already. Remove it, or name another file with --out.")
+        raise CommandError(f"{out} exists already. Remove it, or give another file with --out.")
     nbytes = _EXPORTS[options.to](options, out)
     size = out.stat().st_size
     print(f"{out}: {size:,} bytes for {nbytes:,} bytes of tensors, {nbytes / max(1, size):.1f} times smaller.")
@@ -149,7 +149,7 @@ def _export_onnx(options: argparse.Namespace, out: Path) -> int:
     if missing:
         raise CommandError(f"To write ONNX, install {' and '.join(missing)}: pip install {' '.join(missing)}")
     if options.model is None:
-        raise CommandError(f"ONNX holds the network too, so name it with --model: {_MODEL}.")
+        raise CommandError(f"ONNX holds the network too, so give it with --model: {_MODEL}.")
     module, inputs = trained(options, options.checkpoint)
     torch.onnx.export(module, (inputs,), out, dynamo=True, verbose=False, external_data=False)
     return _nbytes(module.state_dict())
@@ -245,7 +245,7 @@ def _instance(settings: Mapping[str, Any], model: str) -> nn.Module:
         made: Any = make(parser.parse_object({"model": dict(settings)}))
     except (ArgumentError, TypeError, ValueError) as error:
         raise CommandError(
-            f"{model} cannot be made: {' '.join(str(error).split())[:300]} Give the YAML file of its training, with all"
-            " of its arguments."
+            f"{model} cannot be built: {' '.join(str(error).split())[:300]} Give the YAML file of its training, with"
+            " all of its arguments."
         ) from error
     return cast("nn.Module", made.model)

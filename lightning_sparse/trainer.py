@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import throughput_monitor
 from torch import nn
 
 __all__ = [
+    "TrainerCallback",
+    "batches_stepped",
     "callbacks_of",
     "check_in_optimizer",
     "clips_gradients",
     "copy_again",
+    "count_dense_peak",
     "is_a",
     "refuse_twins",
     "steps_of_training",
     "steps_taken",
+    "writers_of",
 ]
+
+
+class TrainerCallback(pl.Callback):
+    """A callback of a Trainer. ``Fabric(callbacks=...)`` takes anything and would call none of its hooks: refused."""
+
+    def on_after_setup(self, fabric: object, module: object) -> None:
+        """Fabric has set up a module.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        self._refuse_fabric()
+
+    def on_after_optimizer_step(self, strategy: object, optimizer: object) -> None:
+        """An optimizer of Fabric has stepped.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        self._refuse_fabric()
+
+    def _refuse_fabric(self) -> NoReturn:
+        raise MisconfigurationException(
+            f"{type(self).__name__} is a callback of Lightning's Trainer, and Fabric calls none of its hooks: nothing"
+            " would be masked. Train with L.Trainer(callbacks=[...]); to prune a module without one, call"
+            " lightning_sparse.prune."
+        )
+
+
+def batches_stepped(trainer: pl.Trainer) -> int:
+    """The batches in which an optimizer stepped, however many did: where Lightning's own monitors log."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # pyright: ignore[reportPrivateUsage]
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -83,6 +122,21 @@ def copy_again(trainer: pl.Trainer, pl_module: pl.LightningModule, callback: pl.
             earlier.setup(trainer, pl_module, "fit")
 
 
+def count_dense_peak(trainer: pl.Trainer) -> None:
+    """Let a ``ThroughputMonitor`` compare with the dense peak of the GPU, unless it was told what to compare with.
+
+    Releases of Lightning whose ``Throughput`` takes ``using_sparse_model`` warn where it is not set. Masked weights are
+    multiplied by dense kernels, so the answer is False; a release without the argument is left alone.
+
+    Args:
+        trainer: Its ``ThroughputMonitor`` must not have been set up yet, or this comes too late and changes nothing.
+    """
+    if "using_sparse_model" in inspect.signature(throughput_monitor.Throughput).parameters:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, throughput_monitor.ThroughputMonitor):
+                callback.kwargs.setdefault("using_sparse_model", False)
+
+
 def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[str]) -> None:
     """Refuse another callback of the same class that would act on the same places in another way.
 
@@ -99,7 +153,7 @@ def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[
     if differing:
         raise MisconfigurationException(
             f"This Trainer has {len(twins)} {type(callback).__name__} that differ in {', '.join(differing)}. Leave one"
-            " out; EAST brings one of its own, and takes yours in its place: EAST(..., phasing=DyReLUPhasing(...),"
+            " out; EAST brings one of its own, and takes yours instead: EAST(..., phasing=DyReLUPhasing(...),"
             " sharing=WeightSharing(...))."
         )
 
@@ -113,11 +167,30 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
     total = trainer.estimated_stepping_batches
     if total < 0:  # Lightning's answer for a data loader without length
         return math.inf
+    if math.isfinite(total) and _has_epoch_without_steps(trainer):
+        of_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        total = min(total, of_an_epoch * ((trainer.max_epochs or 1) - 1))
     if trainer.max_steps != -1 and not pl_module.automatic_optimization:
         return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
     return total
 
 
+def _has_epoch_without_steps(trainer: pl.Trainer) -> bool:
+    """Whether stochastic weight averaging has added an epoch to ``max_epochs``, in which BatchNorm alone learns."""
+    return trainer.max_epochs not in (None, -1) and any(
+        is_a(callback, "StochasticWeightAveraging") and getattr(callback, "_model_contains_batch_norm", False)
+        for callback in callbacks_of(trainer)
+    )
+
+
 def steps_taken(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """The steps that ``trainer`` has taken, in the count of a method, under the assumption of above."""
     return trainer.global_step // (1 if pl_module.automatic_optimization else max(1, len(trainer.optimizers)))
+
+
+def writers_of(trainer: pl.Trainer, name: str) -> Iterator[Callable[..., object]]:
+    """The method ``name`` of each logger's experiment that has one, such as ``"add_figure"``."""
+    for logger in trainer.loggers:
+        writer = getattr(getattr(logger, "experiment", None), name, None)
+        if callable(writer):
+            yield writer

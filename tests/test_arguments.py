@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sparse import DST, EAST, FGGP, GMP, SET, DyReLUPhasing, RigL, SparsityMonitor, WeightSharing
+from lightning_sparse import DST, EAST, FGGP, GMP, MEST, SET, DyReLUPhasing, RigL, SparsityMonitor, WeightSharing
 from lightning_sparse.masks.patterns import NofM
 from lightning_sparse.modules import DyReLU, share_weights
 from lightning_sparse.schedules import Cyclic, UpdateTimes
@@ -46,6 +46,8 @@ def test_what_is_no_whole_number_is_refused_at_once(make: Any, value: Any) -> No
         lambda value: DyReLUPhasing(freeze=value),
         lambda value: RigL(0.9, regrow=value),
         lambda value: SET(0.9, update_replaces_step=value),
+        lambda value: SET(0.9, warm_moments=value),
+        lambda value: MEST(0.9, soft=value),
         lambda value: SparsityMonitor(heatmap=value),
     ],
 )

@@ -214,7 +214,7 @@ def test_report_of_a_file_of_masks_says_what_is_for_it(capsys: pytest.CaptureFix
     lightning_sparse.save_masks("sparse.masks", {"weight": torch.eye(2) != 0})
     assert main(["report", "sparse.masks"]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert "sparse.masks is in the safetensors format, as files of masks are" in sentence
+    assert "sparse.masks is in the safetensors format, like a file of masks" in sentence
     assert "`lightning-sparse masks compare A B`" in sentence
     assert "weights_only" not in sentence
 
@@ -332,7 +332,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path, capsys: pytest.Cap
     assert main(["masks", "extract", "a.ckpt", "a.ckpt"]) == 2
     assert main(["recipes", "copy", list_recipes()[0], "a.ckpt"]) == 2
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
-        "error: a.ckpt is there already. Remove it, or name another file."
+        "error: a.ckpt exists already. Remove it, or give another file."
     ] * 2
     assert (tmp_path / "a.ckpt").read_bytes() == before
 

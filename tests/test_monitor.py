@@ -593,7 +593,7 @@ class TestThaw:
         # the layers have their masks from the ninth step on, whose forward pass came before them
         assert logger.curves["flops/training"][16] == pytest.approx((9 * dense + 7 * half) / 16)
 
-    @pytest.mark.filterwarnings("ignore:FGGP at step 0.*head.4.weight hold zeros")
+    @pytest.mark.filterwarnings("ignore:FGGP at step 0.*head.4.weight have zeros")
     @pytest.mark.parametrize("monitor_first", [True, False])
     def test_beside_a_method_that_updates(self, monitor_first: bool, tmp_path: Path) -> None:
         callbacks: list[L.Callback] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -24,8 +27,8 @@ def left_by_running(notebook: Any) -> list[str]:
     return [cell.id for cell in code if cell.outputs or cell.execution_count is not None]
 
 
-def test_there_are_five() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @every_notebook
@@ -39,6 +42,15 @@ def test_it_is_valid_and_names_no_machine(path: Path) -> None:
     nbformat.validate(notebook)  # type: ignore[no-untyped-call]
     assert notebook.metadata.kernelspec.name == "python3"
     assert str(Path.home()) not in path.read_text(encoding="utf-8")
+
+
+@every_notebook
+def test_the_documentation_shows_what_this_code_has_printed(path: Path) -> None:
+    gallery = runpy.run_path(str(ROOT / "docs" / "gallery.py"))
+    kept = json.loads((ROOT / "docs" / "gallery" / f"{path.stem}.json").read_text(encoding="utf-8"))
+    assert kept["digest"] == gallery["digest"](read(path)), f"run python docs/gallery.py {path.name[:2]}"
+    shown = [output for outputs in kept["outputs"].values() for output in outputs]
+    assert all((ROOT / "docs" / "gallery" / output["picture"]).exists() for output in shown if "picture" in output)
 
 
 @every_notebook

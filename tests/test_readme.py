@@ -104,6 +104,7 @@ def test_commands_are_read_without_comments_and_across_lines() -> None:
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # one method takes over from another
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # with a logger's next version, too
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # the toy data are fewer than anyone's
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # a teacher
 @pytest.mark.usefixtures("on_cpu_in_an_empty_folder")
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_python_blocks_run(path: Path) -> None:

@@ -920,7 +920,7 @@ def test_the_report_lists_routers_that_were_asked_for(tmp_path: Path) -> None:
     assert [layer.name for layer in report(module).layers] == list(method.registry)
 
 
-@pytest.mark.filterwarnings("ignore:DyReLUPhasing. .* stay ReLUs, because features come to them in the last")
+@pytest.mark.filterwarnings("ignore:DyReLUPhasing. .* stay ReLUs, because their inputs have features in the last")
 def test_dynamic_relus_let_no_position_see_another(tmp_path: Path) -> None:
     """T5's decoder is causal, and its ReLU a module: what comes last must not change what comes before."""
     changes: list[Tensor] = []

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sparse import DST, EAST, FGGP, RigL
+from lightning_sparse import ACDC, DST, EAST, FGGP, GMP, RigL
 from lightning_sparse.schedules import (
     Constant,
     Cosine,
@@ -23,6 +23,7 @@ from lightning_sparse.schedules import (
     Linear,
     Polynomial,
     Schedule,
+    Steps,
     Timetable,
     UpdateTimes,
     as_schedule,
@@ -232,12 +233,25 @@ def test_fractions_of_an_endless_training_are_refused(times: UpdateTimes) -> Non
     [
         (UpdateTimes(0.01, 0.0, 0.8), r"^start=0\.0, stop=0\.8 and update_every=0\.01 are in fractions of training"),
         (UpdateTimes(10, 0, 0.8), r"^stop=0\.8 is in fractions of training, but the Trainer has no known end"),
-        (UpdateTimes(10, 400, 1000, before=UpdateTimes(0.001, 0, 400)), r"^cycle_update_every=0\.001 is in fractions"),
+        (UpdateTimes(10, 400, 1000, before=UpdateTimes(0.001, 0, 400)), r"^times before=UpdateTimes.* is in fractions"),
     ],
 )
 def test_they_are_named_as_they_were_given(times: UpdateTimes, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         times.resolve(math.inf)
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (GMP(0.9), r"^update_every=0\.01, start=0\.0 and stop=0\.8 are in"),
+        (ACDC(0.9), r"^update_every=0\.05, start=0\.1, stop=0\.85 and last_dense=0\.75 are in"),
+        (EAST(0.9, update_every=9, start=0, stop=99), r"^cycle_update_every=0\.001 is in"),
+    ],
+)
+def test_those_of_a_method_are_named_as_its_arguments(method: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        method.timetable(math.inf)
 
 
 def test_steps_of_an_endless_training_are_taken_as_they_are() -> None:
@@ -319,3 +333,18 @@ def test_progress_runs_evenly_from_0_at_the_start_to_1_at_the_stop(times: Timeta
 
 def test_one_shot_pruning_has_made_no_progress_before_its_step() -> None:
     assert [Timetable(every=1, start=50, stop=50).progress(step) for step in (0, 49, 50, 51)] == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"values": 0.1, "at": (0.5,)},
+        {"values": (0.1, "a"), "at": (0.5,)},
+        {"values": (0.1, 0.2), "at": ("x",)},
+        {"values": "ab", "at": (0.5,)},
+        {"values": (0.1, True), "at": (0.5,)},
+    ],
+)
+def test_steps_of_what_is_no_number_are_refused_in_words(arguments: Any) -> None:
+    with pytest.raises(ValueError, match=r"(values|at) of Steps is .*; give a list of numbers"):
+        Steps(**arguments)

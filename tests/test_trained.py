@@ -97,7 +97,7 @@ def test_an_export_may_be_of_half_precision_and_elsewhere() -> None:
 def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     sparse_lenet()
     Path("last.sparse").write_text("mine")
-    assert "last.sparse is there already" in refused(capsys, "export", "last.ckpt", "--to", "sparse")
+    assert "last.sparse exists already" in refused(capsys, "export", "last.ckpt", "--to", "sparse")
     assert Path("last.sparse").read_text() == "mine"
 
 
@@ -196,7 +196,7 @@ def test_the_report_of_a_network_counts_dead_units_and_operations(capsys: pytest
         (["--model", "sparsenet.Nothing"], "There is no class sparsenet.Nothing"),
         (["--model", "nowhere.Net"], "There is no class nowhere.Net"),
         (["--model", "torch.zeros"], "There is no class torch.zeros"),
-        (["--model", "sparsenet.Needy"], "sparsenet.Needy cannot be made"),
+        (["--model", "sparsenet.Needy"], "sparsenet.Needy cannot be built"),
         (["--model", "fggp-digits"], "last.ckpt is not of fggp-digits: it lacks network.fc1.bias"),
         (["--model", "sparsenet.Net"], "it has no tensor example_input_array. Give the sizes"),
         (["--model", "sparsenet.Net", "--input", "7"], "does not take an input of shape (1, 7)"),
@@ -221,4 +221,4 @@ def test_weights_of_another_shape_and_missing_files_are_one_sentence(capsys: pyt
     sentence = refused(capsys, "speed", "last.ckpt", "--model", "sparsenet.Net", "--input", "6")
     assert "last.ckpt is not of sparsenet.Net: size mismatch" in sentence
     assert "There is no file none.ckpt" in refused(capsys, "export", "none.ckpt", "--to", "sparse")
-    assert "name it with --model" in refused(capsys, "export", "last.ckpt", "--to", "onnx")
+    assert "give it with --model" in refused(capsys, "export", "last.ckpt", "--to", "onnx")

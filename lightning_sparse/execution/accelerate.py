@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,14 @@ from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
 from lightning_sparse.execution.copying import frozen_copy
 from lightning_sparse.execution.dead_units import can_shrink, shrunk
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
-from lightning_sparse.execution.layers import SEMI_STRUCTURED, InputSpec, input_specs, layers_with_zeros, time_layer
+from lightning_sparse.execution.layers import (
+    SEMI_STRUCTURED,
+    InputSpec,
+    input_specs,
+    layers_with_zeros,
+    time_layer,
+    unread_layers,
+)
 from lightning_sparse.execution.report import AccelerationReport, LayerChoice
 from lightning_sparse.execution.timing import compare, num_threads
 from lightning_sparse.execution.tracing import UntraceableError, trace
@@ -50,7 +58,7 @@ def accelerate(
             in evaluation mode.
         example_input: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
         threads: How many threads compute; as many as torch's now, if none is given. The dense module is timed with as
-            many.
+            many. Sparse layers take one of them alone, if that is faster.
         kernels: ``llvm`` or ``torch_csr``; the fastest that is installed, if none is named.
         seconds: How long the whole is timed, about, in each of its forms. Layers take 0.03 s each besides.
 
@@ -59,8 +67,8 @@ def accelerate(
         without zeros, or that nothing makes faster, is called as it is.
 
     Raises:
-        ValueError: The example is not what the module takes, the module cannot be copied, is on another device, or the
-            kernels are not installed.
+        ValueError: The example is not what the module takes or is empty, the module cannot be copied, is not
+            initialised yet, is on another device, or the kernels are not installed.
 
     On a GPU of NVIDIA, linear layers in fp16 or bf16 that satisfy 2:4 are stored so instead, if that is faster; see
     :func:`~lightning_sparse.execution.project_to_2_4`.
@@ -78,6 +86,7 @@ def accelerate(
         ['0']
     """
     threads = _checked_threads(threads)
+    seconds = _checked_seconds(seconds)
     device = _checked_device(module)
     kernels = SEMI_STRUCTURED if device.startswith("cuda") else _checked_kernels(kernels)
     call = _Call.of(example_input)
@@ -95,18 +104,25 @@ class _Call:
 
     @classmethod
     def of(cls, example: Any) -> _Call:
-        if isinstance(example, Mapping):
-            return cls((), dict(example))
-        call = cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
-        if not any(isinstance(value, Tensor) for value in call.args):
+        args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+        call = cls((), dict(example)) if isinstance(example, Mapping) else cls(args, {})
+        if not call.kwargs and not any(isinstance(value, Tensor) for value in call.args):
             raise ValueError(
                 f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
                 " keyword arguments, as the module is called."
             )
+        if call.numel == 0:
+            raise ValueError(f"example_input is empty, of shapes {call.shapes}; nothing can be timed on it.")
         return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
 
     def __call__(self, module: nn.Module) -> Any:
         return module(*self.args, **self.kwargs)
+
+    @property
+    def numel(self) -> int | None:
+        """How many numbers the tensors have; ``None`` if there is no tensor."""
+        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        return sum(x.numel() for x in tensors) if tensors else None
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -125,13 +141,17 @@ class _Acceleration:
         self.device = device
         self.dense = frozen_copy(module)
         self.notes: list[str] = []
-        self.layers: dict[bool, list[LayerChoice]] = {}
+        self.layers: dict[tuple[bool, int], list[LayerChoice]] = {}  # by whether units are gone, and threads
         self.outputs = self._run_example()
 
     def result(self) -> AcceleratedModule:
         """Return the faster of both."""
         if not any(share for _, _, share in layers_with_zeros(self.dense)):
-            return self._as_it_is("The module has no zeros in linear layers or convolutions", warn=True)
+            return self._as_it_is(
+                f"The module has no zeros in linear layers or convolutions{_unread(self.dense)}", warn=True
+            )
+        if self._changes():
+            return self._as_it_is("Two calls on the example differ, or a call writes the module's buffers")
         candidates = [made for made in map(self._try, self._recipes()) if made is not None]
         if not candidates:
             return self._as_it_is("No layer is faster sparse on this example")
@@ -142,6 +162,8 @@ class _Acceleration:
         if times["dense"] < LEAST_GAIN_OF_THE_WHOLE * fast:
             return self._as_it_is(f"The fastest that was tried takes {fast / times['dense']:.2f} of the dense time")
         assert best.recipe is not None
+        if best.recipe.threads != self.threads:
+            self._note("Sparse layers compute on one thread, which was faster than on several.")
         best.report = self._report(best.recipe, times["dense"], fast)
         return best
 
@@ -152,9 +174,15 @@ class _Acceleration:
         except Exception as error:  # whatever the user's module raises when its input does not fit
             shapes = ", ".join(str(shape) for shape in self.call.shapes) or "none"
             raise ValueError(
-                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}: {error} Give it what"
-                " the module is called with."
+                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}:"
+                f" {str(error).rstrip('. ')}. Give it what the module is called with."
             ) from error
+
+    def _changes(self) -> bool:
+        """Whether a call depends on chance or on calls before it, so that outputs cannot be compared."""
+        before = _versions(self.dense)
+        again = self._run_example()
+        return before != _versions(self.dense) or _difference(again, self.outputs) > 1
 
     def _recipes(self) -> list[Recipe]:
         """What is worth trying: layers that gain alone, those beside them too, without dead units, and none."""
@@ -164,16 +192,22 @@ class _Acceleration:
             own = frozen_copy(self.module)
             network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
             specs = input_specs(network, _calling(self.call, network))
-            choices = self.layers[shrink] = self._time(network, specs, inside=traced)
-            gaining = frozenset(choice.name for choice in choices if choice.sparse)
-            beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
-            sets = [gaining, beside if traced and gaining else gaining, frozenset[str]()]
-            recipes += [
-                Recipe(layers, traced, self.kernels, self.threads, arguments, specs, shrink)
-                for layers in dict.fromkeys(sets)
-                if layers or traced or shrink  # a network may gain by folding and shrinking alone
-            ]
+            for threads in self._numbers_of_threads():
+                choices = self.layers[shrink, threads] = self._time(network, specs, threads, inside=traced)
+                gaining = frozenset(choice.name for choice in choices if choice.sparse)
+                beside = frozenset(choice.name for choice in choices if (choice.gain or 0) >= LEAST_GAIN_BESIDE_SPARSE)
+                sets = [gaining, beside if traced and gaining else gaining, frozenset[str]()]
+                recipes += [
+                    Recipe(layers, traced, self.kernels, threads, arguments, specs, shrink)
+                    for layers in dict.fromkeys(sets)
+                    # A network may gain by folding and shrinking alone.
+                    if layers or ((traced or shrink) and threads == self.threads)
+                ]
         return recipes
+
+    def _numbers_of_threads(self) -> list[int]:
+        """How many threads sparse layers may have: a small one is done before another thread has heard of it."""
+        return list(dict.fromkeys([self.threads, 1] if self.kernels == "llvm" else [self.threads]))
 
     def _has_dead_units(self) -> bool:
         if not can_shrink() or self.call.kwargs or self.kernels == SEMI_STRUCTURED:
@@ -181,7 +215,7 @@ class _Acceleration:
         try:
             small = shrunk(frozen_copy(self.module), self.call.args)
         except Exception as error:  # shrinking is one help among others
-            self.notes.append(f"Dead units stay: {error}".splitlines()[0])
+            self._note(f"Dead units stay: {error}")
             return False
         sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (small, self.dense)]
         return sizes[0] < sizes[1]
@@ -192,17 +226,18 @@ class _Acceleration:
             if self.call.kwargs:
                 raise UntraceableError("The example has keyword arguments.")
             if self.kernels == SEMI_STRUCTURED:
-                raise UntraceableError("On a GPU nothing is to be fused.")
+                raise UntraceableError("Nothing is fused on a GPU.")
             return trace(own, self.call.args), True
         except UntraceableError as error:
-            if not any("one by one" in note for note in self.notes):
-                self.notes.append(f"Layers are replaced one by one: {error}".splitlines()[0])
+            self._note(f"Layers are replaced one by one: {error}")
             return own, False
 
-    def _time(self, network: nn.Module, specs: Mapping[str, InputSpec], *, inside: bool) -> list[LayerChoice]:
+    def _time(
+        self, network: nn.Module, specs: Mapping[str, InputSpec], threads: int, *, inside: bool
+    ) -> list[LayerChoice]:
         """Time every layer that has zeros, and among convolutions in a graph those without, too."""
         return [
-            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=self.threads, inside=inside)
+            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=threads, inside=inside)
             for name, layer, share in layers_with_zeros(network)
             if share or (inside and self.kernels == "llvm" and isinstance(layer, nn.Conv2d))
         ]
@@ -213,11 +248,11 @@ class _Acceleration:
             made = AcceleratedModule(self.module, recipe, self._report(recipe, None, None))
             outputs = _tensors(self.call(made))
         except Exception as error:  # a graph may take a turn that the module would not; then it is no candidate
-            self.notes.append(f"One way was tried in vain: {error}".splitlines()[0])
+            self._note(f"One variant failed: {error}")
             return None
         difference = _difference(outputs, self.outputs)
         if difference > 1:
-            self.notes.append(f"One way was left, since outputs differ {difference:.1g} times as much as they may.")
+            self._note(f"One variant was dropped: its outputs differ {difference:.1g} times as much as is allowed.")
             return None
         return made
 
@@ -236,8 +271,9 @@ class _Acceleration:
     def _final_choices(self, recipe: Recipe | None) -> list[LayerChoice]:
         """Say of each layer whether the recipe has it."""
         chosen = frozenset[str]() if recipe is None else recipe.layers
-        layers = self.layers.get(recipe is not None and recipe.shrink, [])
-        kept = "the whole is faster without"
+        key = (False, self.threads) if recipe is None else (recipe.shrink, recipe.threads)
+        layers = self.layers.get(key, [])
+        kept = "the network is faster without it"
         return [
             replace(
                 layer,
@@ -248,12 +284,31 @@ class _Acceleration:
             if layer.sparsity or layer.name in chosen
         ]
 
+    def _note(self, text: str) -> None:
+        note = text.splitlines()[0]
+        if note not in self.notes:
+            self.notes.append(note)
+
     def _as_it_is(self, finding: str, *, warn: bool = False) -> AcceleratedModule:
-        note = f"{finding}, so the module is returned as it is."
+        note = f"{finding}, so the module is returned unchanged."
         self.notes.append(note)
         if warn:
             warnings.warn(note, stacklevel=4)
         return AcceleratedModule(self.module, None, self._report(None, None, None))
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which buffers a module has, and how often each was written."""
+    return [(id(x), 0 if x.is_inference() else x._version) for x in module.buffers()]
+
+
+def _unread(module: nn.Module) -> str:
+    """Which layers have weights whose zeros cannot be counted, for a sentence; empty if none has."""
+    names = unread_layers(module)
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" whose weights are plain tensors; those of {', '.join(names[:3])}{more} are not, as of quantised layers"
 
 
 def _calling(call: _Call, module: nn.Module) -> Callable[[], Any]:
@@ -293,13 +348,19 @@ def _checked_threads(threads: int | None) -> int:
     return threads
 
 
+def _checked_seconds(seconds: Any) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r}; give how long the whole is timed, a number above 0, as in 1.0.")
+    return float(seconds)
+
+
 def _checked_kernels(kernels: str | None) -> str:
     if kernels is None:
         return default_kernels()
     if kernels not in available_kernels():
         raise KernelsUnavailableError(
-            f"kernels is {kernels!r}; installed are {', '.join(available_kernels())}. The kernels 'llvm' come with"
-            " pip install 'lightning-sparse[fast]'."
+            f"kernels is {kernels!r}; available are {', '.join(available_kernels())}. The kernels 'llvm' come with pip"
+            " install 'lightning-sparse[fast]'."
         )
     return kernels
 
@@ -308,6 +369,14 @@ def _checked_device(module: nn.Module) -> str:
     """Return the one device of a module: the CPU, or a GPU of NVIDIA."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"accelerate was given {type(module).__name__}; give a torch.nn.Module.")
+    if isinstance(module, AcceleratedModule):
+        raise ValueError(
+            "The module is accelerated already. Call refresh() if its weights were written, or give the module that it"
+            " was made of."
+        )
+    lazy = next((name for name, parameter in module.named_parameters() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy} has no values yet; call the module once, which gives it its shape.")
     devices = sorted({str(parameter.device) for parameter in module.parameters()}) or ["cpu"]
     if len(devices) > 1 or not devices[0].startswith(("cpu", "cuda")):
         raise ValueError(

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-from lightning_sparse.execution.conv import SparsePlanes
+from lightning_sparse.execution.calls import as_traced
+from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes
 from lightning_sparse.execution.copying import frozen_copy
 from lightning_sparse.execution.dead_units import shrunk
 from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
 from lightning_sparse.execution.linear import SparseLinear, refuse_gradients
 from lightning_sparse.execution.report import AccelerationReport
+from lightning_sparse.execution.standing_in import share_memory
 from lightning_sparse.execution.tracing import UntraceableError, module_of, trace
 
 __all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError"]
@@ -61,6 +63,9 @@ class Recipe:
         if self.traced:
             graph = trace(own, self.example())
             return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))
+        if not self.shrink:
+            for name in self.layers:
+                share_memory(own.get_submodule(name), module.get_submodule(name))
         return self._replace_layers(own)
 
     def _replace_layers(self, root: nn.Module) -> nn.Module:
@@ -69,6 +74,8 @@ class Recipe:
             return sparse_layer(root, self.kernels, self.threads)
         done: set[str] = set()
         for name, child in list(root.named_modules()):
+            if isinstance(child, nn.TransformerEncoder):
+                child.use_nested_tensor = False  # sparse layers take none
             if isinstance(child, nn.TransformerEncoderLayer):
                 child.activation_relu_or_gelu = 0  # it calls its layers then, and does not read their weights itself
             inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
@@ -103,7 +110,7 @@ def _without_a_graph(graph_module: fx.GraphModule) -> nn.Module:
 class AcceleratedModule(nn.Module):
     """A module for inference that computes what another does, faster where that was measured.
 
-    It holds the module that it was made of, and copies of weights. ``state_dict`` is that of the other module; copying
+    It holds the original module, and copies of its weights. ``state_dict`` is that of the original; copying
     and pickling keep both. Weights written after it was made are noticed: it raises :class:`StaleWeightsError` until
     ``refresh`` is called.
 
@@ -147,12 +154,16 @@ class AcceleratedModule(nn.Module):
 
         Raises:
             StaleWeightsError: The module's weights were written since.
-            ValueError: An input requires a gradient, or is of a type or size that a sparse layer does not take.
+            ValueError: An input requires a gradient, or is of a type or size that a sparse layer does not take; or the
+                call is another than the example's, and the module was made one graph.
         """
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                self._refuse_stale(name)
-        if self.recipe is not None and torch.is_grad_enabled():
+                self._refuse_stale(held, name)
+        if self._arity is not None and (kwargs or len(args) != self._arity or type(args[0]) is not Tensor):
+            assert self.recipe is not None
+            args, kwargs = tuple(as_traced(self._source[0], self.recipe.arguments, args, kwargs)), {}
+        if self._looks_for_gradients and torch.is_grad_enabled():
             for x in args:
                 if isinstance(x, Tensor):
                     refuse_gradients(x)
@@ -191,14 +202,12 @@ class AcceleratedModule(nn.Module):
             ValueError: Training is asked for.
         """
         if mode:
-            raise ValueError(
-                "An accelerated module is for inference. Train the module that it was made of, then call refresh()."
-            )
+            raise ValueError("An accelerated module is for inference. Train the original module, then call refresh().")
         return self
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the state of the module that it was made of, dense, with its keys."""
+        """Return the state of the original module: dense, with its keys."""
         return self._source[0].state_dict(*args, **kwargs)
 
     @override
@@ -209,8 +218,8 @@ class AcceleratedModule(nn.Module):
             ValueError: Always.
         """
         raise ValueError(
-            "An accelerated module has no weights of its own to load. Load them into the module that it was made of,"
-            " then call refresh()."
+            "An accelerated module has no weights of its own to load. Load them into the original module, then call"
+            " refresh()."
         )
 
     @override
@@ -219,8 +228,8 @@ class AcceleratedModule(nn.Module):
         moved = fn(probe[:0] if probe.dim() else probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise ValueError(
-                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the module that it"
-                " was made of, and accelerate that."
+                f"An accelerated module stays on {probe.device} in {probe.dtype}. Move or convert the original module,"
+                " and accelerate that."
             )
         return self
 
@@ -228,7 +237,7 @@ class AcceleratedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                self._refuse_stale(name)
+                self._refuse_stale(held, name)
         return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call", "_direct")}
 
     @override
@@ -248,6 +257,18 @@ class AcceleratedModule(nn.Module):
         ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
         self._call: Callable[..., Any] = module.forward if ours else module
         self._direct: Callable[..., Any] = module if self.recipe is None else self.forward
+        # A graph has one way, that of the example, and a sparse layer takes one tensor: other calls are looked at.
+        one_way = self.recipe is not None and (self.recipe.traced or isinstance(module, (SparseLinear, SparseConv2d)))
+        self._arity = self._plain_arity() if one_way else None
+        self._looks_for_gradients = self.recipe is not None and not isinstance(
+            module, SparseLinear
+        )  # which does itself
+
+    def _plain_arity(self) -> int:
+        """How many tensors a call has that need not be looked at; none, if one of the arguments is a constant."""
+        assert self.recipe is not None
+        arguments = self.recipe.arguments
+        return len(arguments) if all(isinstance(x, InputSpec) for x in arguments) else -1
 
     def _made(self) -> nn.Module:
         return self._source[0] if self.recipe is None else self.recipe.make(self._source[0])
@@ -263,8 +284,12 @@ class AcceleratedModule(nn.Module):
                     if tensor is not None and not tensor.is_inference() and type(tensor) in (Tensor, nn.Parameter):
                         self._watched.append((held, name, tensor, tensor._version, tensor.data_ptr()))
 
-    def _refuse_stale(self, name: str) -> NoReturn:
+    def _refuse_stale(self, held: Any, name: str) -> NoReturn:
+        for path, module in self._source[0].named_modules():
+            if path and (held is module._parameters or held is module._buffers):
+                name = f"{path}.{name}"
+                break
         raise StaleWeightsError(
-            f"{name!r} of the module that was accelerated has been written since. Call refresh() to take its weights as"
-            " they are, or accelerate it anew if its zeros are others."
+            f"{name!r} of the original module has changed since it was accelerated. Call refresh() to take over its"
+            " weights, or accelerate it again if its zeros have changed."
         )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_sparse.execution.linear import SparseLinear, linear_step
+from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseSelfAttention", "is_plain_self_attention", "why_dense_attention", "zeros_of_attention"]
 
@@ -24,14 +25,14 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
     """
     joined: Any = attention.in_proj_weight
     if joined is None:
-        return "keys and values of other sizes than queries are left to torch"
+        return "torch computes attention whose keys and values differ in size from the queries"
     if attention.bias_k is not None or attention.add_zero_attn:
-        return "attention to constants is left to torch"
+        return "torch computes attention to constants"
     return None
 
 
 @final
-class SparseSelfAttention(nn.Module):
+class SparseSelfAttention(StandIn):
     """Attention of a sequence to itself, for inference. With masks or other keys, the dense one works.
 
     Args:

@@ -14,6 +14,7 @@ from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels import Planes, default_kernels, planes
 from lightning_sparse.execution.kernels.steps import ConvStep, PlaneStep
 from lightning_sparse.execution.linear import SparseLinear, linear_step, refuse_gradients
+from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseConv2d", "SparsePlanes", "conv_step", "why_dense"]
 
@@ -31,9 +32,9 @@ def why_dense(conv: nn.Conv2d, kernels: str) -> str | None:
         pointwise = pointwise and conv.padding in ((0, 0), "same", "valid")
         return None if pointwise else "torch alone executes 1 x 1 convolutions without stride and groups"
     if conv.stride not in ((1, 1), (2, 2)):
-        return "strides other than 1 and 2 are left to torch"
+        return "torch computes strides other than 1 and 2"
     if conv.padding_mode != "zeros":
-        return f"padding with {conv.padding_mode} is left to torch"
+        return f"padding with {conv.padding_mode} is computed by torch"
     if isinstance(conv.padding, str) and any(reach % 2 for reach in _reach(conv)) and conv.padding == "same":
         return "'same' padding of an even window is left to torch"
     return None
@@ -144,7 +145,7 @@ class SparsePlanes(nn.Module):
 
 
 @final
-class SparseConv2d(nn.Module):
+class SparseConv2d(StandIn):
     """A convolution whose zeros cost nothing, for inference on a CPU: images in torch's layout in and out.
 
     Args:

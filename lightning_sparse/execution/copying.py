@@ -28,7 +28,7 @@ def frozen_copy(module: nn.Module, *, evaluation: bool = True) -> nn.Module:
         own = copy.deepcopy(module)
     except Exception as error:  # whatever a module's own parts raise
         raise ValueError(
-            f"{type(module).__name__} cannot be copied, so as to leave it unchanged: {error} If torch.nn.utils.prune"
-            " masks it, make the zeros permanent with prune.remove."
+            f"{type(module).__name__} cannot be copied, and the original must stay unchanged: {error} If"
+            " torch.nn.utils.prune masks it, make the zeros permanent with prune.remove."
         ) from error
     return own.eval().requires_grad_(False) if evaluation else own

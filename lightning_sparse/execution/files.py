@@ -175,8 +175,12 @@ def _state_of(source: Any) -> dict[str, Tensor]:
             raise TypeError(f"{_HOW_TO_SAVE}; one of the names is {name!r}, a {type(name).__name__}.")
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"{printable(name)} is a {type(tensor).__name__}, and a sparse file holds tensors alone. Of a"
-                ' checkpoint save its state dict, as in checkpoint["state_dict"].'
+                f"{printable(name)} is a {type(tensor).__name__}, and a sparse file holds only tensors. "
+                + (
+                    "Save a quantised module with torch.save, or save it here before it is quantised."
+                    if isinstance(source, nn.Module)
+                    else 'Of a checkpoint save its state dict, as in checkpoint["state_dict"].'
+                )
             )
         obstacle = _obstacle(tensor)
         if obstacle:
@@ -198,7 +202,10 @@ def _obstacle(tensor: Tensor) -> str:
         return f"is a {type(tensor).__name__}, not a plain tensor; save the whole of it, as in tensor.full_tensor()"
     if is_inflated(tensor):
         memory = tensor.untyped_storage().nbytes()
-        return f"is expanded, {tensor.nbytes:,} bytes on a memory of {memory:,}; save what it was expanded from"
+        return (
+            f"is expanded, {tensor.nbytes:,} bytes of tensor on {memory:,} bytes of memory; save the tensor that it"
+            " was expanded from"
+        )
     if tensor.dtype not in DTYPES.values():
         return f"has the type {tensor.dtype}; save tensor.view(torch.uint8)"
     return ""
@@ -245,7 +252,7 @@ def _cast_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtyp
     finite = tensor[tensor.isfinite()].abs()
     if finite.numel() and (largest := finite.max().item()) > _LARGEST_HALF:
         raise ValueError(
-            f"{printable(name)} has the value {largest:g}, and float16 ends at {_LARGEST_HALF:g}. Save it with"
+            f"{printable(name)} has the value {largest:g}, and the largest float16 is {_LARGEST_HALF:g}. Save it with"
             ' values="same".'
         )
     return dtype
@@ -286,12 +293,12 @@ def _check_metadata(metadata: Mapping[str, str], path: Path) -> None:
     if metadata.get("version") != _VERSION:
         version = printable(metadata.get("version", "unknown"))[:40]
         raise SparseFileError(
-            f"{path} was written in version {version} of the format of sparse files, and this is {_VERSION}. Upgrade"
-            " lightning-sparse."
+            f"{path} was written in version {version} of the sparse file format, and this lightning_sparse reads"
+            f" version {_VERSION}. Upgrade lightning-sparse."
         )
     if not {"digest", "sparse"} <= metadata.keys() or _digest_of(path) != metadata["digest"]:
         raise SparseFileError(
-            f"{path} is damaged: its digest is not the one that was written. Copy, download or write it again."
+            f"{path} is damaged: its digest does not match its contents. Copy, download or write it again."
         )
 
 
@@ -323,7 +330,7 @@ def _unpack_all(file: Any, metadata: Mapping[str, str], path: Path) -> dict[str,
     missing = {*of_pieces} - keys | ({*tied.values()} - plain - notes.keys())
     if missing or len({*of_pieces}) < len(of_pieces) or plain & notes.keys():
         names = ", ".join(sorted(map(printable, missing))[:4]) or "two tensors have one name"
-        raise SparseFileError(f"{path} is damaged: it lacks what its notes speak of: {names}. Write it anew.")
+        raise SparseFileError(f"{path} is damaged: it lacks tensors that its notes list: {names}. Write it anew.")
     state: dict[str, Tensor] = {}
     for name in sorted(plain | notes.keys() - tied.keys()):
         note = notes.get(name)

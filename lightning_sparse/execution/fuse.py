@@ -21,7 +21,7 @@ from lightning_sparse.execution.conv import SparsePlanes, conv_step
 from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels.steps import ConvStep, LinearStep, MeanStep, PlaneStep, PoolStep
 from lightning_sparse.execution.linear import SparseLinear, linear_step
-from lightning_sparse.execution.tracing import bounds_of, is_addition, is_gelu, module_of, shape_of
+from lightning_sparse.execution.tracing import bounds_of, is_addition, is_gelu, layers_read, module_of, shape_of
 
 __all__ = ["fuse"]
 
@@ -40,6 +40,8 @@ def fuse(graph_module: fx.GraphModule, wanted: Wanted, *, kernels: str, threads:
     Returns:
         The same graph.
     """
+    read = layers_read(graph_module.graph)
+    asked, wanted = wanted, lambda name: name not in read and asked(name)
     if kernels == "llvm":
         for part in _parts(graph_module, wanted):
             _replace_part(graph_module, part, threads)

@@ -16,6 +16,7 @@ from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import LayerChoice
 from lightning_sparse.execution.semi_structured import semi_structured_linear, why_not_semi_structured
 from lightning_sparse.execution.timing import compare
+from lightning_sparse.execution.tracing import has_hooks
 
 __all__ = [
     "SEMI_STRUCTURED",
@@ -25,6 +26,7 @@ __all__ = [
     "reason_to_stay_dense",
     "sparse_layer",
     "time_layer",
+    "unread_layers",
 ]
 
 SEMI_STRUCTURED = "semi_structured"
@@ -105,10 +107,26 @@ def layers_with_zeros(module: nn.Module) -> Iterator[tuple[str, nn.Module, float
             yield name, layer, _share_of_zeros(weight)
 
 
+def unread_layers(module: nn.Module) -> list[str]:
+    """Return the names of layers whose zeros are not counted, since their weights are no plain tensors.
+
+    Example:
+        >>> unread_layers(nn.Sequential(nn.Linear(4, 3)))
+        []
+    """
+    return [name for name, layer in module.named_modules() if not _is_plain(getattr(layer, "weight", None))]
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether a weight is a plain dense tensor, or there is none."""
+    if not isinstance(weight, Tensor):
+        return not callable(weight)  # quantised layers of torch.ao have a method of that name
+    return type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
+
+
 def _share_of_zeros(weight: Tensor) -> float:
     """The fraction of zeros of a plain dense tensor; none of those of other kinds, as quantisation makes them."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided and weight.device.type != "meta"
-    if not plain or not weight.numel():
+    if not _is_plain(weight) or weight.device.type == "meta" or not weight.numel():
         return 0.0
     eight_bits = weight.dtype.is_floating_point and weight.dtype.itemsize == 1  # torch counts no float8
     return 1 - int(torch.count_nonzero(weight.float() if eight_bits else weight)) / weight.numel()
@@ -126,8 +144,8 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
     weight = _weight_of(layer)
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
-    if any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
-        return "it has hooks, which a sparse layer would not call"
+    if has_hooks(layer):
+        return "it has hooks, and a sparse layer would not call them"
     if kernels == SEMI_STRUCTURED:
         return why_not_semi_structured(layer)
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.MultiheadAttention):
@@ -136,7 +154,7 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
         return f"its weight is {weight.dtype}; sparse kernels compute in float32 and float64"
     bias: Any = getattr(layer, "bias", None)
     if bias is not None and bias.dtype != weight.dtype:
-        return "its bias is of another type than its weight"
+        return "its bias and its weight have different types"
     if isinstance(layer, nn.MultiheadAttention):
         return why_dense_attention(layer)
     return why_dense(layer, kernels) if isinstance(layer, nn.Conv2d) else None
@@ -147,15 +165,15 @@ def _weight_of(layer: nn.Module) -> Any:
 
 
 def sparse_layer(layer: nn.Module, kernels: str, threads: int) -> nn.Module:
-    """Return the sparse form of one layer."""
+    """Return the sparse form of one layer, which knows what that knows."""
     if isinstance(layer, nn.Conv2d):
-        return SparseConv2d(layer, kernels=kernels, threads=threads)
+        return SparseConv2d(layer, kernels=kernels, threads=threads).stand_for(layer)
     if isinstance(layer, nn.MultiheadAttention):
-        return SparseSelfAttention(layer, kernels=kernels, threads=threads)
+        return SparseSelfAttention(layer, kernels=kernels, threads=threads).stand_for(layer)
     assert isinstance(layer, nn.Linear)
     if kernels == SEMI_STRUCTURED:
         return semi_structured_linear(layer)
-    return SparseLinear.of(layer, kernels=kernels, threads=threads)
+    return SparseLinear.of(layer, kernels=kernels, threads=threads).stand_for(layer)
 
 
 def time_layer(
@@ -173,7 +191,7 @@ def time_layer(
         inside: Whether the network is a graph, in which its neighbours may be sparse too and images stay laid out.
     """
     shape = tuple(_weight_of(layer).shape)
-    reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example does not call it")
+    reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example input does not reach it")
     if reason or spec is None:
         return LayerChoice(name, shape, sparsity, sparse=False, reason=reason or "")
     try:

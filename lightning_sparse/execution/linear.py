@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_sparse.execution.formats import pack
 from lightning_sparse.execution.kernels import Chain, chain, default_kernels
 from lightning_sparse.execution.kernels.steps import LinearStep
+from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseLinear", "linear_step", "refuse_gradients"]
 
@@ -22,7 +23,7 @@ def refuse_gradients(x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "The input requires a gradient, and sparse layers compute none. Call the module under torch.no_grad(), or"
-            " train the module that it was made of."
+            " train the original module."
         )
 
 
@@ -41,7 +42,7 @@ def linear_step(weight: Tensor, bias: Tensor | None, low: float = -math.inf, hig
 
 
 @final
-class SparseLinear(nn.Module):
+class SparseLinear(StandIn):
     r"""Linear layers whose zeros cost nothing, one after another: :math:`y = \mathrm{clamp}(W x + b)`, for inference.
 
     Of a batch of one the weights are read row by row; of larger batches features are laid beside each other, 64
@@ -80,9 +81,7 @@ class SparseLinear(nn.Module):
         if not steps:
             raise ValueError("SparseLinear was given no layers; give at least one step.")
         if steps[-1].gelu:
-            raise ValueError(
-                "The last step ends with a GELU, which is fused between layers alone; apply it afterwards."
-            )
+            raise ValueError("The last step ends with a GELU, which is only fused between layers; apply it afterwards.")
         self.steps = tuple(steps)
         self.kernels = kernels or default_kernels()
         self.threads = threads or torch.get_num_threads()

@@ -109,12 +109,12 @@ def _note(name: str, note: Any) -> TensorNotes | str:
     if isinstance(note, dict) and note.keys() == {"same_as"} and isinstance(note["same_as"], str):
         return note["same_as"]
     if not isinstance(note, dict) or not {"dtype", "shape"} <= note.keys() <= {"dtype", "shape", "positions", "minus"}:
-        raise ValueError(f"those on {printable(name)} lack what they should say, or say more")
+        raise ValueError(f"those on {printable(name)} have missing or unknown fields")
     if note["dtype"] not in [*DTYPES]:
         raise ValueError(f"{printable(name)} has the type {note['dtype']!r}, which torch {torch.__version__} lacks")
     shape = note["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{printable(name)} has the shape {str(shape)[:80]}, and a shape is a list of sizes")
+        raise ValueError(f"{printable(name)} has the shape {str(shape)[:80]}, but a shape is a list of sizes")
     if _places(shape) > _MOST_PLACES:
         raise ValueError(f"{printable(name)} has the shape {str(shape)[:80]}, more than there is memory for")
     positions, minus = note.get("positions"), note.get("minus")

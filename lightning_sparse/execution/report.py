@@ -104,8 +104,10 @@ class AccelerationReport:
             chosen = "sparse" if layer.sparse else f"dense: {layer.reason}"
             table.add_row(layer.name, "×".join(map(str, layer.shape)), f"{layer.sparsity:.4f}", *times, gain, chosen)
         stream = io.StringIO()
-        Console(file=stream, width=160, color_system=None).print(table)
-        lines = [self.conditions, "\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines())]
+        Console(file=stream, width=160, color_system=None, force_jupyter=False).print(table)
+        lines = [self.conditions]
+        if self.layers:
+            lines.append("\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines()))
         if self.dense_seconds is not None and self.fast_seconds is not None:
             times = f"{_microseconds(self.dense_seconds)} µs dense, {_microseconds(self.fast_seconds)} µs now"
             lines.append(f"whole: {times}, {self.gain:.2f} times as fast")

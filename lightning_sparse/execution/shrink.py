@@ -89,7 +89,7 @@ def shrink(module: _Module, example: Any) -> _Module:
 
     Raises:
         TypeError: ``module`` is no module, or the example does not fit its ``forward``.
-        ValueError: The module cannot be copied.
+        ValueError: The module cannot be copied, or fails on the example.
 
     Example:
         >>> from lightning_sparse import shrink
@@ -109,7 +109,9 @@ def shrink(module: _Module, example: Any) -> _Module:
     before = _run(plan.module, example)
     _remove(plan)
     if not _gives(plan.module, example, before):
-        _tell(module, "gives other outputs when it is shrunk, so some of its code depends on sizes or on chance")
+        _tell(
+            module, "gives other outputs when it is shrunk, so some of its code depends on sizes or on random numbers"
+        )
         return _copied(module)
     return plan.module
 
@@ -123,7 +125,7 @@ def dead_units(module: nn.Module, example: Any) -> Shrinkage:
 
     Raises:
         TypeError: ``module`` is no module, or the example does not fit its ``forward``.
-        ValueError: The module cannot be copied.
+        ValueError: The module cannot be copied, or fails on the example.
 
     Example:
         >>> module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -162,7 +164,19 @@ def _plan(module: nn.Module, example: Any) -> _Plan:
     try:
         return _Plan(copied, *needed_units(copied, trace(copied, example)))
     except NotTraceableError as error:
+        _refuse_unfit(copied, example)
         return _Plan(copied, (), np.zeros(0, dtype=bool), str(error))
+
+
+def _refuse_unfit(module: nn.Module, example: Any) -> None:
+    """Raise where it is the example that is to blame, and not the module."""
+    try:
+        _run(module, example)
+    except Exception as error:  # whatever the user's module raises when its input does not fit
+        raise ValueError(
+            f"{type(module).__name__} does not take the example: {str(error).rstrip('. ')}. Give one tensor, a tuple of"
+            " arguments, or a dictionary of them by name, as the module is called."
+        ) from error
 
 
 def _copied(module: _Module) -> _Module:

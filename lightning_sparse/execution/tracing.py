@@ -9,11 +9,23 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-__all__ = ["UntraceableError", "bounds_of", "is_addition", "is_gelu", "module_of", "shape_of", "trace"]
+from lightning_sparse.execution.shrinking.tracing import Shapes, shape_of
+
+__all__ = [
+    "UntraceableError",
+    "bounds_of",
+    "has_hooks",
+    "is_addition",
+    "is_constant",
+    "is_gelu",
+    "layers_read",
+    "module_of",
+    "shape_of",
+    "trace",
+]
 
 
 class UntraceableError(Exception):
@@ -30,11 +42,15 @@ def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
     Raises:
         UntraceableError: torch.fx cannot follow the module, or the graph fails on the example.
     """
-    if type(module) in (nn.Linear, nn.Conv2d):
+    if _Tracer().is_leaf_module(module, ""):
         raise UntraceableError(f"{type(module).__name__} is one layer.")
+    for name, part in module.named_modules():
+        if has_hooks(part) and (part is module or not _Tracer().is_leaf_module(part, name)):
+            raise UntraceableError(f"{name or 'the module'} has hooks, which a graph would not call.")
     try:
-        graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_defaults(module, example)))
-        ShapeProp(graph_module).propagate(*example)
+        graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_constants(module, example)))
+        with torch.no_grad():
+            Shapes(graph_module).run(*example)
     except Exception as error:  # torch.fx raises whatever a module raises when it is given a Proxy
         raise UntraceableError(f"torch.fx cannot follow {type(module).__name__}: {error}") from error
     _refuse_shared_changes(graph_module)
@@ -54,26 +70,58 @@ class _Tracer(fx.Tracer):
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
-def _defaults(module: nn.Module, example: tuple[Any, ...]) -> dict[str, Any] | None:
-    """Arguments that the example leaves at their defaults, which are constants of the graph."""
-    parameters = list(inspect.signature(module.forward).parameters.values())[len(example) :]
+def _constants(module: nn.Module, example: tuple[Any, ...]) -> dict[str, Any] | None:
+    """Arguments that are constants of the graph: those that the example leaves at their defaults, and flags."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise UntraceableError(f"{type(module).__name__}.forward takes any arguments.")
-    return {parameter.name: parameter.default for parameter in parameters} or None
+    given = {p.name: value for p, value in zip(parameters, example, strict=False) if is_constant(value)}
+    return given | {parameter.name: parameter.default for parameter in parameters[len(example) :]} or None
+
+
+def is_constant(value: Any) -> bool:
+    """Say whether an argument is a constant of a graph: what a module asks about before it computes.
+
+    Example:
+        >>> [is_constant(value) for value in (None, True, "sum", 3)]
+        [True, True, True, False]
+    """
+    return value is None or isinstance(value, (bool, str))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether a call of a module calls what somebody has hung on it.
+
+    Example:
+        >>> layer = nn.ReLU()
+        >>> handle = layer.register_forward_hook(lambda *_: None)
+        >>> has_hooks(layer), has_hooks(nn.ReLU())
+        (True, False)
+    """
+    return any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def module_of(node: fx.Node) -> nn.Module | None:
-    """Return the layer that a node calls, if it calls one."""
+    """Return the layer that a node calls, if it calls one; none that has hooks, which nothing may replace."""
+    module = _called(node)
+    return None if module is None or has_hooks(module) else module
+
+
+def layers_read(graph: fx.Graph) -> set[str]:
+    """Return the names of layers whose weights are read beside their calls, and which must stay what they are.
+
+    Example:
+        >>> layers_read(fx.symbolic_trace(nn.Linear(3, 2)).graph)
+        {''}
+    """
+    return {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+
+
+def _called(node: fx.Node) -> nn.Module | None:
     if node.op != "call_module" or not isinstance(node.target, str):
         return None
     owner = node.graph.owning_module
     return None if owner is None else owner.get_submodule(node.target)
-
-
-def shape_of(node: Any) -> tuple[int, ...] | None:
-    """Return the shape of a node's value on the example, if it is one tensor."""
-    meta: Any = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
 
 
 RELUS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -122,7 +170,7 @@ def is_addition(node: fx.Node) -> bool:
 def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:
     """Refuse graphs in which a value is changed in place and read elsewhere too: order would decide."""
     for node in graph_module.graph.nodes:
-        inplace = node.target in INPLACE or node.kwargs.get("inplace") or getattr(module_of(node), "inplace", False)
+        inplace = node.target in INPLACE or node.kwargs.get("inplace") or getattr(_called(node), "inplace", False)
         if inplace and node.all_input_nodes and len(node.all_input_nodes[0].users) > 1:
             raise UntraceableError(f"{node.name} changes a value in place that other layers read too.")
 
@@ -139,6 +187,7 @@ def _remove_what_does_nothing(graph_module: fx.GraphModule) -> None:
 def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
     """Fold each BatchNorm whose input is a layer that nothing else reads, and that is called once."""
     calls: dict[str, int] = {}
+    read = layers_read(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             calls[node.target] = calls.get(node.target, 0) + 1
@@ -147,7 +196,7 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
         if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) or not norm.track_running_stats:
             continue
         before = node.args[0]
-        if len(before.users) > 1 or calls.get(before.target, 0) != 1:
+        if len(before.users) > 1 or calls.get(before.target, 0) != 1 or before.target in read:
             continue
         fuse = _fusion(module_of(before), norm, shape_of(before))
         if fuse is not None:

@@ -7,7 +7,9 @@ processes together draw what one would.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["uniform_by_place"]
@@ -16,7 +18,8 @@ _STEP = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 _BITS = 24  # those of a float32's significand
-_CHUNK = 1 << 16  # entries computed at a time on a CPU, so that they stay in the cache
+_CHUNK = 1 << 15  # entries computed at a time on a CPU, so that they stay in the cache
+_ALL = (1 << 64) - 1
 
 
 def uniform_by_place(key: int, places: Tensor) -> Tensor:
@@ -33,11 +36,10 @@ def uniform_by_place(key: int, places: Tensor) -> Tensor:
         >>> torch.equal(uniform_by_place(7, torch.arange(4))[2:], uniform_by_place(7, torch.arange(2, 4)))
         True
     """
-    if not places.is_cpu or places.numel() <= _CHUNK:
+    if not places.is_cpu:
         return _uniform(key, places)
     drawn = torch.empty(places.numel(), dtype=torch.float32)
-    for out, part in zip(drawn.split(_CHUNK), places.reshape(-1).split(_CHUNK), strict=True):
-        out.copy_(_uniform(key, part))
+    _draw(key, places.reshape(-1).numpy().view(np.uint64), drawn.numpy())
     return drawn.view(places.shape)
 
 
@@ -51,6 +53,25 @@ def _uniform(key: int, places: Tensor) -> Tensor:
     return _shifted(bits, 64 - _BITS).to(torch.float32).mul_(2.0**-_BITS)
 
 
+def _draw(key: int, places: NDArray[np.uint64], drawn: NDArray[np.float32]) -> None:
+    """:func:`_uniform` on a CPU: numpy has unsigned integers, so that it takes two thirds of the time."""
+    offset = np.uint64((key + _STEP) & _ALL)  # (place + 1) · step + key = place · step + offset
+    shifted = np.empty(min(_CHUNK, len(places)), dtype=np.uint64)
+    for start in range(0, len(places), _CHUNK):
+        bits = places[start : start + _CHUNK] * np.uint64(_STEP)
+        its = shifted[: len(bits)]
+        bits += offset
+        for shift, factor in _MIX:
+            np.right_shift(bits, np.uint64(shift), out=its)
+            bits ^= its
+            bits *= np.uint64(factor)
+        np.right_shift(bits, np.uint64(_LAST_SHIFT), out=its)
+        bits ^= its
+        bits >>= np.uint64(64 - _BITS)
+        drawn[start : start + _CHUNK] = bits.view(np.int64)  # exact: of 24 bits
+    drawn *= np.float32(2.0**-_BITS)
+
+
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """A logical shift to the right: zeros come in from the left."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
@@ -58,5 +79,5 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
 
 def _signed(number: int) -> int:
     """The signed integer with the lowest 64 bits of ``number``."""
-    number &= (1 << 64) - 1
+    number &= _ALL
     return number - (1 << 64) if number >> 63 else number

@@ -33,6 +33,9 @@ _FLOAT = 4  # bytes
 Key = Callable[[Tensor], Tensor]
 """What is compared: a function of each entry alone."""
 
+_Parts = Callable[[], Iterator[tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]]]
+"""Makes a pass over the pieces: where each begins, its keys, and which of its entries are eligible."""
+
 Scores = Tensor | Sequence[Tensor]
 """One tensor, or several flat ones that are ranked together; nothing of the size of all of them is made."""
 
@@ -178,6 +181,13 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
     if num_eligible * _FEW <= len(among):
         return _smallest_of_few(pieces, k, among, key)
     low, high = _bracket(pieces, k / num_eligible, among, key)
+    if k * _FEW <= num_eligible:
+        return _few_smallest(parts, high, k, among)
+    return _smallest_between(parts, low, high, k, among)
+
+
+def _smallest_between(parts: _Parts, low: float, high: float, k: int, among: Tensor) -> Tensor | None:
+    """The same by two passes: one counts below the bracket and gathers what is inside, one compares with the k-th."""
     below, inside = 0, list[np.ndarray[Any, Any]]()
     for _, keys, eligible in parts():
         below += np.count_nonzero((keys < low) & eligible)
@@ -191,8 +201,8 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
     if not np.isfinite(threshold):
         return None
     chosen = torch.empty_like(among)
-    for (_, keys, eligible), out in zip(parts(), chosen.split(sizes), strict=True):
-        np.logical_and(keys <= threshold, eligible, out=out.numpy())
+    for start, keys, eligible in parts():
+        np.logical_and(keys <= threshold, eligible, out=chosen.numpy()[start : start + len(keys)])
     surplus = count_true(chosen) - k
     if surplus:
         ties = [start + np.flatnonzero((keys == threshold) & eligible) for start, keys, eligible in parts()]
@@ -203,7 +213,22 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
 def _smallest_of_few(pieces: Sequence[Tensor], k: int, among: Tensor, key: Key | None) -> Tensor | None:
     """The same where few are eligible: these are gathered."""
     where = np.flatnonzero(among.numpy())
-    keys = keys_of(_take(pieces, where), key)
+    return _marked(where, keys_of(_take(pieces, where), key), k, among)
+
+
+def _few_smallest(parts: _Parts, high: float, k: int, among: Tensor) -> Tensor | None:
+    """The same where few are wanted: one pass gathers what is below the bracket's end, and a partition is of these."""
+    places, candidates = list[np.ndarray[Any, Any]](), list[np.ndarray[Any, Any]]()
+    for start, keys, eligible in parts():
+        where = np.flatnonzero((keys <= high) & eligible)
+        places.append(where + start)
+        candidates.append(keys[where])
+    where, keys = np.concatenate(places), np.concatenate(candidates)
+    return _marked(where, keys, k, among) if k <= len(keys) else None
+
+
+def _marked(where: np.ndarray[Any, Any], keys: np.ndarray[Any, Any], k: int, among: Tensor) -> Tensor | None:
+    """The mask of the ``k`` smallest keys, which stand at rising places; None where one of them is not finite."""
     threshold = np.partition(keys, k - 1)[k - 1]
     if not np.isfinite(threshold):
         return None

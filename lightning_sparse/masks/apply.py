@@ -54,8 +54,7 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
     module = unwrapped(module)  # fit, too, trains what torch.compile has wrapped
     if MaskRegistry.find(module):
         raise ValueError(
-            f"{type(module).__name__} is in training, where its masks are those of its method. Call apply_masks before"
-            " fit."
+            f"{type(module).__name__} is in training, and its method holds its masks. Call apply_masks before fit."
         )
     plan = judge_parameters(module)
     given, source = _read(masks, plan)
@@ -118,7 +117,7 @@ def _by_first_name(masks: Mapping[str, Tensor], source: str, plan: Plan) -> dict
             mask = found.setdefault(first, masks[candidate.name])
             if not torch.equal(mask.cpu(), masks[candidate.name].cpu()):
                 raise ValueError(
-                    f"{source} has different masks of {first} and {candidate.name}, which are one weight. Give one of"
+                    f"{source} has different masks for {first} and {candidate.name}, which are one weight. Give one of"
                     " them."
                 )
     return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_sparse.functional.allocation import (
     erdos_renyi,
@@ -14,9 +15,11 @@ from lightning_sparse.functional.allocation import (
     num_active,
     uniform,
 )
+from lightning_sparse.masks.patterns import AnyPattern, Pattern
 from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.weight import MaskedWeight
 
-__all__ = ["LayerAllocation", "budget_of", "check_budget", "check_met", "layer_budgets"]
+__all__ = ["LayerAllocation", "budget_of", "check_budget", "check_met", "feasible_budgets", "layer_budgets"]
 
 LayerAllocation = Literal["uniform", "er", "erk"]
 """The proportions in which layers share a budget: alike, Erdős–Rényi, Erdős–Rényi–Kernel."""
@@ -50,19 +53,46 @@ def layer_budgets(
     )
 
 
-def check_budget(group: MaskPool, sparsity: float, min_active: int) -> None:
+def feasible_budgets(
+    group: MaskPool, budgets: Sequence[int], pattern: Pattern, allowed: Callable[[MaskedWeight], Tensor]
+) -> list[int]:
+    """The largest budgets that masks of a pattern can hold, one for each layer.
+
+    A layer may get more than its share, where a pattern leaves no less; the largest of the others give it.
+
+    Args:
+        group: The weights.
+        budgets: What each layer may hold.
+        pattern: What its masks obey.
+        allowed: Where masks may be, of each weight: ``bool``, its shape.
+    """
+    places = [allowed(weight) for weight in group]
+    met = group.each(pattern.feasible, budgets, places)
+    for layer in sorted(range(len(group)), key=lambda index: -met[index]):
+        while sum(met) > sum(budgets):
+            less = pattern.feasible(group[layer], met[layer] - 1, places[layer])
+            if less >= met[layer]:
+                break
+            met[layer] = less
+    return met
+
+
+def check_budget(group: MaskPool, sparsity: float, min_active: int, pattern: Pattern | None = None) -> None:
     """Refuse a sparsity that cannot be.
 
     Raises:
-        MisconfigurationException: It leaves no weight, or fewer than ``min_active`` in each layer.
+        MisconfigurationException: It leaves no weight, fewer than ``min_active`` in each layer, or fewer than a mask of
+            the pattern has.
     """
-    least = max(1, sum(min(min_active, weight.numel) for weight in group))
-    budget = budget_of(group, sparsity)
+    shape = AnyPattern() if pattern is None else pattern
+    minima = [min(max(min_active, shape.least(weight)), weight.numel) for weight in group]
+    least, budget = max(1, sum(minima)), budget_of(group, sparsity)
     if budget < least:
+        and_pattern = "" if shape == AnyPattern() else f" and the pattern {shape}"
         raise MisconfigurationException(
             f"Sparsity {sparsity} leaves {budget} of the {group.unshared_numel} weights of one optimizer, but at least"
-            f" {least} must stay active (min_active={min_active} in each of {len(group)} layers). The largest feasible"
-            f" sparsity is {largest_feasible_sparsity(least, group.unshared_numel)}."
+            f" {least} must stay active (min_active={min_active}{and_pattern} in each of {len(group)} layers). The"
+            f" largest feasible sparsity is {largest_feasible_sparsity(least, group.unshared_numel)}."
         )
 
 

@@ -107,7 +107,7 @@ def fault_of_seal(state: Mapping[Any, Any]) -> str:
         written = digest({name: value for name, value in state.items() if name not in ("version", "digest")})
     except ValueError as error:
         return f"is damaged: {error}"
-    return "" if state["digest"] == written else "is damaged: it is not what was written (its digest differs)"
+    return "" if state["digest"] == written else "is damaged: its digest does not match its contents"
 
 
 def _is_own(version: object) -> bool:
@@ -188,7 +188,7 @@ def _masks_of_state(key: str, state: Mapping[Any, Any], path: str | Path, *, che
 def _unpacked(name: str, saved: Any, path: str | Path) -> Tensor:
     try:
         if not isinstance(saved["shape"], list | tuple):
-            raise ValueError("its shape is no list of sizes.")
+            raise ValueError("its shape is not a list of sizes.")
         return unpack(saved["bits"], saved["shape"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The mask of {name} in {path} cannot be read: {_reason(error)}") from error
@@ -198,7 +198,7 @@ def _reason(error: Exception) -> str:
     """The first line of a message that is for users; of another, what there is instead of a mask."""
     if isinstance(error, ValueError):
         return str(error).strip().splitlines()[0]
-    return "it has no bits and no shape, or not as a mask has them."
+    return "its bits or its shape are missing or damaged."
 
 
 def _describe(checkpoint: Any) -> str:

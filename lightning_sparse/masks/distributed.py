@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.sums import sum_over_processes, world_size
 
 __all__ = [
@@ -99,7 +100,8 @@ def vote(usable: bool, group: MaskGroup) -> bool:
     """Whether every process can update the masks of ``group``, which must be the same in all; all of them must ask.
 
     Raises:
-        MisconfigurationException: The masks of a weight differ; the message names it.
+        MisconfigurationException: The masks of a weight differ, or one has a gradient on some processes only; the
+            message names it.
     """
     if world_size() == 1:
         return usable
@@ -107,10 +109,18 @@ def vote(usable: bool, group: MaskGroup) -> bool:
         differ, unusable = _differing_copies(group, [weight.mask for weight in group], int(not usable))
         _refuse_differing(differ)
         return unusable == 0
-    ballot = torch.stack([torch.tensor(int(usable), device=group.mask.device), content_hash(group.mask)])
-    lowest, highest = _extremes(ballot)
-    if int(lowest[1]) != int(highest[1]):  # all processes see it, so all of them go on to look where
+    has_gradient = [weight.parameter.grad is not None for weight in group]
+    votes = torch.tensor([usable, *has_gradient], dtype=torch.int64, device=group.mask.device)
+    lowest, highest = _extremes(torch.cat([votes, content_hash(group.mask)[None]]))
+    if int(lowest[-1]) != int(highest[-1]):  # all processes see it, so all of them go on to look where
         masks_agree(group)
+    same = (lowest == highest)[1:-1].tolist()
+    if not all(same):
+        differ = enumerated(weight.name for weight, its in zip(group, same, strict=True) if not its)
+        raise MisconfigurationException(
+            f"Some processes have no gradient of {differ}, and others have one, so they would train different weights."
+            " Let every process compute the same loss, and set gradients to None on all of them or on none."
+        )
     return bool(lowest[0])
 
 

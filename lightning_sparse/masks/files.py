@@ -146,8 +146,8 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         )
     if metadata.get("version") not in (_VERSION, _WITHOUT_DIGEST):
         raise CheckpointError(
-            f"{path} was written in version {metadata.get('version', '')[:40]} of the format of masks, and this is"
-            f" {_VERSION}. Upgrade lightning-sparse."
+            f"{path} was written in version {metadata.get('version', '')[:40]} of the format of masks, and this"
+            f" lightning_sparse reads version {_VERSION}. Upgrade lightning-sparse."
         )
     return _unpacked(packed, metadata, path)
 
@@ -184,7 +184,7 @@ def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str
     except CheckpointError as error:
         if not Path(path).is_file() or is_archive(path):  # a zip archive is a checkpoint, if a bad one
             raise
-        raise CheckpointError(f"{error} Nor is it a file of masks.") from error
+        raise CheckpointError(f"{error} It is not a file of masks either.") from error
     methods = masks_by_method(checkpoint, path)
     if methods:
         return as_named({name: mask for masks in methods.values() for name, mask in masks.items()}, asked)
@@ -218,7 +218,7 @@ def _tensors(masks: Any) -> tuple[dict[str, Tensor], bool]:
     if not isinstance(masks, Mapping):
         raise TypeError(f"{_HOW_TO_SAVE}; what is to be written is a {type(masks).__name__}.")
     if unnamed := [name for name in masks if not isinstance(name, str) or name == "__metadata__"]:
-        raise ValueError(f"The names of masks are those of weights, and {unnamed[0]!r} is none.")
+        raise ValueError(f"Masks have the names of weights, and {unnamed[0]!r} is not a name.")
     spread = any(isinstance(value, MaskedWeight) and not value.layout.is_whole for value in masks.values())
     tensors = {
         canonical_name(name): value.layout.whole(value.mask) if isinstance(value, MaskedWeight) else value
@@ -251,11 +251,9 @@ def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: P
         if shapes.keys() != packed.keys():
             raise ValueError(f"there are shapes of {some_of(sorted(shapes))} and masks of {some_of(sorted(packed))}.")
         if not packed:
-            raise CheckpointError(f"{path} holds no masks: it is a file of masks without any. Write it anew.")
+            raise CheckpointError(f"{path} holds no masks: the file is empty. Write it again.")
         if metadata["version"] != _WITHOUT_DIGEST and metadata.get("digest") != _digest(shapes, packed):
-            raise CheckpointError(
-                f"{path} is damaged: it is not what was written (its digest differs). Copy or write it again."
-            )
+            raise CheckpointError(f"{path} is damaged: its digest does not match its contents. Copy or write it again.")
         if not all(isinstance(shape, list) for shape in shapes.values()):
             raise ValueError("a shape is a list of sizes.")
         return {name: unpack(bits, shapes[name]) for name, bits in packed.items()}
@@ -263,5 +261,5 @@ def _unpacked(packed: Mapping[str, Tensor], metadata: Mapping[str, str], path: P
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged: its masks do not fit their shapes ({error}) Write it anew."
+            f"{path} is damaged: its masks do not fit their shapes ({error}) Write it again."
         ) from error

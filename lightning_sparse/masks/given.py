@@ -50,4 +50,6 @@ def wrong_shapes(masks: Mapping[str, Tensor], weights: Iterable[Candidate | Mask
     ]
     if not wrong:
         return None
-    return f"{source} has masks of other shapes than the module: {'; '.join(wrong)}. Give the masks of this module."
+    return (
+        f"{source} has masks whose shapes differ from the weights': {'; '.join(wrong)}. Give the masks of this module."
+    )

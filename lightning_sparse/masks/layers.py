@@ -70,14 +70,16 @@ _INTO_EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "v1")
 _OUT_OF_EXPERTS = ("down_proj", "w2")
 
 _REASONS: dict[Part, str] = {
-    "direction": "parametrized: a row without weights is NaN under weight norm; remove the norm before fit, or name it"
-    " in full in include= and keep weights in each row",
+    "direction": "parametrized: a row without weights is NaN under weight norm; remove the norm before fit, or give"
+    " its full name in include= and keep some weights in each row",
     "magnitude": "parametrized: the magnitudes of a weight norm",
-    "scaled": "parametrized: name it in full in include= to mask it, for zeros stay zero under spectral norm",
-    "pruned": "parametrized: by torch.nn.utils.prune; call prune.remove before fit to mask it",
-    "other": "parametrized: zeros here may be none in the weight; remove the parametrization before fit to mask it",
+    "scaled": "parametrized: zeros stay zero under spectral norm; to mask it, give its full name in include=",
+    "pruned": "parametrized: by torch.nn.utils.prune; to mask it, call prune.remove before fit",
+    "other": (
+        "parametrized: zeros here need not be zeros of the weight; to mask it, remove the parametrization before fit"
+    ),
 }
-_UNKNOWN = "name it in full in include= to mask it, beside '*' to mask the rest too"
+_UNKNOWN = "to mask it, give its full name in include=, beside '*' for the rest"
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def recognise(place: Place, tried: MutableMapping[Hashable, bool | None]) -> Lay
     keeps = _keeps_zeros(place, tried)
     if keeps is False:
         does = f"{type(place.layer).__name__} computes with other weights than it stores"
-        return Layer(f"transformed: {does}; name it in full in include= to mask what is stored", wiring, keeps)
+        return Layer(f"transformed: {does}; to mask what it stores, give its full name in include=", wiring, keeps)
     return Layer("", wiring, keeps)
 
 

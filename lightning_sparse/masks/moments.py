@@ -24,6 +24,7 @@ __all__ = [
     "gradient_scale",
     "is_second_moment",
     "keeps_zeros",
+    "scaler_of_step",
     "skipped_step",
     "warm_moments",
 ]
@@ -183,10 +184,14 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
 
     A fused optimizer unscales them itself, within its step.
     """
+    scaler = scaler_of_step(trainer, optimizer)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def scaler_of_step(trainer: pl.Trainer, optimizer: Optimizer) -> torch.amp.GradScaler | None:
+    """The GradScaler whose scale ``optimizer`` takes off within its step, as fused ones do; None for all others."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())
+    return scaler if getattr(optimizer, "_step_supports_amp_scaling", False) else None
 
 
 def as_stepped_on(trainer: pl.Trainer, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:

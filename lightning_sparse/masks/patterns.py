@@ -9,6 +9,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_sparse.functional.selection import Key
 from lightning_sparse.masks.layout import layout_of
@@ -33,9 +34,13 @@ class Pattern(ABC):
             is_last: Whether it is the last of the module that would be masked: the output layer, as a rule.
         """
 
+    def least(self, weight: MaskedWeight) -> int:
+        """The fewest weights that are left of a layer, whatever its budget."""
+        return 0
+
     @abstractmethod
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:
-        """The most weights, of at most ``budget`` and within ``among``, that such a mask can hold."""
+        """The most weights, of at most ``budget`` or :meth:`least`, that such a mask can hold within ``among``."""
 
     @abstractmethod
     def largest(self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None) -> Tensor:
@@ -159,7 +164,10 @@ class NofM(Pattern):
 @final
 @dataclass(frozen=True)
 class ConstantFanIn(Pattern):
-    """The same number of active inputs for each neuron; neurons that are wholly pruned do not count."""
+    """The same number of active inputs for each neuron; neurons that are wholly pruned do not count.
+
+    A budget of fewer weights than neurons leaves one input to as many of these, those with the largest scores.
+    """
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
         if layout_of(candidate.parameter).cuts_rows(candidate.leading):
@@ -169,12 +177,12 @@ class ConstantFanIn(Pattern):
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
         fan_ins = weight.rows(among).sum(dim=1)
         alive = weight.count_rows(fan_ins > 0)
-        if alive == 0:
-            return 0
+        if budget < alive or alive == 0:
+            return min(budget, alive)
         # The smallest of those alive: the largest of what each lacks of a whole row.
         missing = torch.where(fan_ins > 0, weight.candidate.fan_in - fan_ins, 0)
         most = torch.cat([missing, missing.new_zeros(1)]).max()
-        return min(max(1, budget // alive), weight.candidate.fan_in - int(weight.layout.largest(most))) * alive
+        return min(budget // alive, weight.candidate.fan_in - int(weight.layout.largest(most))) * alive
 
     def largest(  # noqa: D102
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
@@ -184,7 +192,8 @@ class ConstantFanIn(Pattern):
         keys = weight.rows(scores if key is None else key(scores)).masked_fill(~eligible, -torch.inf)
         fan_in = k // max(1, weight.count_rows(alive))
         if fan_in == 0:
-            return torch.zeros_like(among)
+            fan_in, eligible = 1, eligible & weight.largest_rows(keys.amax(dim=1), k, alive).unsqueeze(1)
+            keys = keys.masked_fill(~eligible, -torch.inf)
         # A partition finds the last of each row; those that equal it are taken in the order of their places.
         last = keys.topk(fan_in, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
         above, ties = keys > last, keys == last
@@ -196,10 +205,17 @@ class ConstantFanIn(Pattern):
 @final
 @dataclass(frozen=True)
 class Filters(Pattern):
-    r"""Whole output neurons or filters, by the Euclidean norm of their scores; the output layer stays dense."""
+    """Whole output neurons or filters, by the Euclidean norm of their scores; the output layer stays dense.
+
+    Every layer keeps one at least.
+    """
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
         return "pattern: the outputs of the last layer are all needed" if is_last else _refuses_sharded(candidate)
+
+    @override
+    def least(self, weight: MaskedWeight) -> int:
+        return weight.candidate.fan_in
 
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
         fan_in = weight.candidate.fan_in

@@ -38,14 +38,15 @@ __all__ = [
 # Reasons that refuse a weight which would be masked: what is wrong, and what to do.
 _REFUSALS = {
     "no shape yet": "The shape of {names} of {types} is not known yet. Run one batch through the module before fit,"
-    " replace the lazy layer by one with stated sizes, or leave it out with exclude=.",
-    "sharded": "The entries of {names} are spread over processes in a way in which masks cannot follow them: by"
-    " DeepSpeed, or by FSDP2 and tensor parallelism together into parts that are not equal. Use ModelParallelStrategy,"
-    " with numbers of processes that divide their dimensions, or strategy='ddp'.",
+    " replace the lazy layer by one with known sizes, or leave it out with exclude=.",
+    "sharded": "Masks cannot follow how the entries of {names} are divided: by DeepSpeed, which hides the weights, or"
+    " by FSDP2 and tensor parallelism together into unequal parts. Use"
+    " ModelParallelStrategy, with numbers of processes that divide these dimensions, or strategy='ddp'.",
     "sparse gradients": "The gradients of {names} are sparse, and masks need dense ones. Build {types} with"
     " sparse=False, or leave it out of include=.",
-    "shared memory": "The entries of {names} lie in the same memory, but in two parameters, which would have two masks."
-    " Make them one parameter, as in decoder.weight = encoder.weight, or leave both out with exclude=.",
+    "shared memory": "The entries of {names} share their memory but are two parameters, which would have two masks."
+    " Make them one parameter, as in decoder.weight = encoder.weight, or leave both out with"
+    " exclude=.",
 }
 _OPEN = ("", "not included")  # what another use of the same weight may overrule
 _FINAL = NEVER | {"excluded"}  # what nothing overrules
@@ -189,9 +190,9 @@ def select_weights(
         raise MisconfigurationException(plan.refusal)
     if not (plan.weights if frozen else plan.masked):
         raise MisconfigurationException(
-            f"{type(module).__name__} has no weight to mask. Its parameters and the reasons:\n{plan}\n"
-            "Masked are weights of linear, convolution, recurrent and attention layers; to mask another floating-point"
-            " weight, name it in full in include=."
+            f"{type(module).__name__} has no weight to mask. Its parameters and the reasons:\n{plan}\nWeights of"
+            " linear, convolution, recurrent and attention layers are masked. To mask another floating-point weight,"
+            " give its full name in include=."
         )
     return plan
 

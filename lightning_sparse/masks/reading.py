@@ -21,11 +21,11 @@ _AT_ONCE = 1 << 20
 _LONGEST_HEADER = 100_000_000  # safetensors reads none that is longer
 
 _OF_OURS = {
-    "lightning_sparse.masks": "as files of masks are, and is no checkpoint. Of a file of masks, load_masks gives the"
-    " masks, and `lightning-sparse masks compare A B` says how alike those of two files are; it takes a checkpoint as"
-    " well.",
-    "lightning_sparse.sparse": "as sparse files are, and is no checkpoint. Of a sparse file, load_sparse gives the"
-    " weights.",
+    "lightning_sparse.masks": "like a file of masks, and is not a checkpoint. load_masks reads the masks of such a"
+    " file, and `lightning-sparse masks compare A B` compares those of two files; it also"
+    " takes checkpoints.",
+    "lightning_sparse.sparse": "like a sparse file, and is not a checkpoint. load_sparse reads the weights of such a"
+    " file.",
 }
 
 

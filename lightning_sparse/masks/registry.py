@@ -311,14 +311,14 @@ def _by_optimizer(
     missing = [candidate.name for candidate in candidates if id(candidate.parameter) not in indices]
     if missing:
         raise MisconfigurationException(
-            f"No optimizer steps {', '.join(missing)}, so masks there would never be held. Add them to the optimizer in"
-            " configure_optimizers, freeze them (requires_grad=False), or leave them out with exclude=."
+            f"No optimizer steps {', '.join(missing)}, so their masks would never be applied. Add them to the"
+            " optimizer in configure_optimizers, freeze them (requires_grad=False), or leave them out with exclude=."
         )
     shared = [candidate.name for candidate in candidates if len(indices[id(candidate.parameter)]) > 1]
     if shared:
         raise MisconfigurationException(
-            f"Several optimizers step {', '.join(shared)}, and each would have moments of its own to keep clear. Give"
-            " each masked weight to one optimizer, or leave it out with exclude=."
+            f"Several optimizers step {', '.join(shared)}, and each would keep moments of its own. Give each masked"
+            " weight to one optimizer, or leave it out with exclude=."
         )
     members: list[list[Candidate]] = [[] for _ in optimizers]
     for candidate in candidates:

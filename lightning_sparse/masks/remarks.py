@@ -54,8 +54,8 @@ def _on_unknown(candidates: Sequence[Candidate], include: Sequence[str] | None) 
     names = _covering(unknown, candidates)
     advice = [*(include if include is not None else ["*"]), *names]
     return (
-        f"{dense:,} of {total:,} entries of matrices ({dense / total:.0%}) stay dense, because these modules are"
-        f" not known: {enumerated(names)}. To mask them, write include=[{_list_of(advice)}]."
+        f"{dense:,} of {total:,} entries of matrices ({dense / total:.0%}) stay dense, because their modules are"
+        f" unknown: {enumerated(names)}. To mask them, write include=[{_list_of(advice)}]."
     )
 
 
@@ -85,8 +85,8 @@ def _on_idle_patterns(candidates: Sequence[Candidate], include: Sequence[str] | 
     if not idle:
         return ""
     return (
-        f"In include=, nothing is masked by {enumerated(idle)}. Name a weight of two or more dimensions in full to mask"
-        " what stays dense by default, or leave the pattern out."
+        f"These patterns in include= mask nothing: {enumerated(idle)}. To mask what stays dense by default, give the"
+        " full name of a weight of two or more dimensions. Or leave the pattern out."
     )
 
 
@@ -107,8 +107,8 @@ def _on_directions(candidates: Sequence[Candidate], _include: Sequence[str] | No
     if not masked:
         return ""
     return (
-        f"{enumerated(masked)}: under weight norm, an output all of whose weights are pruned is NaN. Keep the sparsity"
-        " low enough that each keeps some, or remove the norm before fit."
+        f"{enumerated(masked)}: under weight norm, an output becomes NaN when all its weights are pruned. Keep the"
+        " sparsity low enough that each output keeps some, or remove the norm before fit."
     )
 
 

@@ -196,7 +196,7 @@ def mapping_of(item: Check) -> Check:
             return f"is {_shown(value)}, not a mapping"
         for name, each in value.items():
             if not isinstance(name, str):
-                return f"has the name {_shown(name)}, which is none"
+                return f"has the name {_shown(name)}, which is not a name"
             if fault := item(each):
                 return f"of {printable(name)}{fault if fault.startswith(':') else f' {fault}'}"
         return ""
@@ -218,7 +218,7 @@ def record(fields: Mapping[str, Check], *, closed: bool = True) -> Check:
         if missing := sorted(fields.keys() - value.keys()):
             return f": it lacks {', '.join(missing)}"
         if closed and (extra := [key for key in value if key not in fields]):
-            return f": {_shown(extra[0]).strip(chr(39))} is a field that it does not have"
+            return f": {_shown(extra[0]).strip(chr(39))} is an unknown field"
         found = ((name, fields[name](value[name])) for name in fields)
         return next((f": {name}{fault if fault[0] == ':' else f' {fault}'}" for name, fault in found if fault), "")
 

@@ -117,7 +117,7 @@ def _check_pattern(argument: str, pattern: object) -> None:
         )
     if pattern.startswith("@") and pattern not in TRAITS:
         known = "; ".join(f"{trait!r}, {meaning}" for trait, meaning in TRAITS.items())
-        raise ValueError(f"{argument} is {pattern!r}, which is no selector. There are {known}.")
+        raise ValueError(f"{argument} is {pattern!r}, which is not a selector. The selectors are {known}.")
 
 
 def names_near(unknown: Iterable[str], known: Sequence[str]) -> str:
@@ -147,7 +147,7 @@ def _check_matches_something(argument: str, pattern: str, candidates: Sequence[C
         return
     if pattern.startswith("@"):
         raise MisconfigurationException(
-            f"{argument}={pattern!r} matches nothing: the module has none of these: {TRAITS[pattern]}. Leave it out."
+            f"{argument}={pattern!r} matches nothing: the module has no {TRAITS[pattern]}. Leave it out."
         )
     holders = dict.fromkeys(holder for candidate in candidates for holder in _modules_around(candidate.name))
     meant = [holder for holder in holders if holder == pattern or holder.endswith(f".{pattern}")]

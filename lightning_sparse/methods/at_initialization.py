@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -117,8 +118,8 @@ class AtInitialization(ScoredMethod, ABC):
             return False
         if all(weight.parameter.grad is None for weight in group):
             self.warn_once(
-                "no masked weight got a gradient, so masks wait, and the optimizer with them. Let training_step return"
-                " a loss that depends on the weights"
+                "no masked weight got a gradient, so neither pruning nor the optimizer has begun. Let training_step"
+                " return a loss that depends on the weights"
             )
         return True
 
@@ -131,6 +132,17 @@ class AtInitialization(ScoredMethod, ABC):
         for tensors in (*self.run.memory.values(), self.watched.tensors):
             for weight in group:
                 tensors.pop(weight.name, None)
+
+    @override
+    def training_ended(self) -> None:
+        if any(self.is_pending(group) for group in self.groups):
+            rank_zero_warn(
+                f"{type(self).__name__} has pruned nothing: training ended at step {self.step} before every masked"
+                f" weight had a finite gradient in {self.steps_watched} optimizer step(s). Look at the loss, and at the"
+                " number of batches."
+            )
+        else:
+            super().training_ended()
 
     @override
     def method_state(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lightning_sparse.trainer import callbacks_of
 __all__ = ["Averages"]
 
 _SAMPLE = 64  # entries of a copy at which a quick look looks
+_OF_EVERY_MODULE = frozenset(vars(pl.LightningModule()))
 _MOST = 100  # entries of a container in which copies are looked for
 
 
@@ -130,8 +131,11 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
         # Lightning's averaging callbacks keep their copy under this name.
         known = getattr(callback, "_average_model", None)
         for copy in _modules_in(vars(callback).values()):
-            if copy is not module:
-                yield _inside(copy), copy is known or isinstance(copy, AveragedModel)
+            for part in copy.modules() if copy is not module else ():
+                yield _inside(part), part is known or isinstance(part, AveragedModel)
+    for copy in _modules_in(_of_its_user(module)):
+        for part in copy.modules() if copy is not module else ():
+            yield _inside(part), isinstance(part, AveragedModel)
     for name, child in module.named_modules():
         if name:
             yield _inside(child), isinstance(child, AveragedModel)
@@ -140,7 +144,13 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
 def _quickly_beside(trainer: pl.Trainer, module: nn.Module) -> frozenset[int]:
     """What modules there are in callbacks and at the top of the module."""
     held = (id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback).values()))
-    return frozenset(held) | frozenset(map(id, module.children()))
+    own = map(id, _modules_in(_of_its_user(module)))
+    return frozenset(held) | frozenset(own) | frozenset(map(id, module.children()))
+
+
+def _of_its_user(module: nn.Module) -> list[Any]:
+    """What a module has besides that of every module: an average in a plain object, as timm's ModelEma, lies there."""
+    return [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
 
 
 def _modules_in(values: Iterable[Any], depth: int = 2) -> Iterator[nn.Module]:

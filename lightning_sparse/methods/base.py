@@ -28,6 +28,7 @@ masks (``inherited``), and its own training, of which durations may be fractions
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -106,7 +107,7 @@ class SparseMethod(Method):
         following.follow_optimizer(self, trainer, optimizer)
         steps.announced(self, trainer, optimizer)
         if self is methods_of(trainer)[-1]:
-            steps.leave_out(self.registry.idle_optimizers, optimizer)
+            steps.leave_out(self, trainer, optimizer)
 
     @final
     @override
@@ -126,6 +127,8 @@ class SparseMethod(Method):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if batch_idx == 0:  # the module's own hooks, in which averages are swapped in, come after ours
+            holding.look_at_all(self, trainer, pl_module)
         holding.repair_written(self)
 
     @final
@@ -137,13 +140,15 @@ class SparseMethod(Method):
         holding.warn_of_thawed(self)
         # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
         values = {"sparsity": self.registry.sparsity, "sparsity_target": total_target_sparsity(trainer)}
-        values |= self.extra_metrics()
+        values |= _numbered(self, trainer)
+        _tell_of_others(self, trainer, values)
         pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     @final
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         holding.look_at_all(self, trainer, pl_module)
+        holding.warn_of_dead_filters(self)
         self.training_ended()
         if trainer.is_global_zero:
             for sentence in checkpoints.denser_checkpoints(self, trainer):
@@ -192,6 +197,29 @@ class SparseMethod(Method):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         checkpoints.take_state(self, state_dict)
+
+
+def _numbered(method: SparseMethod, trainer: pl.Trainer) -> dict[str, float]:
+    """What ``method`` logs beside sparsity, with a number where an earlier one has the key: they would be averaged."""
+    earlier = methods_of(trainer)[: methods_of(trainer).index(method)]
+    taken = [key for other in earlier if other.groups for key in other.extra_metrics()]
+    values = method.extra_metrics()
+    return {f"{key}_{1 + taken.count(key)}" if key in taken else key: value for key, value in values.items()}
+
+
+def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Name metrics that the module logs under the same keys."""
+    results = getattr(trainer, "_results", None) or {}
+    theirs = {
+        item.meta.name
+        for item in results.values()
+        if getattr(getattr(item, "meta", None), "fx", "on_train_epoch_end") != "on_train_epoch_end"
+    }
+    if same := sorted(theirs & values.keys()):
+        method.warn_once(
+            f"the module logs {', '.join(same)} too, and what this callback logs takes its place. Log yours under"
+            " another name"
+        )
 
 
 def methods_of(trainer: pl.Trainer) -> list[SparseMethod]:

@@ -67,7 +67,7 @@ def _plan_and_make(
         if error is None:
             for method in methods:
                 _make_masks(method)
-            _refuse_waking(methods, trainer, pl_module)
+            _warn_of_waking(methods, trainer, pl_module)
     except Exception as refused:
         error = refused
     agree_to_begin(_settings(methods, error), error)
@@ -127,8 +127,8 @@ def _without_refused(method: Method, plan: Plan) -> Plan:
         some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise MisconfigurationException(
-            f"{method!r} can mask no weight of this module: {some}{more}. Give another pattern, or a module that it"
-            " fits."
+            f"{method!r} cannot mask any weight of this module: {some}{more}. Give another pattern, or a module that"
+            " it fits."
         )
     numel = sum(candidate.parameter.numel() for candidate in masked if candidate.name in reasons)
     total = sum(candidate.parameter.numel() for candidate in masked)
@@ -145,7 +145,7 @@ def _initialize(method: Method, run: Run) -> None:
     for weight in method.weights:
         if weight.name in inherited and inherited[weight.name].shape != weight.mask.shape:
             raise MisconfigurationException(
-                f"The mask that was left of {printable(weight.name)} has shape"
+                f"The mask left by an earlier training for {printable(weight.name)} has shape"
                 f" {tuple(inherited[weight.name].shape)}, but the weight has {tuple(weight.mask.shape)}. Train the"
                 " module that the masks are of."
             )
@@ -154,9 +154,9 @@ def _initialize(method: Method, run: Run) -> None:
     names = waking_zeros(run.groups, inherited)
     if names:
         method.warn_once(
-            f"{', '.join(names)} hold zeros as after a sparse training, and no masks came with them: the zeros are"
-            " trained again. To go on from their masks, call lightning_sparse.apply_masks(model, masks) before fit,"
-            " with the model that fit is given, resume with ckpt_path, or train with FixedMask"
+            f"{', '.join(names)} have zeros that look pruned, but no masks: the zeros will be trained again. To keep"
+            " them, call lightning_sparse.apply_masks(model, masks) before fit, with the model that fit is given,"
+            " resume with ckpt_path, or train with FixedMask"
         )
 
 
@@ -175,17 +175,17 @@ def _resume(method: Method, run: Run) -> None:
             method.clock_starts(group)
 
 
-def _refuse_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Name masks that were left in the module, and that no method takes over."""
+def _warn_of_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Warn of masks that were left in the module and that no method takes over: their zeros would be trained."""
     left = checkpoints.inherited_by_all(methods, pl_module)
     taken = {name for method in methods for name in method.run.registry}
-    # What is frozen is not trained; it is named when it thaws.
+    # What is frozen is not trained; the warning comes when it thaws.
     frozen = {candidate.name for method in methods for candidate in method.run.plan.frozen}
     unmasked = left.keys() - taken - frozen
     if unmasked:
         methods[-1].warn_once(
-            f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over, so"
-            " their zeros are trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
+            f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over: their"
+            " zeros will be trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
         )
 
 
@@ -220,8 +220,12 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
     """End a training, however it ended: leave the module sparse, and nothing else behind."""
     run = method.last_run
     if run is None or not run.active:
+        checkpoints.resume_no_more(method)
         return
+    steps.clip_again(method)
     for group in run.groups:
+        if group in run.steps.awaiting:  # an error between the gradients and the step
+            method.step_skipped(group)
         group.apply_()
         run.steps.unhook(group)
     run.averages.apply_(method.weights)

@@ -28,6 +28,7 @@ __all__ = [
     "denser_checkpoints",
     "forget_stale",
     "inherited_by_all",
+    "resume_no_more",
     "state_of",
     "take",
     "take_state",
@@ -128,9 +129,9 @@ def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path
     if differ:
         shown = ", ".join(map(printable, differ))
         raise MisconfigurationException(
-            f"In the training of the checkpoint {path}, other convolutions used the weights of {shown}, as under EAST,"
-            f" and in this {type(module).__name__} they have their own, so neither masks nor optimizers fit. Add"
-            " WeightSharing() to the callbacks, with the arguments that it had there."
+            f"In the checkpoint {path}, convolutions share the weights of {shown}, as under EAST. In this"
+            f" {type(module).__name__} each has its own, so neither masks nor optimizers fit. Add WeightSharing() to"
+            " the callbacks, with the arguments that it had then."
         )
 
 
@@ -162,6 +163,12 @@ def forget_stale(method: Method, module: pl.LightningModule) -> None:
         method.loaded = None
 
 
+def resume_no_more(method: Method) -> None:
+    """As a ``fit`` ends that has not begun to train, keep what its checkpoint has brought: weights that were loaded."""
+    if method.loaded is not None:
+        method.loaded = replace(method.loaded, resumes=False)
+
+
 def _is_still_there(left: Left | None, module: pl.LightningModule) -> bool:
     return left is not None and MaskRegistry.last_left(module) is left and left.is_still_in(module)
 
@@ -178,10 +185,10 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
             return Beginning(check_state(loaded.state, method.state_key, method.state_fields()), goes_on=True)
         if loaded.left is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
-                f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so resuming would go on"
-                " dense. Either it was written with save_weights_only=True or without this callback (or with other"
-                " include= and exclude=). To begin with its weights, load them with load_from_checkpoint and call fit"
-                " without ckpt_path."
+                f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so training would go on"
+                " dense. It was written with save_weights_only=True, without this callback, or with other include="
+                " and exclude=. To begin with its weights, load them with load_from_checkpoint and call fit without"
+                " ckpt_path."
             )
     if run is not None and run.active and run.trainer() is trainer:
         return run.beginning  # the trial of a learning-rate finder, whose steps are taken back
@@ -219,10 +226,10 @@ def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:
         if active - at_the_end > _TOLERANCE * numel:
             its, last = 1 - active / numel, 1 - at_the_end / numel
             sentences.append(
-                f"the best checkpoint by {callback.monitor}, {path.name}, has sparsity"  # type: ignore[attr-defined]
-                f" {its:.4f}, and training ended with {last:.4f}: it is from before the last weights were pruned."
-                " Add a ModelCheckpoint() without monitor=, which keeps the last epoch, or let this one wait until"
-                " the sparsity is reached, as the page on getting started shows"
+                f"the best checkpoint by {callback.monitor}, {path.name}, has sparsity {its:.4f}, and training ended"
+                f" with {last:.4f}: it was saved before the last weights were pruned. Add a ModelCheckpoint() without"
+                " monitor=, which keeps the last epoch, or let this one wait until the sparsity is reached, as the"
+                " documentation shows under 'Keep the best'"
             )
     return sentences
 

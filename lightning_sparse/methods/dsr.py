@@ -43,7 +43,7 @@ class _Adaptive:
 @final
 @method
 class DSR(GrowingMethod):
-    r"""Dynamic sparse reparameterization: one threshold prunes all layers, and survivors say who grows.
+    r"""Dynamic sparse reparameterization: one threshold prunes all layers; layers grow as much as they kept.
 
     At an update, with :math:`R` active weights,
 
@@ -86,10 +86,10 @@ class DSR(GrowingMethod):
     drop_fraction: float | Schedule = field(
         default=Constant(0.1),
         metadata=doc(
-            "Fraction of the active weights that an update is to prune; a number is annealed to 0 along a cosine."
+            "Fraction of the active weights that an update prunes, about; a number is annealed to 0 along a cosine."
         ),
     )
-    threshold: float = field(default=1e-3, metadata=doc("H at first, above 0; it doubles and halves as needed."))
+    threshold: float = field(default=1e-3, metadata=doc("The first H, above 0; it doubles and halves as needed."))
     stop: Duration = field(default=0.95, metadata=doc("Time after which the masks stay."))
 
     def __post_init__(self) -> None:
@@ -107,20 +107,15 @@ class DSR(GrowingMethod):
         self.run.own = _Adaptive(self.threshold)
 
     @override
-    def before_update(self, group: MaskGroup) -> None:
-        its = self._adaptive
+    def budgets(self, group: MaskGroup) -> list[int]:
+        its, budget = self._adaptive, budget_of(group, self.sparsity_now)
         large = [weight.mask & (weight.value.abs() >= its.threshold) for weight in group]
         least = [min(self.min_active, weight.num_active) for weight in group]
-        its.survivors = [max(*pair) for pair in zip(group.counts(large), least, strict=True)]
-
-    @override
-    def budgets(self, group: MaskGroup) -> list[int]:
-        left, budget = self._adaptive.survivors, budget_of(group, self.sparsity_now)
+        left = its.survivors = [max(*pair) for pair in zip(group.counts(large), least, strict=True)]
         if budget <= sum(left):  # a schedule that rises asks for more than the threshold prunes
             return proportional(left, budget, left, [min(self.min_active, its_left) for its_left in left])
-        held = left if self.regrow else [weight.num_active for weight in group]
-        rooms = [weight.numel - its_held for weight, its_held in zip(group, held, strict=True)]
-        grown = proportional(left, min(budget - sum(left), sum(rooms)), rooms)
+        rooms = [weight.numel - its_left for weight, its_left in zip(group, left, strict=True)]
+        grown = proportional(left, budget - sum(left), rooms)
         return [its_left + its_grown for its_left, its_grown in zip(left, grown, strict=True)]
 
     @override

@@ -48,7 +48,7 @@ _LARGEST_ALPHA = 0.1  # what is larger was probably meant to be a sparsity
 @final
 @method
 class DST(LatentMethod):
-    r"""Dynamic sparse training: each neuron, filter or gate row learns the threshold below which its weights sleep.
+    r"""Dynamic sparse training: each neuron, filter or gate row learns the threshold below which it prunes.
 
     With thresholds :math:`t` and masks :math:`M_{ij} = [\,|W_{ij}| > t_i\,]`, the loss :math:`L(W \odot M)` is trained
     together with

@@ -20,8 +20,8 @@ Differs from the authors' code, or is chosen where paper and code say nothing ce
 from __future__ import annotations
 
 import math
-from dataclasses import field
-from typing import ClassVar, final
+from dataclasses import field, replace
+from typing import Any, ClassVar, TypeVar, final
 
 import lightning.pytorch as pl
 import torch
@@ -39,11 +39,13 @@ from lightning_sparse.schedules import Cosine, CycleShape, Cyclic, Duration, Sch
 
 __all__ = ["EAST"]
 
+Part = TypeVar("Part", DyReLUPhasing, WeightSharing)
+
 
 @final
 @method
 class EAST(GrowingMethod):
-    r"""Extreme adaptive sparse training: RigL that explores for long, with three helps for 99.9 % and more.
+    r"""Extreme adaptive sparse training: RigL with longer exploration and three additions, for 99.9 % and more.
 
     - **DyReLU phasing**: activations begin as Dynamic ReLUs and end as ReLUs; see
       :class:`~lightning_sparse.modules.DyReLUPhasing`.
@@ -142,30 +144,21 @@ class EAST(GrowingMethod):
     )
 
     def __post_init__(self) -> None:
-        _check_part("phasing", self.phasing, DyReLUPhasing)
-        _check_part("sharing", self.sharing, WeightSharing)
-        cycles = as_number(self.cycles)
-        if not (isinstance(cycles, int) and cycles == 0):
-            cycle = (self.cycles, self.cycle_length, self.cycle_growth, self.multiplier, self.cycle_shape)
-            self.sparsity = Cyclic(_checked_number("sparsity", self.sparsity), *cycle)
+        self.sparsity = _in_cycles(self)
         super().__post_init__()
-        limit = self.clip_dense_norm = as_number(self.clip_dense_norm)
-        if limit is not None and (isinstance(limit, bool) or not (isinstance(limit, int | float) and limit > 0)):
-            raise ValueError(f"clip_dense_norm is {limit!r}; give a norm above 0, or None not to clip.")
-        self.phasing = DyReLUPhasing(seed=self.seed) if self.phasing is True else self.phasing or None
-        self.sharing = WeightSharing(seed=self.seed) if self.sharing is True else self.sharing or None
+        self.clip_dense_norm = _checked_norm("clip_dense_norm", self.clip_dense_norm)
+        self.phasing = _part("phasing", self.phasing, DyReLUPhasing, self.seed)
+        self.sharing = _part("sharing", self.sharing, WeightSharing, self.seed)
 
     @property
     @override
     def times(self) -> UpdateTimes:
-        exchanges = UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
+        exchanges = super().times
         if not isinstance(self.sparsity, Cyclic):
             return exchanges
-        end = min(1.0, self.sparsity.end) * self.stop  # a sum of fractions may be a little above 1, or a whole step
-        if isinstance(self.stop, int):
-            end = math.ceil(end - 1e-6)  # the first step at which the last cycle is over
-        cycles = UpdateTimes(every=self.cycle_update_every, start=self.start, stop=end, least=10)
-        return UpdateTimes(every=self.update_every, start=cycles.stop, stop=self.stop, least=10, before=cycles)
+        end = _end_of(self.sparsity, self.stop)
+        cycles = replace(exchanges, every=self.cycle_update_every, stop=end)
+        return replace(exchanges, start=end, before=cycles)
 
     @override
     def companions(self) -> list[pl.Callback]:
@@ -173,14 +166,9 @@ class EAST(GrowingMethod):
 
     @override
     def exchanged(self, weight: MaskedWeight, active: int) -> int:
-        return 0 if self._is_cycling else super().exchanged(weight, active)
-
-    @property
-    def _is_cycling(self) -> bool:
-        """Whether this update belongs to the cycles, the one that ends them included."""
         times = self.run.timetable
-        latest = None if times is None else times.latest(self.step)
-        return times is not None and times.before is not None and latest is not None and latest <= times.start
+        cycles = times is not None and times.is_before(self.step)
+        return 0 if cycles else super().exchanged(weight, active)
 
     @override
     def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
@@ -195,15 +183,33 @@ class EAST(GrowingMethod):
         return weight.grad
 
 
-def _checked_number(name: str, value: object) -> float:
-    plain = as_number(value)
-    if isinstance(plain, bool) or not isinstance(plain, int | float):
-        hint = " The cycles are its schedule; a schedule of your own needs cycles=0." if callable(value) else ""
-        raise ValueError(f"{name} is {value!r}; give a number, a fraction in [0, 1).{hint}")
-    return plain
+def _in_cycles(east: EAST) -> float | Schedule:
+    """The cyclic schedule of a number; what was given, where there are no cycles."""
+    cycles, sparsity = as_number(east.cycles), as_number(east.sparsity)
+    if isinstance(cycles, int) and cycles == 0:
+        return east.sparsity
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
+        hint = " The cycles are its schedule; a schedule of your own needs cycles=0." if callable(sparsity) else ""
+        raise ValueError(f"sparsity is {sparsity!r}; give a number, a fraction in [0, 1).{hint}")
+    return Cyclic(sparsity, east.cycles, east.cycle_length, east.cycle_growth, east.multiplier, east.cycle_shape)
 
 
-def _check_part(name: str, value: object, kind: type[pl.Callback]) -> None:
+def _end_of(schedule: Cyclic, stop: Duration) -> Duration:
+    """The first time at which the last cycle is over."""
+    end = min(1.0, schedule.end) * stop  # a sum of fractions may be a little above 1, or a whole step
+    return math.ceil(end - 1e-6) if isinstance(stop, int) else end
+
+
+def _checked_norm(name: str, value: Any) -> float | None:
+    limit: float | None = as_number(value)
+    if limit is not None and (isinstance(limit, bool) or not (isinstance(limit, int | float) and limit > 0)):
+        raise ValueError(f"{name} is {limit!r}; give a norm above 0, or None not to clip.")
+    return limit
+
+
+def _part(name: str, value: Any, kind: type[Part], seed: int) -> Part | None:
+    """A part of EAST: that of the user, one of our own, or none."""
     if not isinstance(value, bool | kind):
         shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
         raise ValueError(f"{name} is {shown}; give True, False, or the callback, such as {kind.__name__}().")
+    return kind(seed=seed) if value is True else value or None

@@ -49,7 +49,7 @@ _EXTREME = 0.95  # the sparsity above which the authors damp the gradients of pr
 @final
 @method
 class Feather(LatentMethod):
-    r"""Straight-through pruning of the whole network's smallest weights, with a threshold that spares the large ones.
+    r"""Straight-through pruning of the whole network's smallest weights; its threshold hardly shrinks the large ones.
 
     The weights of all layers are ranked together at every step; :math:`T` is the largest of the magnitudes that
     ``sparsity`` prunes. The module computes with

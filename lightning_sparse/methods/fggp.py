@@ -16,6 +16,7 @@ Differs from the authors' code:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import ClassVar, Literal, final
 
@@ -36,12 +37,13 @@ __all__ = ["FGGP"]
 
 PoolOf = Literal["active", "survivors"]
 First = Literal["gradient", "magnitude"]
+Criterion = Callable[[MaskedWeight], Tensor]
 
 
 @final
 @method
 class FGGP(ScoredMethod):
-    r"""Fixed-rate gradient-first gradual pruning: of the weights with small gradients, the smallest go.
+    r"""Fixed-rate gradient-first gradual pruning: prunes the smallest of the weights with small gradients.
 
     At update time :math:`t`, with :math:`R` active of :math:`N` weights and :math:`n = R - \lfloor (1 - s_t) N \rfloor`
     to prune,
@@ -117,13 +119,25 @@ class FGGP(ScoredMethod):
 
     @override
     def dropped(self, pool: MaskedWeight | MaskPool, among: Tensor, n: int) -> Tensor:
-        by = [lambda weight: weight.grad, lambda weight: weight.value]
-        first, second = by if self.first == "gradient" else by[::-1]
+        first, second = self._criteria
         # C = the max(n, ⌊γR⌋) active weights with the smallest |∂L/∂w|
         size = self._pool_size(pool.count(among), n)
         candidates = pool.smallest(self.ranked(pool, first), size, among, key=torch.abs)
         # P = the n members of C with the smallest |w|
         return pool.smallest(self.ranked(pool, second), n, candidates, key=torch.abs)
+
+    @override
+    def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
+        first, second = self._criteria
+        size = self._pool_size(weight.num_active, weight.num_active - keep)
+        safe = self.shape.feasible(weight, weight.num_active - size, weight.mask)
+        outside = self.shape.largest(weight, first(weight), safe, weight.mask, key=torch.abs)
+        return second(weight).masked_fill(outside, torch.inf)  # what is not in C stays
+
+    @property
+    def _criteria(self) -> list[Criterion]:
+        by: list[Criterion] = [lambda weight: weight.grad, lambda weight: weight.value]
+        return by if self.first == "gradient" else by[::-1]
 
     def _pool_size(self, remaining: int, n: int) -> int:
         assert isinstance(self.pool, Schedule)

@@ -45,7 +45,7 @@ _LEFT_OUT = ("excluded", "not included", "frozen", "tied", "dense in the run", "
 @final
 @method
 class FixedMask(HardMaskMethod):
-    r"""Fixed masks: fine-tune with a topology that does not move.
+    r"""Fixed masks: trains the weights that are left, and keeps the zeros where they are.
 
     With :math:`M` from where ``masks`` says, each step trains the active weights alone:
 
@@ -105,8 +105,8 @@ class FixedMask(HardMaskMethod):
         super().__post_init__()
         if self.masks is not None and not isinstance(self.masks, str | Path | Mapping):
             raise ValueError(
-                f"masks is {self.masks!r}; give a path, a mapping of names to masks, or nothing. A sparsity cannot be"
-                " asked for: fixed masks keep that of the weights. To prune, use GMP or FGGP."
+                f"masks is {self.masks!r}; give a path, a mapping of names to masks, or nothing. It takes no sparsity,"
+                " because it keeps the zeros that are there. To prune, use GMP or FGGP."
             )
         if isinstance(self.masks, Mapping):
             check_bool(self.masks)
@@ -209,12 +209,12 @@ class FixedMask(HardMaskMethod):
         if not frozen and all([*dense, *(mask.all() for name, mask in masks.items() if name not in zeros)]):
             raise MisconfigurationException(
                 f"FixedMask found no zero in {', '.join(masks)}: the module is dense. Load sparse weights into it"
-                " before fit, resume a sparse training with ckpt_path, or name the masks: FixedMask(masks=PATH)."
+                " before fit, resume a sparse training with ckpt_path, or give the masks: FixedMask(masks=PATH)."
             )
         return masks | frozen
 
     def _tell_of_dense_zeros(self) -> None:
-        """Name zeros, as of a sparse training, in weights that are trained and stay dense."""
+        """Warn of zeros, as a sparse training leaves them, in weights that are trained and stay dense."""
         zeros = {
             candidate.name: (count_of_whole(candidate.parameter, local_part(candidate.parameter) == 0), candidate.numel)
             for candidate in self.dense
@@ -226,8 +226,8 @@ class FixedMask(HardMaskMethod):
         if counts:
             shown = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
             self.warn_once(
-                f"zeros in weights that stay dense are trained again: {shown}. Name them in include=, beside '*' for"
-                " the others, or give their masks"
+                f"zeros in weights that stay dense will be trained again: {shown}. Name them in include=, beside '*'"
+                " for the others, or give their masks"
             )
 
     def _read(self, given: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
@@ -251,8 +251,8 @@ class FixedMask(HardMaskMethod):
         if missing:
             shown = ", ".join(map(printable, masks)) or "nothing"
             raise MisconfigurationException(
-                f"{source} has no mask of {', '.join(missing)}; it has masks of {shown}. To leave what has none dense,"
-                f" add exclude={[*(self.exclude or ()), *missing]}. If they come from a training that shared weights"
+                f"{source} has no mask for {', '.join(missing)}; it has masks of {shown}. To leave these dense, add"
+                f" exclude={[*(self.exclude or ()), *missing]}. If they come from a training that shared weights"
                 " (EAST, WeightSharing), add WeightSharing() before FixedMask instead, with the arguments that it had"
                 " there."
             )

@@ -76,15 +76,14 @@ def _follow(method: Method, group: MaskGroup, gone: Sequence[MaskedWeight], here
         method.weights_added(changed, added)
     if followed:
         method.warn_once(
-            f"{_names(followed)} was replaced by another parameter of the same shape, which has its mask now"
+            f"{_names(followed)} was replaced by another parameter of the same shape, which now has its mask"
         )
     if added:
         method.warn_once(f"{_names(added)} was replaced by a layer of another shape, which is masked anew")
     dense = [weight for weight in lost if weight.name not in {one.name for one in added}]
     if dense:
         method.warn_once(
-            f"{_names(dense)} is no longer what was masked, so it stays dense and counts no more. Call fit anew to mask"
-            " what has taken its place"
+            f"{_names(dense)} was replaced, so it is no longer masked. Call fit again to mask its replacement"
         )
 
 

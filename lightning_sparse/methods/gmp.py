@@ -25,7 +25,7 @@ __all__ = ["GMP"]
 @final
 @method
 class GMP(ScoredMethod):
-    r"""Gradual magnitude pruning: the smallest weights go, along a cubic schedule.
+    r"""Gradual magnitude pruning: prunes the smallest weights, along a cubic schedule.
 
     At update time :math:`t`, the active weights with the smallest :math:`|w|` are pruned until the sparsity is
 

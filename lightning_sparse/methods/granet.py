@@ -32,7 +32,7 @@ __all__ = ["GraNet"]
 @final
 @method
 class GraNet(GrowingMethod):
-    r"""Gradual pruning with neuroregeneration: the smallest of all weights go, and then each layer exchanges some.
+    r"""Gradual pruning with neuroregeneration: prunes the smallest of all weights, then exchanges some in each layer.
 
     At an update at step :math:`t`, with :math:`N` weights,
 

@@ -37,7 +37,7 @@ __all__ = ["GraSP"]
 @final
 @method
 class GraSP(AtInitialization):
-    r"""Gradient signal preservation: at initialization, weights without which gradients flow best go for good.
+    r"""Gradient signal preservation: prunes once, at initialization, the weights that gradient flow needs least.
 
     To remove a weight changes the squared norm of the gradient, to first order, by its score times a positive number,
 
@@ -140,6 +140,11 @@ class GraSP(AtInitialization):
         if isinstance(pool, MaskPool):
             return pool.smallest(pool.flat(self.drop_scores), n, among)
         return pool.smallest(self.drop_scores(pool), n, among)
+
+    @override
+    def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
+        signed = self.drop_scores(weight).double()
+        return signed - signed.min()  # by magnitude as with their signs
 
 
 def _gradients(of: Tensor, weights: Sequence[MaskedWeight], *, create_graph: bool) -> Sequence[Tensor | None]:

@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_sparse.arguments import check_flag
 from lightning_sparse.functional.allocation import share
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.weight import MaskedWeight
@@ -19,7 +18,7 @@ from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice
 from lightning_sparse.methods.scored import ScoredMethod
 from lightning_sparse.methods.vanishing import vanished
-from lightning_sparse.schedules import Cosine, Duration, Schedule, UpdateTimes, as_schedule, check_fraction
+from lightning_sparse.schedules import Cosine, Duration, Schedule, as_schedule, check_fraction
 
 __all__ = ["GrowingMethod", "InitialScale"]
 
@@ -78,8 +77,6 @@ class GrowingMethod(ScoredMethod, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("initial_scale", self.initial_scale, InitialScale)
-        self.regrow = check_flag("regrow", self.regrow)
-        self.update_replaces_step = check_flag("update_replaces_step", self.update_replaces_step)
         check_fraction("drop_fraction", as_schedule(self.drop_fraction), below_one=False)
         if not isinstance(self.drop_fraction, Schedule):
             self.drop_fraction = Cosine(self.drop_fraction, 0.0)
@@ -88,12 +85,6 @@ class GrowingMethod(ScoredMethod, ABC):
                 "update_every is 1 and update_replaces_step is on, so the optimizer would never step. Give an"
                 " update_every of 10 steps or more, or update_replaces_step=False."
             )
-
-    @property
-    @override
-    def times(self) -> UpdateTimes:
-        # What has just been grown needs steps to grow in.
-        return UpdateTimes(every=self.update_every, start=self.start, stop=self.stop, least=10)
 
     @property
     @override
@@ -135,8 +126,8 @@ class GrowingMethod(ScoredMethod, ABC):
             if names:
                 scale = "" if self.initial_scale == "density" else ' give initial_scale="density",'
                 self.warn_once(
-                    f"nearly no gradient comes to {', '.join(names)} through such sparse layers, and what it is will"
-                    f" hardly change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
+                    f"hardly any gradient reaches {', '.join(names)} through layers this sparse, so they will hardly"
+                    f" change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
                 )
 
     @override

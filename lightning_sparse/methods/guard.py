@@ -31,6 +31,9 @@ class Guard:
 
     Args:
         group: The weights.
+
+    Attributes:
+        suspects: Whether somebody was caught who leaves no evidence, so that every weight is looked at in every step.
     """
 
     def __init__(self, group: MaskGroup) -> None:
@@ -38,6 +41,9 @@ class Guard:
         self._weights: list[_Mark] = []
         self._grads: list[_Mark] = []
         self._samples: list[Tensor] = []
+        self._before: list[_Mark] = []
+        self._writes: list[int] = []
+        self.suspects = False
         self.note_weights()
 
     def note_weights(self) -> None:
@@ -48,6 +54,20 @@ class Guard:
         """The weights that someone else has written to or moved since."""
         marks = zip(self._group, self._weights, strict=True)
         return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
+
+    def step_begins(self) -> None:
+        """To be called when the optimizer is about to step."""
+        self._before = [_mark(weight.parameter) for weight in self._group]
+
+    def step_is_odd(self) -> bool:
+        """Whether more, or less, was written since :meth:`step_begins` than in the last step, or this is the first.
+
+        An optimizer writes as often in each step; somebody who writes to weights in a hook before it adds to that.
+        """
+        before, self._before = self._before, []
+        writes = [_mark(w.parameter)[1] - mark[1] for w, mark in zip(self._group, before, strict=False)]
+        odd, self._writes = writes != self._writes, writes
+        return odd
 
     def replaced_weights(self) -> list[MaskedWeight]:
         """The weights in whose place the module now holds another parameter."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -22,6 +24,7 @@ from lightning_sparse.methods import holding
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.schedules import Timetable, UpdateTimes
+from lightning_sparse.timetable import without_end
 
 __all__ = ["HardMaskMethod"]
 
@@ -80,6 +83,12 @@ class HardMaskMethod(SparseMethod):
     @final
     @override
     def timetable(self, total_steps: float) -> Timetable:
+        if math.isinf(total_steps) and self.times.needs_total_steps:
+            given = {
+                item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.type == "Duration"
+            }
+            if any(isinstance(value, float) for value in given.values()):
+                raise ValueError(without_end(given))
         times = self.times.resolve(total_steps)
         if self.last_run is not None and self._is_before(times):
             self._warn_of(times, total_steps)
@@ -99,10 +108,15 @@ class HardMaskMethod(SparseMethod):
             )
         if isinstance(self.times.every, int) and times.only_at_its_ends:
             rank_zero_warn(
-                f"{type(self).__name__}: update_every is {times.every} steps, but updates begin at step"
-                f" {times.first} and end at step {times.stop}: masks change there at the most, and"
-                " all at once. Give a smaller update_every, or a fraction of training."
+                f"{type(self).__name__}: update_every is {times.every} steps, but updates begin at step {times.first}"
+                f" and end at step {times.stop}: masks change only there, all at once. Give a smaller update_every, or"
+                " a fraction of training."
             )
+
+    @final
+    @override
+    def updates_now(self, group: MaskGroup) -> bool:
+        return self._is_due(group)
 
     @final
     @override
@@ -145,12 +159,14 @@ class HardMaskMethod(SparseMethod):
     @final
     def _update(self, group: MaskGroup) -> Tensor | None:
         """Let masks change; return those before, or None where none has."""
-        before = group.mask.clone()
+        before, budgets = group.mask.clone(), [weight.budget for weight in group]
         try:
             self.update_masks(group)
         except Exception:  # nothing half-applied
             group.mask.copy_(before)
             group.recount()
+            for weight, budget in zip(group, budgets, strict=True):
+                weight.budget = budget
             raise
         broadcast_masks_(group)
         group.updated_at = self.step
@@ -172,8 +188,10 @@ class HardMaskMethod(SparseMethod):
     def _gradients_are_usable(self, group: MaskGroup, *, due: bool) -> bool:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
         finite = bool(gradients) and all_finite(gradients)  # there is none where training_step returned None
-        # A process without gradients votes too. Parts of a sharded gradient may be finite where others are not.
-        usable = vote(finite, group) if due or group.is_spread else finite
+        # A process without gradients votes too. Where readiness is counted, all count the same steps; and some parts of
+        # a sharded gradient may be finite, and others not.
+        together = due or group.is_spread or type(self).is_ready is not HardMaskMethod.is_ready
+        usable = vote(finite, group) if together else finite
         if usable:
             group.not_finite_for = 0
         elif gradients and due:

@@ -18,23 +18,28 @@ from lightning_sparse.methods.interface import Method
 __all__ = [
     "compare_processes",
     "forget_moments",
+    "look_after_step",
     "look_at_all",
+    "look_before_step",
     "look_now_and_then",
     "masks_are_others",
     "masks_changed",
     "mend_gradients",
     "repair_written",
+    "warn_of_dead_filters",
     "warn_of_thawed",
 ]
 
+_MANY = 0.02  # of the depthwise filters
 _EVERY = 100  # steps between two looks at every weight
-_FIRST = (1, 2)  # steps after which an average, written before or after us, has moved
+_FIRST = (1, 2)  # steps after which an average, written before or after us, has moved, and habits show
 
 
 def masks_changed(method: Method, group: MaskGroup) -> None:
     """Make masks that were just written true everywhere: in counts, weights and averages."""
     group.recount()
-    group.apply_()
+    if group not in method.run.steps.differentiated:  # else after the step
+        group.apply_()
     method.registry.num_updates += 1
     masks_are_others(method, group)
 
@@ -74,6 +79,8 @@ def repair_written(method: Method) -> None:
         written = guard.written_weights()
         if written:
             _mend(method, group, written, "were written between two steps")
+        if guard.suspects:
+            _look(method, group)
 
 
 @torch.no_grad()
@@ -87,10 +94,31 @@ def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModu
         written = guard.written_weights()
         if written:
             _mend(method, group, written, "were written between two steps")
-        awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
-        if awake:
-            _mend(method, group, awake, "were written past autograd's counters (.data, numpy)")
+        _look(method, group)
         run.averages.apply_(group)
+
+
+def _look(
+    method: Method, group: MaskGroup, cause: str = "were written past autograd's counters (.data, numpy)"
+) -> None:
+    awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
+    if awake:
+        method.run.guards[group].suspects = True
+        _mend(method, group, awake, cause)
+
+
+def look_after_step(method: Method, group: MaskGroup) -> None:
+    """Look at every weight after a step that prunes, or in which more was written than before, or under suspicion."""
+    guard = method.run.guards[group]
+    if guard.step_is_odd() or guard.suspects or group.updated_at == method.step:
+        _look(method, group, "were written between the gradients and the step")
+
+
+def look_before_step(method: Method, group: MaskGroup) -> None:
+    """Look at every weight before what follows hides what was written: an update of masks, or values laid back."""
+    taken = method.step - method.run.origin
+    if taken in (0, *_FIRST) or taken % _EVERY == 0 or method.updates_now(group):
+        _look(method, group)
 
 
 def look_now_and_then(method: Method) -> None:
@@ -99,11 +127,9 @@ def look_now_and_then(method: Method) -> None:
     taken = method.step - run.origin
     if taken in _FIRST:
         run.averages.apply_(method.weights)
-    if taken % _EVERY == 0:
+    if taken in _FIRST or taken % _EVERY == 0:
         for group in run.guards:
-            awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
-            if awake:
-                _mend(method, group, awake, "were written past autograd's counters (.data, numpy)")
+            _look(method, group)
 
 
 def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWeight]) -> None:
@@ -163,8 +189,22 @@ def compare_processes(method: Method) -> None:
             )
 
 
+def warn_of_dead_filters(method: Method) -> None:
+    """Name depthwise convolutions that have lost filters: each has few weights, and is all that its channel has."""
+    weights = [weight for weight in method.weights if "@depthwise" in weight.candidate.traits]
+    alive = {weight: weight.rows(weight.mask).flatten(1).any(dim=1) for weight in weights}
+    dead = sum(int((~its).sum()) for its in alive.values())
+    total = sum(its.numel() for its in alive.values())
+    if dead > _MANY * total:
+        names = enumerated(weight.name for weight, its in alive.items() if not its.all())
+        method.warn_once(
+            f"{dead:,} of {total:,} filters of depthwise convolutions have no active weight left, so their channels are"
+            f" lost: {names}. exclude=['@depthwise'] leaves these few weights dense"
+        )
+
+
 def warn_of_thawed(method: Method) -> None:
-    """Name what was frozen when masks were made, and is trained now without one."""
+    """Warn of what was frozen when masks were made, and is trained now without one."""
     left_dense = [name for name in method.run.plan.thawed if name not in method.registry]
     if left_dense:
         method.warn_once(

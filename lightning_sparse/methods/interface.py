@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.arguments import check_flag
 from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
@@ -24,15 +26,18 @@ from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.paper import Paper
 from lightning_sparse.methods.run import Loaded, Run
 from lightning_sparse.schedules import Timetable, as_number
+from lightning_sparse.trainer import TrainerCallback
 
 __all__ = ["Method"]
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
 
 # Steps in a row without a finite gradient, after which training has diverged.
 _PATIENCE = 100
 
 
 @method
-class Method(pl.Callback, ABC):
+class Method(TrainerCallback, ABC):
     """A method of sparse training: the questions that it answers, and what can be read of it.
 
     :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, at which it is asked.
@@ -59,7 +64,8 @@ class Method(pl.Callback, ABC):
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):  # numbers of numpy are numbers
-            setattr(self, item.name, as_number(getattr(self, item.name)))
+            value = as_number(getattr(self, item.name))
+            setattr(self, item.name, check_flag(item.name, value) if item.type in (bool, "bool") else value)
         self.include, self.exclude = as_patterns("include", self.include), as_patterns("exclude", self.exclude)
         # Lightning asks for it at every hook.
         self._state_key = self._generate_state_key(include=self.include, exclude=self.exclude)
@@ -134,6 +140,10 @@ class Method(pl.Callback, ABC):
     def clock_starts(self, group: MaskGroup) -> None:
         """A new training begins with masks of an earlier one; say when ``group`` was last updated."""
         group.updated_at = self.step - 1
+
+    def updates_now(self, group: MaskGroup) -> bool:
+        """Whether the masks of ``group`` are about to be ranked anew, so that its weights have to be as they should."""
+        return False
 
     def on_batch(self, batch: Any) -> None:
         """Look at a batch before training_step does; on the device of the module."""
@@ -265,9 +275,11 @@ def _in_full(value: object) -> str:
         return f"{value.dtype} {tuple(value.shape)} {int(content_hash(value)):x}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_in_full(item)}" for name, item in value.items())
-    if isinstance(value, pl.Callback):
+    if isinstance(value, pl.Callback) or type(value).__repr__ is object.__repr__:  # as a schedule of a user's own
         public = {
-            name: item for name, item in vars(value).items() if isinstance(item, str | int | float | tuple | None)
+            name: item
+            for name, item in getattr(value, "__dict__", {}).items()
+            if isinstance(item, str | int | float | tuple | None)
         }
         return f"{type(value).__name__}({_in_full({k: v for k, v in public.items() if not k.startswith('_')})})"
-    return repr(value)
+    return _ADDRESS.sub("", repr(value))

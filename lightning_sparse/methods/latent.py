@@ -32,6 +32,7 @@ from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
 from lightning_sparse.methods.twins import (
+    descend,
     saved_like,
     saved_twin,
     set_like_its_user,
@@ -201,20 +202,26 @@ class LatentMethod(SparseMethod):
         else:
             self.be_patient(group)
         scale = gradient_scale(trainer, group.optimizer)
-        group.each(partial(self._prepare_step, scale=scale))
+        lay = group not in self.run.steps.differentiated
+        group.each(partial(self._prepare_step, scale=scale, lay=lay))
 
-    def _prepare_step(self, weight: MaskedWeight, scale: float) -> None:
-        """Lay the dense weight back, with its gradient."""
+    def _prepare_step(self, weight: MaskedWeight, scale: float, lay: bool) -> None:
+        """Give the dense weight its gradient, and lay it back unless the optimizer differentiates gradients."""
         latent = self.latent(weight)
         if weight.parameter.grad is None:
             self.without_gradient(weight, scale)
         else:
             self.rewrite_gradient(weight, latent, scale)
-        weight.value.copy_(latent)
+        if lay:
+            weight.value.copy_(latent)
 
     @final
     @override
     def after_step(self, group: MaskGroup) -> None:
+        if group in self.run.steps.differentiated:
+            for weight in group:  # it has moved what the module computed with: W moves as far
+                latent = self.latent(weight)
+                weight.value.add_(latent - self.effective(weight, latent))
         self.take_step(group)
         if self._kept.finite:
             self._learn(group)
@@ -261,8 +268,15 @@ class LatentMethod(SparseMethod):
         if twin is None:
             return
         set_like_its_user(twin, group, self.twin_settings())
-        with torch.enable_grad():  # differentiable optimizers ask for it
-            twin.step()
+        if group in self.run.steps.differentiated:
+            self.warn_once(
+                f"{type(twin).__name__} differentiates gradients, and what {type(self).__name__} learns beside the"
+                " weights has gradients in closed form, so plain SGD of the same learning rate steps it"
+            )
+            descend(twin)
+        else:
+            with torch.enable_grad():  # differentiable optimizers ask for it
+                twin.step()
         twin.zero_grad()
 
     @final

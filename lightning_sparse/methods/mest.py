@@ -35,7 +35,7 @@ __all__ = ["MEST"]
 @final
 @method
 class MEST(GrowingMethod):
-    r"""Memory-economic sparse training: prune by magnitude and gradient, grow at random; a mutation that decreases.
+    r"""Memory-economic sparse training: prunes by magnitude and gradient, grows at random, less and less.
 
     At an update, in each layer, the weights with the smallest
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import count_true
-from lightning_sparse.masks.budgets import budget_of, check_budget, layer_budgets
+from lightning_sparse.masks.budgets import budget_of, check_budget, feasible_budgets, layer_budgets
 from lightning_sparse.masks.layout import is_sharded
-from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
+from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate, judge_parameters, select_weights
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.weight import MaskedWeight
-from lightning_sparse.methods.checks import check_choice
+from lightning_sparse.masks.wrappers import unwrapped
+from lightning_sparse.methods.checks import check_choice, check_sparsity
 from lightning_sparse.methods.scored import Allocation
-from lightning_sparse.schedules import as_number, as_schedule, check_fraction
+from lightning_sparse.methods.wanda import wanda_scores
 
 __all__ = ["prune"]
 
@@ -29,29 +31,40 @@ def prune(
     module: nn.Module,
     sparsity: float,
     *,
-    allocation: Allocation = "global",
-    pattern: Pattern | str = "any",
-    scores: Scores | None = None,
+    allocation: Allocation | None = None,
+    pattern: Pattern | str | None = None,
+    scores: Scores | Literal["wanda"] | None = None,
+    batches: Iterable[Any] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     r"""Prune a module once, in place, to an exact sparsity.
 
-    Of :math:`N` weights :math:`\lfloor (1 - s) N \rfloor` stay, those with the largest scores.
+    Of :math:`N` weights :math:`\lfloor (1 - s) N \rfloor` stay, those with the largest scores. With ``scores="wanda"``
+    these are, of a trained module,
 
-    The next training of the module by a method goes on from these masks. In a loop of one's own, call
-    :func:`~lightning_sparse.apply_masks` after each optimizer step.
+    .. math:: S_{ij} = |W_{ij}| \cdot \lVert X_j \rVert_2
+
+    with :math:`X_j` the inputs that the weight meets in ``batches``; each output keeps as many inputs as every other of
+    its layer, rounded down, and all layers have one sparsity. There is no training in it.
+
+    What earlier masks of the module prune goes first, whatever its score. The next training of the module by a method
+    goes on from these masks. In a loop of one's own, call :func:`~lightning_sparse.apply_masks` after each optimizer
+    step.
 
     Args:
-        module: Any module; frozen weights are pruned too.
+        module: Any module; frozen weights are pruned too. What wraps it, as DDP does, is left out of account.
         sparsity: Fraction of zeros, in [0, 1), of the masked weights together.
-        allocation: ``"global"`` ranks all weights together; ``"uniform"``, ``"er"`` and ``"erk"`` give each layer its
-            share.
-        pattern: ``"any"``, N of M as ``"2:4"``, or an object such as
-            :class:`~lightning_sparse.masks.patterns.Filters`; one other than ``"any"`` goes with an allocation by
-            layer.
+        allocation: ``"global"``, the default, ranks all weights together; ``"uniform"``, the default of Wanda, ``"er"``
+            and ``"erk"`` give each layer its share.
+        pattern: ``"any"``, the default; N of M as ``"2:4"``; or an object such as
+            :class:`~lightning_sparse.masks.patterns.Filters`, or
+            :class:`~lightning_sparse.masks.patterns.ConstantFanIn`, the default of Wanda. One other than ``"any"``
+            goes with an allocation by layer.
         scores: What is ranked instead of the weights, by magnitude: a mapping of names to tensors of the weights'
-            shapes, or a function of name and weight that gives one.
+            shapes, a function of name and weight that gives one, or ``"wanda"``.
+        batches: For Wanda, what the module is called with, some hundred samples in all: tensors; mappings, as keyword
+            arguments; or ``(inputs, targets)`` of a loader, of which the inputs are taken.
         include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
         exclude: Patterns of what stays dense.
 
@@ -70,42 +83,72 @@ def prune(
         >>> prune(module, 0.75)["weight"]
         tensor([[False,  True, False, False],
                 [ True, False, False, False]])
+
+        By Wanda, each output keeps the inputs that matter to it, here where the third input is always 0:
+
+        >>> module.weight = nn.Parameter(torch.tensor([[1.0, -8.0, 9.0, 3.0], [7.0, 4.0, -9.0, 6.0]]))
+        >>> prune(module, 0.5, scores="wanda", batches=[torch.tensor([[1.0, 1.0, 0.0, 1.0]])])["weight"]
+        tensor([[False,  True, False,  True],
+                [ True, False, False,  True]])
+
+    References:
+        Sun, Liu, Bair & Kolter, `A Simple and Effective Pruning Approach for Large Language Models
+        <https://arxiv.org/abs/2306.11695>`_, ICLR 2024 (Wanda).
     """
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     if MaskRegistry.find(module):
         raise ValueError(
-            f"{type(module).__name__} is in training, where its masks are those of its method. Call prune before fit."
+            f"{type(module).__name__} is in training, and its method holds its masks. Call prune before fit."
         )
     if any(map(is_sharded, module.parameters())):
         raise ValueError(
             f"{type(module).__name__} is sharded, and prune works on whole weights. Call it before fully_shard or"
             " parallelize_module, or train with GMP, which prunes sharded weights."
         )
-    check_fraction("sparsity", as_schedule(sparsity), below_one=True)
+    number = check_sparsity("sparsity", sparsity)
+    by_wanda = _asks_for_wanda(scores, batches)
+    allocation = allocation or ("uniform" if by_wanda else "global")
+    if pattern is None:
+        pattern = ConstantFanIn() if by_wanda and allocation != "global" else "any"
     check_choice("allocation", allocation, Allocation)
-    shape, number = as_pattern(pattern), float(as_number(sparsity))
+    shape = as_pattern(pattern)
     if allocation == "global" and shape != AnyPattern():
         raise ValueError(
             f"pattern is {shape} and allocation 'global', but a pattern is chosen layer by layer. Give"
             " allocation='uniform' or 'erk'."
         )
     pool = MaskPool(_candidates(module, shape, include, exclude))
-    check_budget(pool, number, min_active=0)
-    ranked = [_scores_of(weight, scores) for weight in pool]
+    check_budget(pool, number, min_active=0, pattern=shape)
+    if isinstance(scores, str):
+        scores = wanda_scores(module, batches or (), [weight.candidate for weight in pool])
+    left = MaskRegistry.left_in(module)
+    ranked = [_scores_of(weight, scores, left) for weight in pool]
     if allocation == "global":
         flat = [weight.flatten(its) for weight, its in zip(pool, ranked, strict=True)]
         n = pool.numel - budget_of(pool, number)
         pool.mask &= ~pool.smallest(flat, n, pool.mask, key=torch.abs)
     else:
         budgets = layer_budgets(pool, number, allocation, min_active=0)
+        budgets = feasible_budgets(pool, budgets, shape, lambda weight: weight.mask)
         for weight, its, budget in zip(pool, ranked, budgets, strict=True):
-            k = shape.feasible(weight, budget, weight.mask)
-            weight.mask.copy_(shape.largest(weight, its, k, weight.mask, key=torch.abs))
+            weight.mask.copy_(shape.largest(weight, its, budget, weight.mask, key=torch.abs))
     pool.recount()
     pool.apply_()
     masks = {weight.name: weight.mask.clone(memory_format=torch.contiguous_format) for weight in pool}
-    MaskRegistry.leave(module, MaskRegistry.left_in(module) | masks, given=True)
+    MaskRegistry.leave(module, left | masks, given=True)
     return masks
+
+
+def _asks_for_wanda(scores: Scores | str | None, batches: Iterable[Any] | None) -> bool:
+    if isinstance(scores, str) and scores != "wanda":
+        raise ValueError(f"scores is {scores!r}; give 'wanda', a mapping of names to tensors, or a function.")
+    if isinstance(scores, str) != (batches is not None):
+        raise ValueError(
+            "scores='wanda' looks at what the layers are given: give batches= too, some hundred samples of training."
+            if isinstance(scores, str)
+            else "batches are looked at by scores='wanda' alone; give it, or leave batches out."
+        )
+    return isinstance(scores, str)
 
 
 def _candidates(
@@ -122,14 +165,14 @@ def _candidates(
     return fitting
 
 
-def _scores_of(weight: MaskedWeight, scores: Scores | None) -> Tensor:
+def _scores_of(weight: MaskedWeight, scores: Scores | None, left: Mapping[str, Tensor]) -> Tensor:
     if scores is None:
         its = weight.value
     elif isinstance(scores, Mapping):
         if weight.name not in scores:
             raise ValueError(
-                f"scores has none of {weight.name}; it has some of {', '.join(scores) or 'nothing'}. Give scores for"
-                " every masked weight, or leave others out with exclude=."
+                f"scores has none for {weight.name}; it has scores for {', '.join(scores) or 'no weight'}. Give scores"
+                " for every masked weight, or leave others out with exclude=."
             )
         its = scores[weight.name]
     else:
@@ -140,4 +183,5 @@ def _scores_of(weight: MaskedWeight, scores: Scores | None) -> Tensor:
     unranked = count_true(its.isnan())
     if unranked:
         raise ValueError(f"{unranked} scores of {weight.name} are NaN, which cannot be ranked. Give finite scores.")
-    return its.to(weight.value.device)
+    its = its.to(weight.value.device)
+    return its.masked_fill(~left[weight.name], 0.0) if weight.name in left else its

@@ -29,7 +29,7 @@ __all__ = ["RigL"]
 @final
 @method
 class RigL(GrowingMethod):
-    r"""The rigged lottery: prune by magnitude, grow where the dense gradient is largest, at constant sparsity.
+    r"""The rigged lottery: prunes by magnitude, grows where the dense gradient is largest, at constant sparsity.
 
     At an update at step :math:`t < T_{end}`, in each layer of :math:`n` active weights the
     :math:`k = \lfloor f(t)\, n \rfloor` smallest :math:`|\theta|` are pruned, and of the weights that are then

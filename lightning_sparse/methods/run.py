@@ -83,12 +83,17 @@ class StepWatch:
         had_gradients: Groups that had gradients without ever being announced.
         stepped: Whether a step was taken in this batch.
         handles: The hooks on optimizers, by group.
+        clip_val: What the Trainer clips gradients to, while it is kept from it in a step that is left out.
+        differentiated: Groups whose optimizer may differentiate their gradients in the coming step, as AdaHessian and
+            SophiaH do: until then nothing writes to the weights, for autograd would refuse.
     """
 
     awaiting: set[MaskGroup] = field(default_factory=set[MaskGroup])
+    differentiated: set[MaskGroup] = field(default_factory=set[MaskGroup])
     seen: set[MaskGroup] = field(default_factory=set[MaskGroup])
     had_gradients: set[MaskGroup] = field(default_factory=set[MaskGroup])
     stepped: bool = False
+    clip_val: float | None = None
     handles: dict[MaskGroup, list[RemovableHandle]] = field(default_factory=dict[MaskGroup, "list[RemovableHandle]"])
 
     def unhook(self, group: MaskGroup) -> None:

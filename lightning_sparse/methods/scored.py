@@ -9,13 +9,14 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal, final
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.arguments import check_whole
 from lightning_sparse.functional.selection import Scores
-from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, layer_budgets
+from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, feasible_budgets, layer_budgets
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import inherit_
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
@@ -130,19 +131,26 @@ class ScoredMethod(HardMaskMethod, ABC):
         """
         return pool.smallest(self.ranked(pool, self.drop_scores), n, among, key=torch.abs)
 
+    def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
+        """With a :attr:`pattern`, what :meth:`dropped` is without: those with the largest magnitude of this stay.
+
+        Args:
+            weight: One layer.
+            keep: How many stay.
+        """
+        return self.drop_scores(weight)
+
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
         """The weights with the largest magnitude of this are grown; shaped like ``weight.value``."""
         return random_scores(weight, self.seed, self.step)
 
     def budgets(self, group: MaskGroup) -> list[int]:
-        """The active weights that each layer has after this update."""
+        """The active weights that each layer has after this update; with a :attr:`pattern`, at most."""
         if self.allocation == "global":
             return self._budgets_together(group)
         if self.grows and group.num_active == budget_of(group, self.sparsity_now) and not self._shaped:
             return [weight.num_active for weight in group]
-        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
-        allowed = [torch.ones_like(weight.mask) if self.grows else weight.mask for weight in group]
-        return group.each(self.shape.feasible, shares, allowed)
+        return layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
 
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
         """What pruning leaves of each layer, before growth fills it up to its budget."""
@@ -188,13 +196,21 @@ class ScoredMethod(HardMaskMethod, ABC):
         if self.allocation == "global":
             self.prune_together(group, group.num_active - budget_of(group, self.sparsity_now))
         budgets = self.budgets(group)
+        if self._shaped:
+            budgets = feasible_budgets(group, budgets, self.shape, self.allowed)
         group.each(self._renew, self.kept(group, budgets), budgets)
         check_met(group)
         self.after_update(group)
 
     def _renew(self, weight: MaskedWeight, keep: int, budget: int) -> None:
-        weight.mask.copy_(self.new_mask(weight, keep, budget))
-        weight.budget = budget
+        if not self.regrows:  # what grows then needs a place among those that were pruned before
+            keep = max(keep, budget - (weight.numel - weight.num_active))
+        mask, weight.budget = self.pruned_to(weight, keep), budget
+        if self.grows and (budget > keep or self._shaped):
+            free = self.free(weight, mask)
+            weight.budget = self.shape.feasible(weight, budget, mask | free) if self._shaped else budget
+            mask = self.grown_to(weight, mask, weight.budget - keep, free)
+        weight.mask.copy_(mask)
 
     def before_update(self, group: MaskGroup) -> None:
         """An update is about to choose the masks of ``group``."""
@@ -236,25 +252,30 @@ class ScoredMethod(HardMaskMethod, ABC):
         )
         return group.mask & ~group.flatten(kept)
 
-    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
-        """The mask of a layer after this update: pruned to ``keep`` weights, grown to ``budget``."""
-        kept = self._pruned_to(weight, keep)
-        if budget <= keep:
-            return kept
-        free = torch.ones_like(kept) if self.regrows else kept | ~weight.mask
-        if self._shaped:
-            scores = self.grow_scores(weight).abs().masked_fill(kept, torch.inf)
-            return self.shape.largest(weight, scores, budget, free)
-        return kept | weight.largest(self.grow_scores(weight), budget - keep, free & ~kept, key=torch.abs)
+    def allowed(self, weight: MaskedWeight) -> Tensor:
+        """Where the pattern of a layer may have weights after this update."""
+        return torch.ones_like(weight.mask) if self.grows else weight.mask
 
-    def _pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+    def pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+        """The mask of a layer that is pruned to ``keep`` weights."""
+        if self._shaped:
+            feasible = self.shape.feasible(weight, keep, weight.mask)
+            scores = self.pattern_scores(weight, feasible)
+            return self.shape.largest(weight, scores, feasible, weight.mask, key=torch.abs)
         n = weight.num_active - keep
-        if n <= 0 and not self._shaped:
-            return weight.mask
-        if not self._shaped:
-            return weight.mask & ~self.dropped(weight, weight.mask, n)
-        feasible = self.shape.feasible(weight, keep, weight.mask)
-        return self.shape.largest(weight, self.drop_scores(weight), feasible, weight.mask, key=torch.abs)
+        return weight.mask & ~self.dropped(weight, weight.mask, n) if n > 0 else weight.mask
+
+    def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
+        """Where a layer that was pruned to ``kept`` may grow."""
+        return ~kept if self.regrows else ~kept & ~weight.mask
+
+    def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
+        """The mask of a layer that was pruned to ``kept`` and grows ``n`` of the ``free``, to ``weight.budget``."""
+        scores = self.grow_scores(weight)
+        if self._shaped:
+            first = scores.abs().masked_fill(kept, torch.inf)
+            return self.shape.largest(weight, first, weight.budget, kept | free)
+        return kept | weight.largest(scores, n, free, key=torch.abs)
 
     @property
     @override
@@ -271,7 +292,7 @@ class ScoredMethod(HardMaskMethod, ABC):
     def initialize_masks(self, group: MaskGroup) -> None:
         assert isinstance(self.sparsity, Schedule)
         for percent in range(101) if self.grows else (100,):  # refuse at the start what could not be done later
-            check_budget(group, self.sparsity(percent / 100), self.min_active)
+            check_budget(group, self.sparsity(percent / 100), self.min_active, self.shape)
         first = self.sparsity(0.0)
         # What never grows begins with what it inherits; its first update prunes the rest.
         if first > 0.0 and (self.grows or not self.inherited):
@@ -284,19 +305,28 @@ class ScoredMethod(HardMaskMethod, ABC):
     def _shape(self, weight: MaskedWeight) -> None:
         """Of masks without the pattern the largest weights that fit it stay."""
         weight.budget = self.shape.feasible(weight, weight.count(weight.mask), weight.mask)
-        weight.mask.copy_(self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs))
+        mask = self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs)
+        if not self.grows and (woken := weight.count(mask & ~weight.mask)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} goes on from a mask of {weight.name} that the pattern {self.shape} does not"
+                f" fit: it would train {woken:,} of its zeros again. Go on with pattern='any', or with a method that"
+                " grows weights."
+            )
+        weight.mask.copy_(mask)
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
         allocation = "erk" if self.allocation == "global" else self.allocation
+        budgets = layer_budgets(group, sparsity, allocation, self.min_active)
+        if self._shaped:
+            budgets = feasible_budgets(group, budgets, self.shape, lambda weight: torch.ones_like(weight.mask))
 
         def draw(weight: MaskedWeight, budget: int) -> None:
-            every = torch.ones_like(weight.mask)
-            weight.budget = self.shape.feasible(weight, budget, every)
+            weight.budget = budget
             scores = random_scores(weight, self.seed, step=0)
-            weight.mask.copy_(self.shape.largest(weight, scores, weight.budget, every))
+            weight.mask.copy_(self.shape.largest(weight, scores, budget, torch.ones_like(weight.mask)))
 
-        group.each(draw, layer_budgets(group, sparsity, allocation, self.min_active))
+        group.each(draw, budgets)
 
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ __all__ = ["SET"]
 @final
 @method
 class SET(GrowingMethod):
-    r"""Sparse evolutionary training: prune by magnitude, grow at random, at constant sparsity.
+    r"""Sparse evolutionary training: prunes by magnitude, grows at random, at constant sparsity.
 
     At an update, in each layer of :math:`n` active weights the :math:`k = \lfloor \zeta_t\, n \rfloor` smallest
     :math:`|w|` are pruned and as many inactive weights, drawn at random, are grown at zero. :math:`\zeta_t` is

@@ -37,7 +37,7 @@ __all__ = ["SNFS"]
 @final
 @method
 class SNFS(GrowingMethod):
-    r"""Sparse momentum: prune by magnitude, grow where momentum is largest, in the layers whose momentum is largest.
+    r"""Sparse momentum: prunes by magnitude, grows where momentum is largest, most in layers with much momentum.
 
     With the momentum :math:`m \leftarrow \beta m + \partial L / \partial w` of every weight, at an update
 
@@ -103,9 +103,8 @@ class SNFS(GrowingMethod):
         budget = budget_of(group, self.sparsity_now)
         if budget <= sum(left):  # a schedule that rises asks for more than the exchange prunes
             return proportional(left, budget, left, [min(self.min_active, its_left) for its_left in left])
-        held = left if self.regrow else [weight.num_active for weight in group]
-        rooms = [weight.numel - its_held for weight, its_held in zip(group, held, strict=True)]
-        grown = proportional(self._mean_momentum(group), min(budget - sum(left), sum(rooms)), rooms)
+        rooms = [weight.numel - its_left for weight, its_left in zip(group, left, strict=True)]
+        grown = proportional(self._mean_momentum(group), budget - sum(left), rooms)
         return [its_left + its_grown for its_left, its_grown in zip(left, grown, strict=True)]
 
     @override

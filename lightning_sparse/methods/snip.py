@@ -28,7 +28,7 @@ __all__ = ["SNIP"]
 @final
 @method
 class SNIP(AtInitialization):
-    r"""Single-shot pruning: at initialization, connections to which the loss is least sensitive go for good.
+    r"""Single-shot pruning: prunes once, at initialization, the weights to which the loss is least sensitive.
 
     With the gradient of a first batch, or of ``batches`` of them, the weights with the smallest sensitivity
 

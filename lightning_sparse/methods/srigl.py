@@ -35,7 +35,7 @@ __all__ = ["SRigL"]
 @final
 @method
 class SRigL(GrowingMethod):
-    r"""Structured RigL: every neuron has the same number of active inputs, and neurons that matter little go wholly.
+    r"""Structured RigL: every neuron has equally many active inputs, and unimportant neurons are removed.
 
     At an update, in each layer of :math:`n` active weights, with :math:`k = \lfloor f(t)\, n \rfloor` as in
     :class:`RigL`,
@@ -104,13 +104,17 @@ class SRigL(GrowingMethod):
 
     @override
     def budgets(self, group: MaskGroup) -> list[int]:
-        shares = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
+        budgets = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
 
-        def leave(weight: MaskedWeight, budget: int) -> int:
+        def leave(weight: MaskedWeight, budget: int) -> None:
             self._alive[weight.name] = self._neurons_left(weight, budget)
-            return self.shape.feasible(weight, budget, self._alive[weight.name])
 
-        return group.each(leave, shares)
+        group.each(leave, budgets)
+        return budgets
+
+    @override
+    def allowed(self, weight: MaskedWeight) -> Tensor:
+        return self._alive[weight.name]
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
@@ -124,13 +128,24 @@ class SRigL(GrowingMethod):
         return weight.grad
 
     @override
-    def new_mask(self, weight: MaskedWeight, keep: int, budget: int) -> Tensor:
-        alive = self._alive[weight.name]
-        kept = weight.largest(weight.value, keep, weight.mask, key=torch.abs) & alive
+    def pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
+        return weight.largest(weight.value, keep, weight.mask, key=torch.abs) & self._alive[weight.name]
+
+    @override
+    def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
+        return self._alive[weight.name] & ~kept
+
+    @override
+    def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
+        fan_in = weight.budget // max(1, weight.count_rows(weight.rows(kept | free).any(dim=1)))
         # All kept weights come before all others: those by magnitude, these by gradient.
-        ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
-        free = alive if self.regrows else alive & (kept | ~weight.mask)
-        return self.shape.largest(weight, ranked, budget, free)
+        if weight.count_rows(weight.rows(kept).sum(dim=1) > fan_in) == 0:  # as a rule: then none of them is cut off
+            ranked = weight.grad.abs().masked_fill_(kept, torch.inf)
+        else:
+            ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
+        if not self.regrows:  # what has just been pruned comes last: only where its neuron has no other place
+            ranked.masked_fill_(weight.mask & ~kept, -1.0)
+        return self.shape.largest(weight, ranked, weight.budget, kept | free)
 
     def _neurons_left(self, weight: MaskedWeight, budget: int) -> Tensor:
         """The mask of all weights of the neurons that are not ablated."""

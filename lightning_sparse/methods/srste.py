@@ -7,8 +7,8 @@ Differs from the paper and the authors' code:
     - No layer is replaced: the gradient is rewritten in closed form before the optimizer steps.
     - The term of lambda is added once a step; the authors' backward adds it once for each batch that is accumulated.
     - Ties are broken by position, and gradients that are inf or NaN change no mask.
-    - A layer whose inputs are no multiple of M stays dense and is named; the authors' code counts M weights on over the
-      ends of rows, which no accelerator executes.
+    - A layer whose inputs are no multiple of M stays dense, and the plan says so; the authors' code counts M weights on
+      over the ends of rows, which no accelerator executes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["SRSTE"]
 @final
 @method
 class SRSTE(LatentMethod):
-    r"""Sparse-refined straight-through estimator: N of M weights by magnitude, chosen anew at every step.
+    r"""Sparse-refined straight-through estimator: keeps the N largest of every M weights, chosen again at each step.
 
     The module computes with :math:`\widetilde W = W \odot M`, where :math:`M` has the N largest :math:`|W|` of every M
     neighbours along the inputs. The optimizer is given

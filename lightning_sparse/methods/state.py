@@ -110,7 +110,7 @@ def optimizer_state(value: Any) -> str:
         return fault
     known = {index for group in value["param_groups"] for index in group["params"]}
     if not (isinstance(value["state"], Mapping) and known.issuperset(value["state"])):
-        return "is no state of an optimizer"
+        return "is not an optimizer's state"
     if not all(isinstance(own, Mapping) for own in value["state"].values()):
         return "is no state of an optimizer"
     try:

@@ -8,11 +8,12 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import laid_like
-from lightning_sparse.masks.moments import skipped_step
+from lightning_sparse.masks.moments import scaler_of_step, skipped_step
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.interface import Method
@@ -21,6 +22,7 @@ from lightning_sparse.trainer import clips_gradients
 __all__ = [
     "announced",
     "batch_ended",
+    "clip_again",
     "dissolve",
     "form",
     "leave_out",
@@ -44,44 +46,92 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
     for group in groups:
         run.steps.awaiting.add(group)
         run.steps.seen.add(group)
-        _check_gradients(method, group)
+        # Somebody may have written within training_step or after backward.
+        written = run.guards[group].written_weights()
+        graphs = _make_plain(method, group)
+        if not graphs:  # else autograd would refuse
+            if written:
+                holding.repair_written(method)
+            holding.look_before_step(method, group)
+        if graphs:
+            run.steps.differentiated.add(group)
         method.before_step(trainer, group)
+        _put_back(graphs, masked=method.clears_gradients)
         if method.clears_gradients:
             run.guards[group].note_gradients()
+            run.guards[group].step_begins()
         else:
             run.guards[group].note_weights()  # their dense values are laid in
 
 
-def _check_gradients(method: Method, group: MaskGroup) -> None:
-    """Refuse gradients that an optimizer may differentiate; make those of ``Embedding(sparse=True)`` dense."""
+def _make_plain(method: Method, group: MaskGroup) -> dict[MaskedWeight, Tensor]:
+    """Make gradients such that methods can change them in place: those of ``Embedding(sparse=True)`` become dense.
+
+    Returns:
+        The gradients with their graphs, where the optimizer may differentiate them in its step, as AdaHessian and
+        SophiaH do.
+    """
+    torchs = type(group.optimizer).__module__.startswith("torch.optim")  # which differentiate nothing
+    graphs: dict[MaskedWeight, Tensor] = {}
     for weight in group:
         grad = weight.parameter.grad
         if grad is None:
             continue
-        if grad.grad_fn is not None and not type(group.optimizer).__module__.startswith("torch.optim"):
-            optimizer = type(group.optimizer).__name__
-            raise MisconfigurationException(
-                f"The gradient of {weight.name} was made with create_graph=True, so {optimizer} may differentiate it in"
-                f" its step, and {type(method).__name__} has to change gradients and weights before that step."
-                f" Train without create_graph=True, or give {optimizer} the weights that are left out with exclude=."
-            )
-        if grad.layout == torch.strided:
-            if (laid := laid_like(grad, weight.parameter)) is not grad:
-                weight.parameter.grad = laid
-            continue
-        if isinstance(group.optimizer, torch.optim.SparseAdam):
-            raise MisconfigurationException(
-                f"{weight.name} has sparse gradients, which {type(method).__name__} makes dense, and SparseAdam takes"
-                " no dense ones. Give the weight to another optimizer, or leave it out with exclude=."
-            )
-        weight.parameter.grad = grad.to_dense()
+        if grad.layout != torch.strided:
+            if isinstance(group.optimizer, torch.optim.SparseAdam):
+                raise MisconfigurationException(
+                    f"{weight.name} has sparse gradients, which {type(method).__name__} makes dense, and SparseAdam"
+                    " takes no dense ones. Give the weight to another optimizer, or leave it out with exclude=."
+                )
+            weight.parameter.grad = grad.to_dense()
+        elif grad.grad_fn is not None and not torchs:
+            graphs[weight] = grad
+            weight.parameter.grad = grad.detach().clone()
+        elif (laid := laid_like(grad, weight.parameter)) is not grad:
+            weight.parameter.grad = laid
+    return graphs
 
 
-def leave_out(idle: set[Optimizer], optimizer: Optimizer) -> None:
+class _Rewritten(torch.autograd.Function):
+    """A gradient as a method has changed it, with the derivatives that it had before, where weights are active."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The values that a method has given it."""
+        ctx.mask = mask
+        return values.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The derivative of the gradient itself, or of the masked one."""
+        return grad if ctx.mask is None else grad * ctx.mask, None, None
+
+
+def _put_back(graphs: dict[MaskedWeight, Tensor], *, masked: bool) -> None:
+    with torch.enable_grad():
+        for weight, grad in graphs.items():
+            values = weight.parameter.grad
+            weight.parameter.grad = _Rewritten.apply(grad, values, weight.mask if masked else None)  # type: ignore[assignment]
+
+
+def leave_out(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """Let ``optimizer`` find no gradient, where a method has updated its masks instead of a step."""
+    idle = method.registry.idle_optimizers
     if optimizer in idle:
         idle.discard(optimizer)
+        scaler = scaler_of_step(trainer, optimizer)
+        if scaler is not None:
+            scaler.unscale_(optimizer)  # it refuses to go on from a step in which it has seen no gradient
         optimizer.zero_grad()  # torch's optimizers leave alone what has no gradient
+        if trainer.gradient_clip_algorithm == "value":  # which torch cannot do where there is no gradient at all
+            method.run.steps.clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+
+def clip_again(method: Method) -> None:
+    """Give the Trainer back how it clips, after a step that was left out."""
+    steps, trainer = method.run.steps, method.run.trainer()
+    if steps.clip_val is not None and trainer is not None:
+        trainer.gradient_clip_val, steps.clip_val = steps.clip_val, None
 
 
 def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
@@ -107,6 +157,7 @@ def dissolve(method: Method, group: MaskGroup) -> None:
     run.guards.pop(group, None)
     run.steps.unhook(group)
     run.steps.awaiting.discard(group)
+    run.steps.differentiated.discard(group)
 
 
 def form(method: Method, weights: Sequence[MaskedWeight], optimizer: Optimizer, like: MaskGroup) -> MaskGroup:
@@ -186,6 +237,11 @@ def _stepped(method: Method, group: MaskGroup, *, clipped: bool) -> None:
         if written and method.clears_gradients:
             holding.mend_gradients(method, group, written)
         method.after_step(group)
+        if method.clears_gradients:
+            holding.look_after_step(method, group)
+    if group in run.steps.differentiated:
+        run.steps.differentiated.discard(group)
+        group.apply_()
     guard.note_weights()
 
 
@@ -196,11 +252,13 @@ def batch_ended(method: Method) -> None:
     if run is None or not run.active:
         return
     steps = run.steps
+    clip_again(method)
     for group in list(steps.awaiting):
         if group not in steps.handles and run.guards[group].written_weights():
             _stepped(method, group, clipped=False)
         else:
             method.step_skipped(group)
+            steps.differentiated.discard(group)
             run.guards[group].note_weights()
     for group in set(run.groups) - steps.seen - steps.had_gradients:
         if any(weight.parameter.grad is not None for weight in group):
@@ -213,7 +271,7 @@ def batch_ended(method: Method) -> None:
 
 
 def warn_of_unseen(method: Method) -> None:
-    """Name optimizers whose weights have gradients, and whose steps were never announced."""
+    """Warn of optimizers whose weights have gradients, and whose steps were never announced."""
     steps = method.run.steps
     for group in method.groups:
         if group in steps.had_gradients - steps.seen:

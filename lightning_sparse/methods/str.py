@@ -33,7 +33,7 @@ __all__ = ["STR"]
 @final
 @method
 class STR(LatentMethod):
-    r"""Soft threshold reparameterization: each layer learns how much all its weights shrink; what falls to zero sleeps.
+    r"""Soft threshold reparameterization: each layer learns a threshold, and shrinks all its weights by it.
 
     The module computes with
 

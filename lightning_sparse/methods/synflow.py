@@ -36,7 +36,7 @@ __all__ = ["SynFlow"]
 @final
 @method
 class SynFlow(AtInitialization):
-    r"""Synaptic flow: at initialization, weights that carry little from inputs to outputs go for good, without data.
+    r"""Synaptic flow: prunes once, at initialization and without data, the weights that carry least to the outputs.
 
     With every parameter and buffer replaced by its magnitude, an input of ones and
     :math:`R = \sum_i f_{|\theta|}(1)_i`, at iteration :math:`k = 1 \dots n` the weights of all layers with the smallest

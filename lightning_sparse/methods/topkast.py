@@ -38,7 +38,7 @@ __all__ = ["TopKAST"]
 @final
 @method
 class TopKAST(LatentMethod):
-    r"""Top-K always sparse training: the largest weights are used, some more are trained, and the rest never moves.
+    r"""Top-K always sparse training: uses the largest weights, trains some more, and leaves the rest unchanged.
 
     Of each layer's :math:`N` weights, A holds the :math:`D N` and B the :math:`(D + M) N` with the largest
     :math:`|\theta|`. The module computes with A; the optimizer moves B, by the gradient of

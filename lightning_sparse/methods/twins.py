@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import Layout
 
-__all__ = ["set_like_its_user", "twin_optimizer"]
+__all__ = ["descend", "saved_like", "saved_twin", "set_like_its_user", "taken_like", "taken_twin", "twin_optimizer"]
 
 
 def twin_optimizer(
@@ -43,6 +44,7 @@ def twin_optimizer(
     ]
     kind = type(group.optimizer)
     try:
+        inspect.signature(kind.step).bind(None)  # TypeError for one that asks for a closure, which a twin has not
         return kind(param_groups, lr=param_groups[0]["lr"])  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(
@@ -56,6 +58,14 @@ def set_like_its_user(twin: Optimizer, group: MaskGroup, settings: Mapping[str, 
     for own, user in zip(twin.param_groups, _masked_param_groups(group), strict=True):
         own.update({key: value for key, value in user.items() if key != "params"})
         own.update(settings)
+
+
+def descend(twin: Optimizer) -> None:
+    """Step the parameters of ``twin`` down their gradients, without its help."""
+    for settings in twin.param_groups:
+        for parameter in settings["params"]:
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=float(settings["lr"]))
 
 
 def saved_like(value: Tensor, layout: Layout | None) -> Tensor:

@@ -22,7 +22,7 @@ _SHARE = 1 / 3  # of the layers: a transformer's queries and keys are as many
 
 
 def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
-    """Names of the layers to whose active weights nearly no gradient comes, where these are more than a third of all.
+    """Names of the layers whose active weights get hardly any gradient, if those are more than a third of all layers.
 
     Empty where a gain or a layer begins at zero, as the last norm of a residual branch often does: gradients behind it
     are zero for now, and that is meant.

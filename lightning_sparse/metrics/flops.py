@@ -87,7 +87,7 @@ class ForwardFLOPs(TorchDispatchMode):
         self._alive.clear()
         if self.uncounted and exception[0] is None:
             warnings.warn(
-                f"FLOPs leave out {', '.join(sorted(self.uncounted))}: nobody has stated their operations. Do so"
+                f"FLOPs leave out {', '.join(sorted(self.uncounted))}: their number of operations is unknown. State it"
                 " with torch.utils.flop_counter.register_flop_formula.",
                 stacklevel=2,
             )

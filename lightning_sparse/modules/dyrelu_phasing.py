@@ -36,6 +36,7 @@ from lightning_sparse.modules.dyrelu import PhasedReLU, phased_relus
 from lightning_sparse.modules.relu_inputs import Watch, watch_a_step
 from lightning_sparse.schedules import Duration, Timetable, UpdateTimes
 from lightning_sparse.trainer import (
+    TrainerCallback,
     check_in_optimizer,
     copy_again,
     refuse_twins,
@@ -49,7 +50,7 @@ _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 @final
-class DyReLUPhasing(pl.Callback):
+class DyReLUPhasing(TrainerCallback):
     r"""Puts Dynamic ReLU in the place of every ``nn.ReLU``, and takes it back to ReLU while training.
 
     With the share :math:`\beta` of Dynamic ReLU, each :class:`~lightning_sparse.modules.PhasedReLU` computes
@@ -65,8 +66,8 @@ class DyReLUPhasing(pl.Callback):
     How many channels come to a ReLU is found by letting a copy of the module compute: ``forward`` of its
     ``example_input_array`` or, where it has none, ``training_step`` of a first training batch. A data set that can be
     iterated over only once has lost that batch when training begins; an ``example_input_array`` avoids this. Calls of
-    ``F.relu`` cannot be replaced and are named, and so are ReLUs of (batch, position, feature) as in transformers, for
-    which Dynamic ReLU is not defined.
+    ``F.relu``, which cannot be replaced, and ReLUs of (batch, position, feature) as in transformers, for which Dynamic
+    ReLU is not defined, stay; a warning names them.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
@@ -161,7 +162,7 @@ class DyReLUPhasing(pl.Callback):
         wanted = {name: relu for name, relu in relus.items() if self._wants(name)}
         if not wanted and stage == "fit":
             rank_zero_warn(
-                f"DyReLUPhasing: {type(pl_module).__name__} has no nn.ReLU when fit sets up, so nothing is phased. Make"
+                f"DyReLUPhasing: {type(pl_module).__name__} has no nn.ReLU when fit begins, so nothing is phased. Make"
                 " activations nn.ReLU modules, in __init__."
             )
             return
@@ -182,15 +183,15 @@ class DyReLUPhasing(pl.Callback):
         last = [name for name in names if name in seen.features_last]
         if last:
             rank_zero_warn(
-                f"DyReLUPhasing: {', '.join(last)} stay ReLUs, because features come to them in the last of several"
-                " dimensions, as in a transformer, and Dynamic ReLU is defined for channels in dimension 1."
+                f"DyReLUPhasing: {', '.join(last)} stay ReLUs, because their inputs have features in the last of"
+                " several dimensions, as in a transformer. Dynamic ReLU is defined for channels in dimension 1."
             )
         never = [name for name in names if name not in seen.features_last]
         if never:
-            rank_zero_warn(f"DyReLUPhasing: nothing comes to {', '.join(never)}, which stay ReLUs.")
+            rank_zero_warn(f"DyReLUPhasing: no input reaches {', '.join(never)}, which stay ReLUs.")
         if seen.functions:
             rank_zero_warn(
-                f"DyReLUPhasing: relu is called as a function in {', '.join(sorted(seen.functions))}, and stays a ReLU"
+                f"DyReLUPhasing: relu is called as a function by {', '.join(sorted(seen.functions))}, and stays a ReLU"
                 " there. Use nn.ReLU modules to have it phased."
             )
 
@@ -312,9 +313,8 @@ class DyReLUPhasing(pl.Callback):
             theirs = "none" if saved is None else ", ".join(map(printable, saved))
             raise MisconfigurationException(
                 f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}, but"
-                f" {theirs}, so its optimizers do not know their parameters."
-                " Resume with the callbacks that wrote it. To begin with its weights, load them with"
-                " load_from_checkpoint and call fit without ckpt_path."
+                f" {theirs}, so its optimizers do not have their parameters. Resume with the callbacks that wrote it."
+                " To begin with its weights, load them with load_from_checkpoint and call fit without ckpt_path."
             )
         self._trained = checkpoint.get("global_step", 0) > 0  # it is 0 in the learning-rate finder's file
 

@@ -42,9 +42,9 @@ def watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Watch:
         module = copy.deepcopy(pl_module).eval()
     except Exception as error:
         raise MisconfigurationException(
-            f"DyReLUPhasing lets a copy of the module compute to see how many channels come to each ReLU, but"
-            f" {type(pl_module).__name__} cannot be copied: {error!r}. Keep out of it what copy.deepcopy refuses, such"
-            " as locks, open files and tensors that have a gradient history."
+            "DyReLUPhasing runs a copy of the module to count the channels at each ReLU, but"
+            f" {type(pl_module).__name__} cannot be copied: {error!r}. Keep out of the module what copy.deepcopy"
+            " refuses, such as locks, open files and tensors that have a gradient history."
         ) from error
     finally:
         pl_module.trainer = its_trainer
@@ -55,9 +55,9 @@ def watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Watch:
             return watch
         failures.append(repr(failure))
     raise MisconfigurationException(
-        f"DyReLUPhasing must know how many channels come to each ReLU, but {type(pl_module).__name__} could not be"
-        f" asked: {'; '.join(failures)}. Set self.example_input_array in its __init__ to what forward takes, a batch of"
-        " two or so."
+        f"DyReLUPhasing needs the number of channels at each ReLU, but {type(pl_module).__name__} could not be run:"
+        f" {'; '.join(failures)}. Set self.example_input_array in its __init__ to what forward takes, a batch of two"
+        " or so."
     )
 
 
@@ -155,7 +155,9 @@ def _ways_to_compute(
         return converted(pl_module._apply_batch_transfer_handler(first, module.device))  # pyright: ignore[reportPrivateUsage]
 
     yield lambda: module.training_step(batch(), 0)
-    yield lambda: module(_as_tuple(batch())[0])
+    # What computes losses in training mode alone, as the detectors of torchvision do.
+    yield lambda: module.train().training_step(batch(), 0)
+    yield lambda: module.eval()(_as_tuple(batch())[0])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

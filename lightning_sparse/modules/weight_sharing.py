@@ -22,7 +22,7 @@ from lightning_sparse.arguments import check_globs, check_whole
 from lightning_sparse.functional.stored import digest
 from lightning_sparse.masks.schema import anything, check_fields, mapping_of, refuse, tensor, wrong_names
 from lightning_sparse.schedules import as_number
-from lightning_sparse.trainer import check_in_optimizer, copy_again, refuse_twins
+from lightning_sparse.trainer import TrainerCallback, check_in_optimizer, copy_again, refuse_twins
 
 __all__ = [
     "SharedConvolution",
@@ -209,7 +209,7 @@ def shared_convolutions(module: nn.Module) -> dict[str, SharedConvolution]:
 
 
 @final
-class WeightSharing(pl.Callback):
+class WeightSharing(TrainerCallback):
     r"""Shares weights within residual stages while training, as a callback: see :func:`share_weights`.
 
     The module changes when ``fit`` sets up, before its optimizers are made, and stays shared afterwards;
@@ -256,8 +256,8 @@ class WeightSharing(pl.Callback):
         elif fits and not self._convolutions:
             rank_zero_warn(
                 f"WeightSharing: {type(pl_module).__name__} has no stage of more than {self.own} equal blocks with"
-                " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in __init__."
-                " With EAST, sharing=False says so without this warning."
+                " convolutions, so nothing is shared. A stage is an nn.Sequential or nn.ModuleList, built in"
+                " __init__. With EAST, sharing=False avoids this warning."
             )
 
     @override
@@ -292,9 +292,9 @@ def _checked_scales(state: Any, shared: Collection[str]) -> dict[str, Tensor]:
     check_fields(state, {"scales": mapping_of(tensor(dims=0)), "digest": anything}, whose)
     scales = state["scales"]
     if state["digest"] != digest(scales):
-        refuse(f"{whose} is damaged: it is not what was written (its digest differs)")
+        refuse(f"{whose} is damaged: its digest does not match its contents")
     if scales and (fault := wrong_names(scales, shared)):
-        refuse(f"{whose} is of other convolutions: what it holds of scales {fault}")
+        refuse(f"{whose} belongs to other convolutions: its scales {fault}")
     return scales
 
 

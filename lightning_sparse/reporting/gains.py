@@ -18,7 +18,10 @@ from lightning_sparse.execution.shrink import Shrinkage
 from lightning_sparse.functional.allocation import erdos_renyi_kernel, uniform
 from lightning_sparse.functional.masks import count_true
 
-__all__ = ["Gains", "LayerGain"]
+__all__ = ["GAINS", "Gains", "LayerGain"]
+
+GAINS = ("2:4 groups", "file, bytes", "times smaller")
+"""The headers of what is told of each layer."""
 
 
 class Layer(NamedTuple):
@@ -64,6 +67,11 @@ class LayerGain:
         is_pointwise = value.ndim > 2 and math.prod(value.shape[2:]) == 1
         num_zeros = value.numel() - count_true(value != 0)
         return cls(name, _share_of_two_of_four(layer.rows), value.nbytes, sparse_nbytes(value), is_pointwise, num_zeros)
+
+    def cells(self) -> tuple[str, str, str]:
+        """What is told of it, under the headers of ``GAINS``."""
+        smaller = self.nbytes / max(1, self.sparse_nbytes)
+        return f"{self.two_of_four:.2%}", f"{self.sparse_nbytes:,}", f"{smaller:.1f}"
 
 
 @final
@@ -135,15 +143,10 @@ class Gains:
         """What can be said of each layer, for a terminal."""
         table = Table()
         table.add_column("layer", overflow="fold")
-        for header in ("2:4 groups", "file, bytes", "times smaller"):
+        for header in GAINS:
             table.add_column(header, justify="right")
         for gain in self.layers:
-            table.add_row(
-                escape(printable(gain.name)),
-                f"{gain.two_of_four:.2%}",
-                f"{gain.sparse_nbytes:,}",
-                f"{gain.nbytes / max(1, gain.sparse_nbytes):.1f}",
-            )
+            table.add_row(escape(printable(gain.name)), *gain.cells())
         return table
 
 

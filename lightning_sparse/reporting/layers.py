@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lightning_sparse.execution.notes import printable
-from lightning_sparse.reporting.gains import Gains
+from lightning_sparse.reporting.gains import GAINS, Gains
 
 __all__ = ["LayerSparsity", "SparsityReport", "sparsity_table", "width_of"]
 
@@ -112,19 +112,21 @@ class SparsityReport:
     def __rich__(self) -> RenderableType:
         return Group(*self._parts())
 
-    def _parts(self) -> list[Table | str]:
-        """What is printed: the table of zeros, and what they are good for."""
-        table = sparsity_table(self.layers)
+    def _parts(self, *, joined: bool = False) -> list[Table | str]:
+        """What is printed: the table of zeros, and what they are good for, in the same table or below it."""
+        table = sparsity_table(self.layers, gains=self.gains if joined else None)
         if self.flops is not None and self.dense_flops is not None:
             rest = self.flops - sum(layer.flops or 0 for layer in self.layers)
             table.caption = (
                 f"{self.flops:,} of {self.dense_flops:,} dense FLOPs, {rest:,} of them in what is not listed;"
                 " theoretical: dense kernels carry out all"
             )
-        return [table] if self.gains is None else [table, self.gains.table(), *self.gains.sentences()]
+        if self.gains is None:
+            return [table]
+        return [table, *([] if joined else [self.gains.table()]), *self.gains.sentences()]
 
     def __str__(self) -> str:
-        parts = self._parts()
+        parts = self._parts(joined=True)  # a row for each layer: a text may be as wide as it needs to be
         width = max(width_of(part) for part in parts if isinstance(part, Table))
         console = Console(width=width, no_color=True, force_terminal=False, force_jupyter=False, highlight=False)
         with console.capture() as capture:
@@ -132,12 +134,13 @@ class SparsityReport:
         return capture.get().rstrip()
 
 
-def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) -> Table:
+def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None, gains: Gains | None = None) -> Table:
     """Lay out layers and their total for a terminal.
 
     Args:
         layers: What :func:`checkpoint_sparsity` returned, or the layers of a report.
         title: Printed above the table.
+        gains: What the zeros of the same layers are good for, in more columns.
 
     Example:
         >>> from lightning_sparse.reporting import LayerSparsity, sparsity_table
@@ -154,6 +157,9 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
     ]
     for header in ("shape", "weights", "active", "sparsity", *(header for header, _ in known)):
         table.add_column(header, justify="right")
+    cells_of_gains = {} if gains is None else {gain.name: gain.cells() for gain in gains.layers}
+    for header in () if gains is None else GAINS:
+        table.add_column(header, justify="right")
     for layer in layers:
         shape = " × ".join(map(str, layer.shape)) or "scalar"
         counts = (getattr(layer, key) for _, key in known)
@@ -164,6 +170,7 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None) ->
             f"{layer.num_active:,}",
             f"{layer.sparsity:.2%}",
             *("" if count is None else f"{count:,}" for count in counts),
+            *cells_of_gains.get(layer.name, ()),
         )
     table.add_section()
     total = SparsityReport(tuple(layers))

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from typing_extensions import override
 
 from lightning_sparse import accelerate
-from lightning_sparse.execution import AcceleratedModule, StaleWeightsError
+from lightning_sparse.execution import AcceleratedModule, LayerChoice, StaleWeightsError
 from lightning_sparse.execution import accelerate as _function_of_the_package
 from lightning_sparse.execution.accelerated import Recipe
 from lightning_sparse.execution.kernels import available_kernels
@@ -64,6 +65,20 @@ def test_the_report_is_a_table_with_conditions_and_the_whole() -> None:
     assert "times as fast" in text
 
 
+@pytest.mark.skipif("llvm" not in available_kernels(), reason="llvmlite is not installed")
+def test_of_several_threads_one_alone_is_tried_too() -> None:
+    x = torch.randn(1, 512)
+    module = _module("accelerate")
+    trial = module._Acceleration(wide_perceptron(), module._Call.of(x), "llvm", 2, QUICK, "cpu")
+    assert {recipe.threads for recipe in trial._recipes()} == {1, 2}
+    network = wide_perceptron()
+    fast = accelerate(network, x, threads=2, kernels="llvm", seconds=QUICK)
+    assert fast.report.threads == 2
+    assert_close(fast(x), in_float64(network, x))
+    assert fast.recipe is not None
+    assert (fast.recipe.threads == 1) == any("on one thread" in note for note in fast.report.notes)
+
+
 def test_a_network_that_cannot_be_traced_is_replaced_layer_by_layer() -> None:
     network = Untraceable(wide_perceptron()).eval()
     fast = accelerate(network, torch.randn(16, 512), threads=1, seconds=QUICK)
@@ -98,6 +113,12 @@ def test_a_network_in_training_is_executed_as_for_inference() -> None:
     assert_close(fast(x), in_float64(network[0], x))
 
 
+def test_a_report_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = AccelerationReport([LayerChoice("fc", (3, 2), 0.5, sparse=True)], "llvm", 1, [(1, 2)])
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # rich displays there what it is to write
+    assert "| fc " in str(report)
+
+
 def test_a_module_without_zeros_is_returned_as_it_is() -> None:
     network = perceptron(16, 8).eval()
     with pytest.warns(UserWarning, match="no zeros"):
@@ -112,7 +133,7 @@ def test_a_network_too_small_to_gain_is_returned_as_it_is(monkeypatch: pytest.Mo
     monkeypatch.setattr(_module("accelerate"), "LEAST_GAIN_OF_THE_WHOLE", 1e9)
     fast = accelerate(network, torch.randn(2, 4), seconds=QUICK)
     assert fast.executed is network
-    assert "returned as it is" in fast.report.notes[-1]
+    assert "returned unchanged" in fast.report.notes[-1]
     assert not any(layer.sparse for layer in fast.report.layers)
 
 
@@ -129,7 +150,7 @@ class TestWeightsWrittenSince:
         fast = made_sparse(network, x, {"1", "3"})
         with torch.no_grad():
             network.get_parameter("1.weight").mul_(2)
-        with pytest.raises(StaleWeightsError, match="refresh"):
+        with pytest.raises(StaleWeightsError, match=r"'1\.weight' .* refresh"):
             fast(x)
         with pytest.raises(StaleWeightsError, match="refresh"):
             copy.deepcopy(fast)
@@ -170,7 +191,7 @@ class TestTheModuleReturned:
         network = wide_perceptron()
         fast = made_sparse(network, torch.randn(3, 512), {"1"})
         assert list(fast.state_dict()) == list(network.state_dict())
-        with pytest.raises(ValueError, match="module that it was made of"):
+        with pytest.raises(ValueError, match="original module"):
             fast.load_state_dict(network.state_dict())
 
     def test_refuses_to_be_trained(self) -> None:
@@ -249,6 +270,205 @@ def test_layers_with_hooks_are_left_dense_and_said_to_be() -> None:
     assert "hooks" in left_dense(layer, torch.randn(2, 16))
 
 
+def test_quantised_layers_are_named(recwarn: pytest.WarningsRecorder) -> None:
+    quantize: Any = vars(torch.ao.quantization).get("quantize_dynamic")  # deprecated, and what people have
+    if quantize is None:
+        pytest.skip("This torch quantises no layers.")
+    network = quantize(perceptron(16, 8, 4).eval(), {nn.Linear}, dtype=torch.qint8)
+    fast = accelerate(network, torch.randn(2, 16), seconds=QUICK)
+    assert fast.executed is network
+    assert "those of 1, 3 are not, as of quantised layers" in fast.report.notes[-1]
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = sparsify(perceptron(512, 512))
+        self.register_buffer("calls", torch.zeros(()))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Count."""
+        self.calls += 1
+        return self.layer(x)
+
+
+class Chance(Counting):
+    """Depends on chance."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Add noise."""
+        return self.layer(x) + torch.randn(1)
+
+
+@pytest.mark.parametrize("kind", [Counting, Chance])
+def test_a_module_whose_calls_differ_is_returned_as_it_is(kind: type[Counting]) -> None:
+    network = kind().eval()
+    fast = accelerate(network, torch.randn(16, 512), threads=1, seconds=QUICK)
+    assert fast.executed is network
+    assert "Two calls on the example differ" in fast.report.notes[-1]
+    assert int(network.calls) == 0
+
+
+def _doubled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("where", ["", "0", "0.2", "1"], ids=["the whole", "a container", "an activation", "a norm"])
+def test_hooks_are_called_wherever_they_are(where: str) -> None:
+    network = nn.Sequential(wide_perceptron(), nn.BatchNorm1d(10), nn.Linear(10, 3)).eval()
+    network.get_submodule(where).register_forward_hook(_doubled)
+    x = torch.randn(3, 512)
+    fast = accelerate(network, x, threads=1, seconds=QUICK)
+    assert_close(fast(x), in_float64(network, x))
+    seen: list[int] = []
+    network.get_submodule(where).register_forward_hook(lambda *_: seen.append(1))
+    accelerate(network, x, threads=1, seconds=QUICK)
+    seen.clear()
+    accelerate(network, x, threads=1, seconds=QUICK)(x)
+    assert seen
+
+
+class Flagged(nn.Module):
+    """Takes flags and a second tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([wide_perceptron(), wide_perceptron()])
+
+    @override
+    def forward(self, x: Tensor, y: Tensor | None = None, twice: bool = False, *, scale: float = 1.0) -> Tensor:
+        """Compute what the flags say."""
+        z = self.layers[0](x) * scale
+        if y is not None:
+            z = z + self.layers[1](y)
+        return 2 * z if twice else z
+
+
+class TestACallUnlikeTheExample:
+    x = torch.randn(3, 512)
+
+    def made(self, *example: Any) -> tuple[nn.Module, AcceleratedModule]:
+        network = Flagged().eval()
+        fast = accelerate(network, example, threads=1, seconds=QUICK)
+        assert fast.recipe is not None
+        assert fast.recipe.traced
+        return network, fast
+
+    def test_is_refused_in_words(self) -> None:
+        _, fast = self.made(self.x)
+        with pytest.raises(ValueError, match="in which y is its default, None; it was given a Tensor"):
+            fast(self.x, self.x)
+        with pytest.raises(ValueError, match="in which twice is its default, False; it was given True"):
+            fast(self.x, twice=True)
+        with pytest.raises(ValueError, match=r"in which scale is its default, 1\.0; it was given 3\.0"):
+            fast(self.x, scale=3.0)
+        with pytest.raises(ValueError, match="in which x is a tensor; it was given 'cat'"):
+            fast("cat")
+        with pytest.raises(TypeError, match="called otherwise"):
+            fast()
+
+    def test_may_name_its_arguments(self) -> None:
+        network, fast = self.made(self.x)
+        expected = in_float64(network, self.x)
+        for output in (fast(x=self.x), fast(self.x, None, False, scale=1.0), fast(self.x, y=None)):
+            assert_close(output, expected)
+
+    def test_has_the_flags_of_the_example(self) -> None:
+        network, fast = self.made(self.x, None, True)
+        assert_close(fast(self.x, None, True), network(self.x, None, True))
+        assert_close(fast(self.x, twice=True), network(self.x, None, True))
+        with pytest.raises(ValueError, match="in which twice is True; it was given False"):
+            fast(self.x)
+        with pytest.raises(ValueError, match="in which y is None"):
+            fast(self.x, self.x, True)
+
+    def test_has_the_tensors_of_the_example(self) -> None:
+        network, fast = self.made(self.x, self.x)
+        assert_close(fast(self.x, y=2 * self.x), network(self.x, 2 * self.x))
+        with pytest.raises(ValueError, match="in which y is a tensor; it was given None"):
+            fast(self.x)
+
+    def test_may_name_the_input_of_one_layer(self) -> None:
+        layer = sparsify(nn.Linear(64, 64))
+        fast = made_sparse(layer, torch.randn(3, 64), {""}, traced=False)
+        x = torch.randn(2, 64)
+        assert_close(fast(input=x), layer(x))
+        with pytest.raises(ValueError, match="input is a tensor; it was given None"):
+            fast(None)
+
+
+class Reading(nn.Module):
+    """Reads of its layers what they are, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = sparsify(nn.Linear(512, 512), 0.98)
+        self.second = sparsify(nn.Linear(512, 512), 0.98)
+
+    @override
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """Convert, compute, and compute with a weight itself."""
+        y = self.first(x.to(self.first.weight.dtype)).relu()
+        return self.second(y) + nn.functional.linear(y[..., : self.second.in_features], self.first.weight)
+
+
+class ReadingInAGraph(Reading):
+    """Likewise, in a way that torch.fx follows."""
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute with a weight itself."""
+        return self.second(self.first(x)) + nn.functional.linear(x, self.first.weight, self.first.bias)
+
+
+@pytest.mark.parametrize("kind", [Reading, ReadingInAGraph])
+def test_networks_may_read_of_layers_what_they_are(kind: type[Reading]) -> None:
+    network = kind().eval()
+    x = torch.randn(16, 512)
+    fast = accelerate(network, x, threads=1, seconds=QUICK)
+    assert fast.report.accelerated
+    assert not any("in vain" in note for note in fast.report.notes)
+    assert_close(fast(x), in_float64(network, x))
+
+
+def test_what_is_replaced_one_by_one_takes_no_memory_for_dense_weights() -> None:
+    layer = sparsify(nn.Linear(64, 64))
+    fast = made_sparse(layer, torch.randn(3, 64), {""}, traced=False)
+    executed: Any = fast.executed
+    assert executed.weight.data_ptr() == layer.weight.data_ptr()
+    assert not executed.weight.requires_grad
+    with pytest.raises(AttributeError, match="colour"):
+        _ = executed.colour
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_takes_masks_that_the_example_had_not() -> None:
+    layer = nn.TransformerEncoderLayer(64, 2, 256, batch_first=True)
+    network = sparsify(nn.TransformerEncoder(layer, 1))
+    x = torch.randn(2, 12, 64)
+    names = {"layers.0.self_attn", "layers.0.linear1", "layers.0.linear2"}
+    fast = made_sparse(network, x, names, traced=False)
+    padding = torch.arange(12).expand(2, 12) >= 9
+    for settings in ({}, {"src_key_padding_mask": padding}):
+        with torch.no_grad():
+            assert_close(fast(x, **settings)[:, :9], network(x, **settings)[:, :9])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Conv1d(16, 16, 3), (2, 16, 9)), (nn.Conv3d(4, 4, 3), (1, 4, 5, 5, 5))], ids=["1d", "3d"]
+)
+def test_one_layer_without_a_sparse_form_is_returned_as_it_is(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        layer.get_parameter("weight")[0] = 0
+    fast = accelerate(layer.eval(), torch.randn(shape), threads=1, seconds=QUICK)
+    assert fast.executed is layer
+    assert "has no sparse form" in fast.report.layers[0].reason
+
+
 def test_masks_of_torch_prune_are_to_be_made_permanent_first() -> None:
     layer = nn.Linear(16, 16)
     prune.l1_unstructured(layer, "weight", 0.9)  # type: ignore[no-untyped-call]
@@ -263,12 +483,20 @@ def test_masks_of_torch_prune_are_to_be_made_permanent_first() -> None:
     [
         ({"example_input": torch.randn(2, 15)}, r"does not take example_input, of shapes \(2, 15\)"),
         ({"example_input": "cat"}, "give a tensor"),
+        ({"example_input": {}}, "give a tensor"),
+        ({"example_input": torch.randn(0, 16)}, "empty"),
         ({"example_input": torch.randn(2, 16), "threads": 0}, "whole number"),
-        ({"example_input": torch.randn(2, 16), "kernels": "numba"}, "installed are"),
+        ({"example_input": torch.randn(2, 16), "seconds": float("nan")}, "a number above 0"),
+        ({"example_input": torch.randn(2, 16), "seconds": 0}, "a number above 0"),
+        ({"example_input": torch.randn(2, 16), "kernels": "numba"}, "available are"),
         ({"module": torch.zeros(3), "example_input": torch.randn(2, 16)}, r"give a torch\.nn\.Module"),
         ({"module": nn.Linear(16, 3, device="meta"), "example_input": torch.randn(2, 16)}, "on meta"),
+        ({"module": nn.LazyLinear(3), "example_input": torch.randn(2, 16)}, "weight has no values yet"),
     ],
-    ids=["shape", "type", "threads", "kernels", "module", "device"],
+    ids=[
+        *("shape", "type", "nothing", "empty", "threads", "seconds: nan", "seconds: 0"),
+        *("kernels", "module", "device", "lazy"),
+    ],
 )
 def test_bad_input_is_refused_in_words(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -282,6 +510,12 @@ def test_without_llvmlite_one_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.warns(UserWarning, match=r"lightning-sparse\[fast\]"):
         assert kernels.default_kernels() == "torch_csr"
     assert kernels.default_kernels() == "torch_csr"
+
+
+def test_what_is_accelerated_already_is_refused() -> None:
+    fast = made_sparse(wide_perceptron(), torch.randn(3, 512), {"1"})
+    with pytest.raises(ValueError, match="accelerated already"):
+        accelerate(fast, torch.randn(3, 512))
 
 
 def test_the_package_offers_it() -> None:

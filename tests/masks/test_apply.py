@@ -173,7 +173,7 @@ GOOD = torch.eye(2, dtype=torch.bool)
         ({"0.weight": [[True]]}, r"masks\['0\.weight'\] is list; give a tensor"),
         ({"0.wieght": GOOD}, r"masks of 0\.wieght, which the module does not have\. .* near them: 0\.weight"),
         ({"0.weight": GOOD[0]}, r"0\.weight is \(2, 2\) and its mask \(2,\)"),
-        ({"0.weight": GOOD, "1.weight": ~GOOD}, "different masks of 0.weight and 1.weight, which are one weight"),
+        ({"0.weight": GOOD, "1.weight": ~GOOD}, "different masks for 0.weight and 1.weight, which are one weight"),
         (GMP(0.5), "masks is a GMP; give a path, or a mapping"),
     ],
 )

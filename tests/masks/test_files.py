@@ -187,7 +187,7 @@ def test_the_file_of_the_table_above_is_right_where_nothing_is_damaged(tmp_path:
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"{}"])
 def test_a_file_that_is_neither_is_an_error_that_says_both(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged or is not a checkpoint.* Nor is it a file of masks"):
+    with pytest.raises(CheckpointError, match=r"is damaged or is not a checkpoint.* It is not a file of masks"):
         read_masks(tmp_path / "file")
 
 

@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_sparse import FGGP, GMP, SET, RigL
+from lightning_sparse import DSR, FGGP, GMP, MEST, SET, SNFS, GraNet, RigL, prune
+from lightning_sparse.functional import num_active
 from lightning_sparse.masks import MaskedWeight, select_weights
 from lightning_sparse.masks.patterns import AnyPattern, ConstantFanIn, Filters, NofM, Pattern, as_pattern
 from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.methods import ScoredMethod
+from lightning_sparse.schedules import Cosine, Linear
 from lightning_sparse.testing import ToyClassifier
 from tests.helpers import make_trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lightning_sparse import SparseMethod
 
 SHAPED: dict[str, Pattern] = {"2:4": NofM(2, 4), "1:4": NofM(1, 4), "fan-in": ConstantFanIn(), "filters": Filters()}
 
@@ -68,6 +70,11 @@ def test_the_same_fan_in_for_all() -> None:
 
 def test_neurons_that_are_wholly_pruned_do_not_count() -> None:
     assert chosen(ConstantFanIn(), ROWS, 3, among=[[0, 0, 0, 0], [1, 1, 1, 1]]) == [[0, 0, 0, 0], [1, 1, 1, 0]]
+
+
+def test_fewer_weights_than_neurons_go_to_those_with_the_largest() -> None:
+    assert chosen(ConstantFanIn(), ROWS, 1) == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    assert chosen(ConstantFanIn(), ROWS, 1, among=[[1, 0, 1, 1], [1, 1, 1, 1]]) == [[0, 0, 0, 0], [1, 0, 0, 0]]
 
 
 def test_whole_filters_by_their_norm() -> None:
@@ -123,6 +130,7 @@ def test_a_mask_has_the_pattern_the_count_and_nothing_else(pattern: Pattern, lay
     k = pattern.feasible(weight, budget, among)
     mask = pattern.largest(weight, values, k, among, key=torch.abs)
     assert int(mask.sum()) == k
+    assert k <= max(budget, pattern.least(weight))
     assert not (mask & ~among).any()
     assert obeys(pattern, weight, mask, k)
 
@@ -161,12 +169,21 @@ METHODS: dict[str, Any] = {
     "set": lambda s, **more: SET(s, **OFTEN, **more),
     "rigl": lambda s, **more: RigL(s, **OFTEN, **more),
 }
+OTHERS: dict[str, Any] = {
+    "set, no regrowth": lambda s, **more: SET(s, **OFTEN, regrow=False, **more),
+    "falling": lambda s, **more: SET(Cosine(s, 0.3), **OFTEN, **more),
+    "granet": lambda s, **more: GraNet(s, **OFTEN, **more),
+    "mest": lambda s, **more: MEST(s, **OFTEN, soft=True, **more),
+    "snfs": lambda s, **more: SNFS(s, **OFTEN, **more),
+    "snfs, rising": lambda s, **more: SNFS(Linear(0.2, s), **OFTEN, **more),
+    "dsr": lambda s, **more: DSR(s, **OFTEN, **more),
+}
 
 
 class Obeys(L.Callback):
-    """Looks at every mask after every step."""
+    """Looks at every mask after every step, and after every update at what the schedule asks for."""
 
-    def __init__(self, method: SparseMethod, pattern: Pattern) -> None:
+    def __init__(self, method: ScoredMethod, pattern: Pattern) -> None:
         self.method, self.pattern, self.looks = method, pattern, 0
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -174,12 +191,18 @@ class Obeys(L.Callback):
             assert obeys(self.pattern, weight, weight.mask, weight.num_active), weight
             assert weight.num_active == int(weight.mask.sum()) == weight.budget
             self.looks += 1
+        self.method.step -= 1  # it has just been counted
+        for group in self.method.groups:
+            if group.updated_at == self.method.step:
+                assert group.num_active <= num_active(self.method.sparsity_now, group.numel)
+        self.method.step += 1
 
 
+@pytest.mark.filterwarnings("ignore:.*hardly any gradient reaches")
+@pytest.mark.parametrize("sparsity", [0.75, 0.9])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", SHAPED)
-def test_methods_hold_a_pattern(name: str, pattern: str, tmp_path: Path) -> None:
-    sparsity = 0.75 if pattern == "1:4" else 0.5
+def test_methods_hold_a_pattern_and_their_budget(name: str, pattern: str, sparsity: float, tmp_path: Path) -> None:
     method = METHODS[name](sparsity, pattern=SHAPED[pattern])
     obeys = Obeys(method, SHAPED[pattern])
     make_trainer(tmp_path, callbacks=[method, obeys]).fit(Four())
@@ -190,6 +213,35 @@ def test_methods_hold_a_pattern(name: str, pattern: str, tmp_path: Path) -> None
     masked = {"network.0.weight", "network.2.weight", "network.4.weight"}
     left_out = {"fan-in": set[str](), "filters": {"network.4.weight"}}.get(pattern, {"network.4.weight"})
     assert set(method.registry) == masked - left_out
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("pattern", SHAPED)
+def test_methods_that_move_budgets_hold_them_too(name: str, pattern: str, tmp_path: Path) -> None:
+    method = OTHERS[name](0.8, pattern=SHAPED[pattern])
+    obeys = Obeys(method, SHAPED[pattern])
+    make_trainer(tmp_path, callbacks=[method, obeys]).fit(Four())
+    assert obeys.looks > 0
+
+
+def test_a_budget_below_one_filter_of_each_layer_is_refused(tmp_path: Path) -> None:
+    # 16 of 512 and 32 of 192; 0.95 leaves 35 of 704
+    with pytest.raises(Exception, match=r"at least 48 must stay active .*largest feasible sparsity is 0\.931818"):
+        make_trainer(tmp_path, callbacks=[GMP(0.95, pattern=Filters())]).fit(Four())
+
+
+def test_what_never_grows_wakes_no_zero_of_inherited_masks(tmp_path: Path) -> None:
+    """Filters that are pruned in part are no whole filters."""
+    model = Four()
+    masks = prune(model, 0.5, allocation="uniform", exclude=["network.4.*"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(Exception, match=r"a mask of network\.0\.weight that .*would train \d+ of its zeros"):
+        make_trainer(tmp_path, callbacks=[GMP(0.75, pattern=Filters())]).fit(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for pattern in ("2:4", ConstantFanIn()):
+        make_trainer(tmp_path, callbacks=[GMP(0.75, pattern=pattern, **OFTEN)]).fit(model)
+        for name in ("network.0.weight", "network.2.weight"):
+            assert not (model.state_dict()[name].bool() & ~masks[name]).any()
 
 
 def test_a_layer_that_does_not_fit_stays_dense_with_the_reason(tmp_path: Path) -> None:
@@ -219,7 +271,7 @@ def test_a_pattern_over_all_layers_together_is_refused() -> None:
 
 
 def test_a_pattern_that_no_layer_fits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"can mask no weight of this module: .*no multiple of 7"):
+    with pytest.raises(Exception, match=r"cannot mask any weight of this module: .*no multiple of 7"):
         make_trainer(tmp_path, callbacks=[GMP(0.5, pattern="2:7")]).fit(Four())
 
 

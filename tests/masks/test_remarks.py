@@ -48,7 +48,7 @@ def advised(sentence: str) -> list[str]:
 def test_a_large_share_of_unknown_modules_is_told_with_counts_and_names() -> None:
     module = nn.ModuleDict({"a": Mixer(), "b": Mixer(), "linear": nn.Linear(10, 10), "norm": nn.LayerNorm(10)})
     assert remark_on(module) == (
-        "200 of 300 entries of matrices (67%) stay dense, because these modules are not known: Mixer. To mask them,"
+        "200 of 300 entries of matrices (67%) stay dense, because their modules are unknown: Mixer. To mask them,"
         " write include=['*', 'Mixer']."
     )
 
@@ -105,7 +105,7 @@ def test_a_large_share_of_parametrized_weights_is_told_and_the_plan_says_what_to
     )
     table = str(select_weights(module))
     for name in ("0.parametrizations.weight.original1", "1.weight_v"):
-        assert re.search(rf"{re.escape(name)} .* remove the norm before fit, or name it in full in include=", table)
+        assert re.search(rf"{re.escape(name)} .* remove the norm before fit, or give its full name in include=", table)
         assert select_weights(module, include=["*", name]).coverage == pytest.approx(104 / 224)
 
 
@@ -114,7 +114,7 @@ def test_the_direction_of_a_weight_norm_that_is_named_is_masked_with_the_danger_
     plan = select_weights(module, include=["0.parametrizations.weight.original1"])
     (candidate,), (remark,) = plan.masked, plan.remarks
     assert candidate.rows(candidate.parameter).shape == (6, 18)
-    assert "under weight norm, an output all of whose weights are pruned is NaN" in remark
+    assert "under weight norm, an output becomes NaN when all its weights are pruned" in remark
 
 
 def test_a_zero_of_a_direction_is_a_zero_of_the_weight_and_a_row_of_zeros_is_nan() -> None:
@@ -138,7 +138,7 @@ def test_a_zero_of_a_direction_is_a_zero_of_the_weight_and_a_row_of_zeros_is_nan
 )
 def test_a_pattern_that_masks_nothing_is_told_with_the_reason(include: list[str], idle: str) -> None:
     module = nn.ModuleDict({"linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
-    assert remark_on(module, include=include).startswith(f"In include=, nothing is masked by {idle}. Name a weight")
+    assert remark_on(module, include=include).startswith(f"These patterns in include= mask nothing: {idle}. To mask")
 
 
 def test_a_pattern_for_what_is_frozen_yet_is_not_idle() -> None:

@@ -19,8 +19,9 @@ from lightning_sparse import GMP, SNIP, GraSP, SynFlow
 from lightning_sparse.masks import MaskRegistry, select_weights
 from lightning_sparse.methods.probe import synaptic_flow
 from lightning_sparse.schedules import Linear
-from tests.helpers import ConvToy, ToyModel, make_trainer
+from tests.helpers import ConvToy, ToyModel, make_trainer, within_training
 from tests.methods.hand import Row, layers, prepared, updated
+from tests.methods.test_gmp import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +125,17 @@ def test_grasp_prunes_the_highest_scores_with_their_signs(tmp_path: Path) -> Non
     grasp = GraSP(0.5)
     make_trainer(tmp_path, callbacks=[grasp], max_epochs=1).fit(model)
     assert grasp.weights[0].mask.int().tolist() == [[1, 0, 1, 1, 0, 1, 0, 0]]
+
+
+@torch.no_grad()
+def test_grasp_prunes_with_signs_under_a_pattern_too() -> None:
+    # w ⊙ (H g) is −3, 1, 2, −1 | .5, −2, 4, 3: of each four the two largest stay.
+    group = layers_of([[1.0] * 8])
+    grasp = within_training(GraSP(0.5, allocation="uniform", pattern="2:4"), [group])
+    grasp.prepare()
+    grasp.memory(group[0], "product").copy_(torch.tensor([[-3.0, 1.0, 2.0, -1.0, 0.5, -2.0, 4.0, 3.0]]))
+    grasp.update_masks(group)
+    assert group[0].mask.int().tolist() == [[0, 1, 1, 0, 0, 0, 1, 1]]
 
 
 def test_grasp_computes_the_hessians_product_with_the_gradient(tmp_path: Path) -> None:
@@ -305,11 +317,22 @@ class WithoutLoss(ToyModel):
 def test_a_module_without_loss_is_named_and_not_trained(method: Any, tmp_path: Path) -> None:
     model, plain = WithoutLoss(), ToyModel()
     with (
-        pytest.warns(UserWarning, match="training ended at step"),
-        pytest.warns(UserWarning, match="no masked weight got a gradient, so masks wait"),
+        pytest.warns(UserWarning, match="has pruned nothing: training ended at step"),
+        pytest.warns(UserWarning, match="no masked weight got a gradient, so neither pruning"),
     ):
         make_trainer(tmp_path, callbacks=[method(0.5)]).fit(model)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class Diverged(ToyModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_where_gradients_are_never_finite_the_end_says_so(method: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has pruned nothing: training ended at step 16 before every masked weight"):
+        make_trainer(tmp_path, callbacks=[method(0.5)]).fit(Diverged())
 
 
 class BadAtFirst(ToyModel):

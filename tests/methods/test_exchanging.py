@@ -307,6 +307,27 @@ def test_dsr_prunes_and_shares_as_loops_would(weights: tuple[Row, Row]) -> None:
     assert [sum(mask) for mask in after] == [count + its for count, its in zip(counts, shares, strict=True)]
 
 
+@pytest.mark.parametrize(("before", "sparsity"), [([1] * 8, 0.5), ([1] * 6 + [0] * 2, 0.125)])
+def test_without_regrowth_no_more_is_exchanged_than_was_pruned_before(before: list[int], sparsity: float) -> None:
+    # Of 8 active 4 may stay, and none was pruned before. Of 6 active 7 may be: one of the 2 that were pruned is due.
+    granet = GraNet(Constant(sparsity), allocation="uniform", regrow=False, drop_fraction=Constant(0.5), **ONCE)
+    weights = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    group = layers([weights], [before], [[1.0] * 8])
+    prepared(granet, group)
+    after = updated(granet, group)[0]
+    assert after == ([0, 0, 0, 0, 1, 1, 1, 1] if sparsity == 0.5 else [0, 1, 1, 1, 1, 1, 1, 1])
+
+
+def test_survivors_of_dsr_are_counted_after_a_denser_network_was_pruned() -> None:
+    # All 12 are active, 6 may be: the 6 smallest of both layers go first, which are the second. The others are above
+    # the threshold.
+    first, second = [0.9] * 6, [0.6] * 6
+    dsr = DSR(Constant(0.5), allocation="global", threshold=0.5, min_active=0, **ONCE)
+    group = layers([first, second])
+    prepared(dsr, group)
+    assert updated(dsr, group) == [[1] * 6, [0] * 6]
+
+
 def test_a_layer_of_dsr_keeps_a_weight_under_any_threshold() -> None:
     dsr = DSR(Constant(0.5), threshold=9.0, **ONCE)
     group = layers([A, B], [[1, 1, 0, 0], [0, 0, 1, 1]])
@@ -433,6 +454,16 @@ def test_srigl_does_what_sorting_would(weights: tuple[Row, ...], grads: tuple[Ro
         for column in [*kept, *rest][:fan_in]:
             expected[row][column] = 1
     assert rows_after(group) == expected
+
+
+def test_srigl_grows_what_it_has_just_pruned_only_where_there_is_no_other_place() -> None:
+    # Six of eight are active, and as two are free two go: .1 and .2. The first neuron, of whose three one is left, has
+    # one place that was free; the other that it needs is one of those just pruned.
+    srigl = SRigL(**(STEPPING | _any(sparsity=Constant(0.25))), ablation=0.0, regrow=False)
+    group = neurons([[0.9, 0.1, 0.2, 0], [0.8, 0.7, 0.6, 0]], [[1, 1, 1, 0]] * 2, [[0, 1, 9, 8], [0, 0, 9, 1]])
+    prepared(srigl, group)
+    updated(srigl, group)
+    assert rows_after(group) == [[1, 1, 0, 1], [1, 1, 1, 0]]
 
 
 def test_srigl_shares_no_budget_over_all_layers() -> None:

@@ -116,6 +116,15 @@ def test_layer_by_layer_each_has_a_pool_of_its_own() -> None:
     assert prune(FGGP(0.25, allocation="uniform"), group) == [2, 4]
 
 
+def test_with_a_pattern_what_is_not_in_the_pool_stays() -> None:
+    # 4 of 8 go, pool 6: the 2 largest |g|, 7 and 1, stay; beside them, of each four, the largest |w|: 0 and 5.
+    settings: dict[str, Any] = {"allocation": "uniform", "pattern": "2:4"}
+    assert prune(FGGP(0.5, pool=0.75, **settings), layers_of([WEIGHT], [GRAD])) == [2, 3, 4, 6]
+    # A pool of the 4 that go leaves nothing to choose: what stays has the largest |g|, or |w|, of each four.
+    assert prune(FGGP(0.5, **settings), layers_of([WEIGHT], [GRAD])) == [0, 2, 4, 6]
+    assert prune(FGGP(0.5, first="magnitude", **settings), layers_of([WEIGHT], [GRAD])) == [1, 3, 4, 7]
+
+
 def test_min_active_keeps_the_largest_weights_of_a_layer_out_of_the_pool() -> None:
     # 6 of 8, each layer keeps its largest: 0 and 5 (.9 and .8); the others go.
     group = layers_of([WEIGHT[:4], WEIGHT[4:]], [GRAD[:4], GRAD[4:]])

@@ -238,7 +238,7 @@ def test_names_that_the_module_does_not_have_are_refused(tmp_path: Path) -> None
 def test_weights_without_a_mask_are_refused(tmp_path: Path) -> None:
     masks = random_masks(ToyModel())
     del masks["network.2.weight"]
-    sentence = r"no mask of network\.2\.weight; it has masks of network\.0\.weight, .*exclude=\['network\.2\.weight'\]"
+    sentence = r"no mask for network\.2\.weight; it has masks of network\.0\.weight, .*exclude=\['network\.2\.weight'\]"
     with pytest.raises(MisconfigurationException, match=sentence):
         fit(FixedMask(masks), tmp_path)
 
@@ -257,7 +257,7 @@ def test_a_mask_that_is_no_bool_tensor_is_refused_at_once() -> None:
 
 def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not masks")
-    with pytest.raises(CheckpointError, match=r"notes\.txt is damaged or is not a checkpoint.*Nor is it a file of"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt is damaged or is not a checkpoint.*It is not a file of"):
         fit(FixedMask(tmp_path / "notes.txt"), tmp_path)
 
 

@@ -12,14 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_sparse import FGGP, GMP
 from lightning_sparse.functional import erdos_renyi, erdos_renyi_kernel, num_active, uniform
-from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
+from lightning_sparse.masks import MaskedWeight, MaskGroup, MaskRegistry, select_weights
+from lightning_sparse.methods.card import method
 from lightning_sparse.methods.scored import ScoredMethod
+from lightning_sparse.methods.state import check_state
 from lightning_sparse.schedules import Constant, Linear, Polynomial, Schedule
 from tests.helpers import ConvToy, ToyModel, make_trainer, within_training
 
@@ -345,3 +348,55 @@ def test_the_clock_counts_batches_where_another_optimizer_steps_oftener(every: i
     make_trainer(tmp_path, callbacks=[method], max_epochs=8).fit(Adversarial(every))
     assert method.step == 64
     assert method.registry.sparsity == 0.75
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("stop", [1.0, 0.8])
+def test_the_epoch_that_averaging_adds_for_batch_norm_has_no_steps(
+    accumulated: int, stop: float, tmp_path: Path
+) -> None:
+    gmp = GMP(0.9, stop=stop)
+    model = ConvToy()
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    make_trainer(tmp_path, callbacks=[gmp, average], max_epochs=5, accumulate_grad_batches=accumulated).fit(model)
+    assert gmp.run.total_steps == 5 * 8 // accumulated
+    assert gmp.registry.sparsity == pytest.approx(0.9, abs=0.005)
+    assert sum(int((w.value == 0).sum()) for w in gmp.weights) == sum(w.numel - w.num_active for w in gmp.weights)
+
+
+# An update that fails, and schedules of a user's own.
+
+
+@method
+class Spoiled(ScoredMethod):
+    """Scores of the last layer are NaN from step 5 on."""
+
+    def drop_scores(self, weight: MaskedWeight) -> Tensor:
+        return weight.value * math.nan if self.step >= 5 and weight is self.weights[-1] else weight.value
+
+
+def test_an_update_that_fails_leaves_masks_counts_and_budgets_as_they_were(tmp_path: Path) -> None:
+    spoiled = Spoiled(Linear(0.0, 0.8), allocation="uniform", update_every=2, start=1, stop=11)
+    with pytest.raises(ValueError, match="NaN"):
+        make_trainer(tmp_path, callbacks=[spoiled]).fit(ToyModel())
+    assert spoiled.weights[0].sparsity == pytest.approx(0.16, abs=0.01)  # at step 3, the second of five fifths
+    for weight in spoiled.weights:
+        assert weight.budget == weight.num_active == int(weight.mask.sum())
+    state = spoiled.state_dict()
+    assert check_state(state, spoiled.state_key, spoiled.state_fields()) is state
+
+
+class Squared(Schedule):
+    """A schedule without a name of its own for what it is."""
+
+    def __init__(self, final: float) -> None:
+        self.final = final
+
+    def __call__(self, progress: float) -> float:
+        return self.final * progress**2
+
+
+def test_settings_say_what_a_schedule_is_and_not_where() -> None:
+    assert GMP(Squared(0.8)).settings() == GMP(Squared(0.8)).settings()
+    assert GMP(Squared(0.8)).settings() != GMP(Squared(0.7)).settings()
+    assert GMP(Squared(0.8)).settings() != GMP(Constant(0.8)).settings()

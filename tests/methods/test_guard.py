@@ -108,6 +108,13 @@ def test_clipping_alone_is_nobody_who_writes(tmp_path: Path) -> None:
     assert train(METHODS["fixed"](), ToyModel(), tmp_path, gradient_clip_val=1e-3) == []
 
 
+@every_method
+def test_clipping_by_value_where_a_step_is_left_out(name: str, tmp_path: Path) -> None:
+    model = ToyModel()
+    train(METHODS[name](), model, tmp_path, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+    assert model.trainer.gradient_clip_val == 0.1
+
+
 # Weights that are written between steps.
 
 
@@ -145,6 +152,59 @@ def test_weights_that_the_module_writes_in_a_hook(name: str, write: Any, hook: s
 
     setattr(Writes, hook, lambda self, *_: write(self) if self.global_step in (0, 8, 13) else None)
     train(METHODS[name](), Writes(), tmp_path)
+
+
+@every_method
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+        "on_validation_start",
+        "on_train_epoch_end",
+    ],
+)
+@pytest.mark.parametrize("when", [(9,), range(99)], ids=["once", "always"])
+def test_weights_that_are_written_around_a_step(name: str, hook: str, when: Any, tmp_path: Path) -> None:
+    class Writes(ToyModel):
+        pass
+
+    @torch.no_grad()
+    def write(self: Any, *_: Any) -> None:
+        if self.global_step in when or (hook.startswith(("on_val", "on_train_e")) and self.global_step):
+            for parameter in self.parameters():
+                parameter.add_(0.01)
+
+    setattr(Writes, hook, write)
+    train(METHODS[name](), Writes(), tmp_path)
+
+
+@every_method
+def test_weights_that_are_loaded_within_a_training_step(name: str, tmp_path: Path) -> None:
+    class Loads(ToyModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if self.global_step == 12 and batch_idx == 4:
+                for parameter, other in zip(self.parameters(), ToyModel(seed=3).parameters(), strict=True):
+                    parameter.data = other.data  # what autograd has saved stays
+            return loss
+
+    train(METHODS[name](), Loads(), tmp_path)
+
+
+@every_method
+def test_who_writes_past_the_counters_is_watched_once_caught(name: str, tmp_path: Path) -> None:
+    class Sly(ToyModel):
+        def on_train_batch_start(self, *_: Any) -> None:
+            for parameter in self.parameters():
+                parameter.data.add_(0.01)
+
+    method = METHODS[name]()
+    watch = ZeroWatch(method)
+    with pytest.warns(UserWarning, match=r"written past autograd's counters"):
+        make_trainer(tmp_path, callbacks=[method, watch]).fit(Sly())
+    assert len({leak.split(":")[0] for leak in watch.leaks}) <= 2  # in no more forwards than it takes to catch him
 
 
 def test_a_latent_method_trains_from_what_was_loaded(tmp_path: Path) -> None:
@@ -279,6 +339,54 @@ def test_an_average_of_ones_own_is_sparse_wherever_it_is_evaluated(name: str, is
         assert copied[~weight.mask].count_nonzero() == 0
 
 
+class PlainAverage:
+    """As timm's first ModelEma: no module, and holds one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = copy.deepcopy(module)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
+            mine.lerp_(theirs, 0.1)
+
+
+class ModuleAverage(PlainAverage, nn.Module):
+    """As timm's ModelEmaV2: a module around the copy."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = copy.deepcopy(module).requires_grad_(False)
+
+
+@every_method
+@pytest.mark.parametrize("kind", [PlainAverage, ModuleAverage])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_an_average_that_the_module_keeps_is_sparse(name: str, kind: Any, hidden: bool, tmp_path: Path) -> None:
+    class Averaging(ToyModel):
+        def on_fit_start(self) -> None:
+            average = kind(self.network)
+            if hidden:  # as those do who keep it out of the state_dict
+                self.__dict__["averages"] = {"slow": average}
+            else:
+                self.average = average
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.its_average().update(self.network)
+
+        def its_average(self) -> Any:
+            return self.__dict__["averages"]["slow"] if hidden else self.average
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.network.parameters(), lr=0.1)
+
+    method, model = METHODS[name](), Averaging()
+    make_trainer(tmp_path, callbacks=[method]).fit(model)
+    for weight in method.weights:
+        copied = model.its_average().module.get_parameter(weight.name.removeprefix("network."))
+        assert copied[~weight.mask].count_nonzero() == 0
+
+
 def test_an_averaged_model_within_the_module_is_sparse(tmp_path: Path) -> None:
     class Averaging(ToyModel):
         def __init__(self) -> None:
@@ -361,36 +469,121 @@ def test_a_second_training_explores_again(tmp_path: Path) -> None:
     assert method.step == 32
 
 
-class DifferentiatesGradients(torch.optim.SGD):
-    """Stands for AdaHessian and SophiaH, which differentiate gradients in their steps."""
+class Hutchinson(torch.optim.Optimizer):
+    """Differentiates gradients in its step, as AdaHessian and SophiaH do; keeps the last curvatures."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if used:
+            with torch.enable_grad():
+                grads = [p.grad for p in used]
+                curvatures = torch.autograd.grad(
+                    grads, used, [torch.ones_like(p) for p in used], allow_unused=True, retain_graph=True
+                )
+            for p, h in zip(used, curvatures, strict=True):
+                self.state[p]["h"] = torch.zeros_like(p) if h is None else h.clone()
+                p.addcdiv_(p.grad.detach(), self.state[p]["h"].abs().add_(1.0), value=-0.1)  # type: ignore[union-attr]
+        return loss
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, DifferentiatesGradients])
-@pytest.mark.parametrize("method", [GMP(sparsity=0.8), DST(alpha=1e-3)], ids=["GMP", "DST"])
+class SecondOrder(ToyModel):
+    """Trained by an optimizer that differentiates gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(Hutchinson)  # type: ignore[arg-type]
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]), create_graph=True)
+        optimizer.step()
+
+
+@every_method
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-def test_gradients_that_an_optimizer_may_differentiate_are_refused_in_words(
-    kind: type[torch.optim.Optimizer], method: SparseMethod, tmp_path: Path
-) -> None:
-    class Manual(ToyModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
+def test_an_optimizer_that_differentiates_gradients_trains(name: str, tmp_path: Path) -> None:
+    method = METHODS[name]()
+    said = train(method, SecondOrder(), tmp_path)
+    assert [line for line in said if "plain SGD of the same learning rate" not in line] == []
+    assert len(said) == (name == "dst")
+    assert method.step == 16
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return kind(self.parameters(), lr=0.1)  # type: ignore[call-arg]
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            optimizer: Any = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]), create_graph=True)
-            optimizer.step()
+class SAM(torch.optim.SGD):
+    """Sharpness-aware: two gradients a step, the second of weights that were moved."""
 
-    trainer = make_trainer(tmp_path, callbacks=[copy.deepcopy(method)], max_epochs=1)
-    if kind is torch.optim.SGD:
-        trainer.fit(Manual())  # which differentiates nothing
-        return
-    with pytest.raises(MisconfigurationException, match=r"create_graph=True, so DifferentiatesGradients.*exclude="):
-        trainer.fit(Manual())
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        loss = torch.enable_grad()(closure)()
+        moved = {p: p.grad * 0.05 for group in self.param_groups for p in group["params"] if p.grad is not None}
+        for parameter, by in moved.items():
+            parameter.add_(by)
+        torch.enable_grad()(closure)()
+        for parameter, by in moved.items():
+            parameter.sub_(by)
+        super().step()
+        return loss
+
+
+class Lookahead(torch.optim.SGD):
+    """Every third step goes back half the way to where it was."""
+
+    steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if not self.steps:
+            self.slow = [p.clone() for p in parameters]
+        loss = super().step(closure)
+        self.steps += 1
+        if self.steps % 3 == 0:
+            for parameter, slow in zip(parameters, self.slow, strict=True):
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+        return loss
+
+
+@every_method
+@pytest.mark.parametrize("kind", [SAM, Lookahead])
+def test_optimizers_that_move_weights_about(name: str, kind: Any, tmp_path: Path) -> None:
+    model = ToyModel(lambda parameters: kind(list(parameters), lr=0.1, momentum=0.9))
+    if (name, kind) == ("dst", SAM):
+        with pytest.raises(
+            MisconfigurationException, match=r"DST steps its thresholds.* SAM does not take them: .*'closure'"
+        ):
+            train(METHODS[name](), model, tmp_path)
+    else:
+        train(METHODS[name](), model, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_curvatures_are_those_of_the_active_weights(tmp_path: Path) -> None:
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    class Look(L.Callback):
+        @torch.enable_grad()
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+            inputs, labels = next(iter(pl_module.train_dataloader()))
+            weights = [weight.parameter for weight in method.weights]
+            loss = nn.functional.cross_entropy(pl_module(inputs), labels)
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            masks = [weight.mask.float() for weight in method.weights]
+            rest = [p for p in pl_module.parameters() if all(p is not weight for weight in weights)]
+            others = torch.autograd.grad(loss, rest, create_graph=True)
+            expected = torch.autograd.grad([*grads, *others], weights, [*masks, *map(torch.ones_like, others)])
+            found.update({w.name: (w.parameter, h) for w, h in zip(method.weights, expected, strict=True)})
+
+    method = METHODS["fixed"]()
+    model = SecondOrder()
+    make_trainer(tmp_path, callbacks=[method, Look()], max_steps=1).fit(model)
+    for name, (parameter, expected) in found.items():
+        torch.testing.assert_close(model.trainer.optimizers[0].state[parameter]["h"], expected, msg=name)
 
 
 class KeepsMuch(list[float]):

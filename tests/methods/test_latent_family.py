@@ -253,3 +253,27 @@ def test_sparse_gradients_under_sparse_adam_are_refused_in_words(tmp_path: Path)
     method = SRSTE(include=["embedding.weight", "network.*"])
     with pytest.raises(MisconfigurationException, match=r"embedding\.weight has sparse gradients.*exclude="):
         make_trainer(tmp_path, callbacks=[method]).fit(Two())
+
+
+# 3. What an error leaves.
+
+
+@latent_methods
+def test_an_error_before_the_step_leaves_the_weights_of_the_last_forward(case: Case, tmp_path: Path) -> None:
+    """The dense values lie in the module then, in the place of those that it computes with."""
+
+    class Stops(ToyModel):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if self.global_step == 6:
+                raise RuntimeError("stopped here")
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            seen.update({name: value.clone() for name, value in self.state_dict().items()})
+            return super().training_step(batch, batch_idx)
+
+    seen: dict[str, Tensor] = {}
+    model = Stops()
+    with pytest.raises(RuntimeError, match="stopped here"):
+        make_trainer(tmp_path, callbacks=[case.make()]).fit(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, seen[name]), name

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_sparse import GMP, FixedMask, apply_masks, prune
 from lightning_sparse.functional import num_active, uniform
 from lightning_sparse.masks import MaskRegistry
+from lightning_sparse.schedules import Linear
 from tests.helpers import ToyModel, make_trainer
 
 if TYPE_CHECKING:
@@ -78,9 +80,21 @@ def test_a_method_goes_on_from_it(tmp_path: Path) -> None:
     assert all(torch.equal(method.registry[name].mask, mask) for name, mask in masks.items())
 
 
-def test_pruned_further_nothing_wakes() -> None:
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, AveragedModel, torch.compile])
+def test_what_wraps_a_module_is_left_out_of_account(wrapper: Any, tmp_path: Path) -> None:
     model = ToyModel()
-    first, second = prune(model, 0.5), prune(model, 0.8)
+    wrapped = wrapper(model)
+    masks = prune(wrapped, 0.8)
+    inner = getattr(wrapped, "module", model)  # an average is a copy
+    method = FixedMask()
+    make_trainer(tmp_path, callbacks=[method], max_epochs=1).fit(inner)
+    assert all(torch.equal(method.inherited[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("scores", [None, lambda name, weight: 1.0 / (1.0 + weight.abs())])
+def test_pruned_further_nothing_wakes(scores: Any) -> None:
+    model = ToyModel()
+    first, second = prune(model, 0.5), prune(model, 0.8, scores=scores)
     assert not any((second[name] & ~first[name]).any() for name in first)
 
 
@@ -102,9 +116,10 @@ def test_a_loop_of_ones_own_holds_the_masks() -> None:
     [
         ({"sparsity": 80}, r"sparsity is 80.*Did you mean 0\.8"),
         ({"sparsity": 1.0}, r"sparsity is 1"),
+        ({"sparsity": Linear(0.0, 0.5)}, r"sparsity is Linear.*give a finite number"),
         ({"sparsity": 0.5, "allocation": "all"}, r"allocation is 'all'"),
         ({"sparsity": 0.5, "pattern": "2:4"}, r"chosen layer by layer"),
-        ({"sparsity": 0.5, "scores": {}}, r"scores has none of 0\.weight"),
+        ({"sparsity": 0.5, "scores": {}}, r"scores has none for 0\.weight"),
         ({"sparsity": 0.5, "scores": lambda name, weight: weight[0]}, r"scores of 0\.weight are \(4,\)"),
         ({"sparsity": 0.5, "scores": lambda name, weight: weight * float("nan")}, r"4 scores of 0\.weight are NaN"),
         ({"sparsity": 0.5, "scores": lambda name, weight: None}, r"scores of 0\.weight are NoneType"),

@@ -308,7 +308,7 @@ class Deep(L.LightningModule):
 
 
 def test_a_network_through_which_no_gradient_comes_is_named(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"nearly no gradient comes to network\.0\.weight.*initial_scale=.density"):
+    with pytest.warns(UserWarning, match=r"hardly any gradient reaches network\.0\.weight.*initial_scale=.density"):
         make_trainer(tmp_path, callbacks=[SET(0.97)], max_epochs=1).fit(Deep())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,26 @@ def test_a_fit_that_is_refused_leaves_the_masks_to_the_next(tmp_path: Path) -> N
     assert_same(masks_of(method), masks)
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_a_resume_that_never_trains_is_forgotten_by_the_next_fit(error: bool, tmp_path: Path) -> None:
+    """Its weights are there, with their masks; another Trainer begins a schedule of its own."""
+
+    class Stops(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            raise RuntimeError("stopped here")
+
+    path, masks, _ = first_run(gmp(), tmp_path)
+    method, model = gmp(), StepIndexedToy(seed=7)
+    others, epochs = ([Stops()], 3) if error else ([], 1)  # the checkpoint is from the end of the first epoch
+    trainer = make_trainer(tmp_path, callbacks=[*others, method], max_epochs=epochs)
+    with pytest.raises(RuntimeError, match="stopped here") if error else nullcontext():
+        trainer.fit(model, ckpt_path=path)
+    look = Look(method)
+    make_trainer(tmp_path, callbacks=[method, look], max_epochs=2).fit(model)
+    assert_same(look.start, masks)
+    assert (method.step, method.run.origin, method.run.total_steps) == (24, 8, 16)
+
+
 # From weights alone.
 
 
@@ -341,7 +362,7 @@ def test_fixed_masks_are_the_zeros_of_loaded_weights(name: str, tmp_path: Path) 
 
 def test_a_method_that_would_wake_the_zeros_says_so(tmp_path: Path) -> None:
     path, _, _ = first_run(gmp(), tmp_path)
-    with pytest.warns(UserWarning, match=r"network\.0\.weight.* hold zeros as after a sparse training.*FixedMask"):
+    with pytest.warns(UserWarning, match=r"network\.0\.weight.* have zeros that look pruned.*FixedMask"):
         make_trainer(tmp_path, callbacks=[FGGP(0.9)]).fit(ToyModel.load_from_checkpoint(path))
 
 

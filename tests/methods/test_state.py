@@ -184,7 +184,7 @@ def test_mutated_states_of_other_callbacks_are_refused_or_harmless(kind: str, tm
         (("method", "stop"), "late", "stop is 'late'"),
         (("method", "memory"), {"m": {"x": torch.tensor([float("nan")])}}, "of m of x has entries that are inf or NaN"),
         (("method", "memory"), {"m": {"x": torch.zeros(1)}}, "its m of x is not of a weight that it masks"),
-        (("bogus",), 1, "bogus is a field that it does not have"),
+        (("bogus",), 1, "bogus is an unknown field"),
         (("version",), 3, "has version 3, and this lightning_sparse reads version 2"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_field_that_cannot_be_is_told_in_a_sentence(
         (("learned", "network.0.weight"), torch.full((16,), float("nan")), "inf or NaN"),
         (("asleep", "network.0.weight"), torch.full((3,), float("inf")), "inf or NaN"),
         (("asleep", "bogus"), torch.zeros(3), "sleeping values has bogus"),
-        (("twins",), [{"state": [], "param_groups": []}], "is no state of an optimizer"),
+        (("twins",), [{"state": [], "param_groups": []}], "is not an optimizer"),
     ],
 )
 def test_a_field_of_a_latent_method_is_told_likewise(
@@ -236,13 +236,13 @@ def test_a_flipped_bit_in_the_masks_is_refused_wherever_they_are_read(tmp_path: 
     training = Resumable.of(tmp_path, lambda: [FGGP(0.8, update_every=2)])
     ((key, state),) = training.checkpoint["callbacks"].items()
     state["masks"]["network.0.weight"]["bits"][3] ^= 16
-    with pytest.raises(MisconfigurationException, match=r"is not what was written|and its budget is"):
+    with pytest.raises(MisconfigurationException, match=r"its digest does not match|and its budget is"):
         training.resume(key, state)
     path = tmp_path / "mutated.ckpt"
     for read in (read_masks, lambda path: apply_masks(ToyModel(), path)):
-        with pytest.raises(CheckpointError, match=r"mutated\.ckpt is damaged: it is not what was written"):
+        with pytest.raises(CheckpointError, match=r"mutated\.ckpt is damaged: its digest does not match"):
             read(path)
-    with pytest.raises(CheckpointError, match="is not what was written"):
+    with pytest.raises(CheckpointError, match="its digest does not match"):
         make_trainer(tmp_path, callbacks=[FixedMask(path)]).fit(ToyModel())
 
 

@@ -223,7 +223,7 @@ class Functional(ToyModel):
 
 
 def test_calls_of_the_function_are_named(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"relu is called as a function in Functional, and stays"):
+    with pytest.warns(UserWarning, match=r"relu is called as a function by Functional, and stays"):
         fit(Functional(), tmp_path, DyReLUPhasing(4, 8))
 
 
@@ -243,7 +243,7 @@ def test_relus_of_positions_and_features_stay_and_are_named(tmp_path: Path) -> N
             network = cast("Any", pl_module).network
             kinds.extend([type(network[1][1]), type(network[4])])
 
-    with pytest.warns(UserWarning, match=r"network\.1\.1 stay ReLUs, because features come to them in the last"):
+    with pytest.warns(UserWarning, match=r"network\.1\.1 stay ReLUs, because their inputs have features in the last"):
         fit(Positions(), tmp_path, DyReLUPhasing(4, 8), Look())
     assert kinds == [nn.ReLU, PhasedReLU]
 
@@ -281,7 +281,7 @@ def test_a_forward_that_fails_tells_how_to_show_what_it_takes(tmp_path: Path) ->
         def forward(self, inputs: torch.Tensor, more: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return self.network(inputs + more)
 
-    with pytest.raises(MisconfigurationException, match=r"but Picky could not be asked: .*example_input_array"):
+    with pytest.raises(MisconfigurationException, match=r"but Picky could not be run: .*example_input_array"):
         fit(Picky(), tmp_path, DyReLUPhasing())
 
 

@@ -59,8 +59,9 @@ def default_kernels() -> str:
     if name != "llvm" and not _TOLD:
         _TOLD.add(name)
         warnings.warn(
-            "llvmlite is not installed, so sparse layers run by torch alone, 1 x 1 convolutions are the only ones among"
-            " them, and gains are about half of what they could be: pip install 'lightning-sparse[fast]'.",
+            "llvmlite is not installed, so torch computes the sparse layers: linear layers and 1 x 1 convolutions. All"
+            " other convolutions stay dense, and gains are about half of what they could be: pip install"
+            " 'lightning-sparse[fast]'.",
             stacklevel=3,
         )
     return name
@@ -106,7 +107,7 @@ def planes(
 def _check(kernels: str, dtype: str) -> None:
     if kernels not in available_kernels():
         raise KernelsUnavailableError(
-            f"The kernels {kernels!r} were asked for; installed are {', '.join(available_kernels())}. The kernels"
+            f"The kernels {kernels!r} are not available; these are: {', '.join(available_kernels())}. The kernels"
             " 'llvm' come with pip install 'lightning-sparse[fast]'."
         )
     if dtype not in ("float32", "float64"):

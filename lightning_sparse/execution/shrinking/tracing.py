@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-__all__ = ["NotTraceableError", "arguments_of", "shape_of", "trace"]
+__all__ = ["NotTraceableError", "Shapes", "arguments_of", "shape_of", "trace"]
 
 
 class NotTraceableError(ValueError):
@@ -68,7 +68,7 @@ def trace(module: nn.Module, example: Any) -> fx.Graph:
         with torch.no_grad():
             graph = fx.Tracer().trace(module, left_out)
             values = left_out | bound.arguments
-            _Shapes(fx.GraphModule(module, graph)).run(*(values[name] for name in signature.parameters))
+            Shapes(fx.GraphModule(module, graph)).run(*(values[name] for name in signature.parameters))
     except Exception as error:  # whatever code the module has meets proxies, which are no tensors
         raise NotTraceableError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
     return graph
@@ -84,11 +84,12 @@ _SHAPE = "lightning_sparse_shape"
 
 
 @final
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shapes."""
+class Shapes(fx.Interpreter):
+    """Runs a graph and notes the shapes, for :func:`shape_of`."""
 
     @override
     def run_node(self, n: fx.Node) -> Any:
+        """Run one operation, and note the shape of what it gives."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta[_SHAPE] = tuple(result.shape)

@@ -37,6 +37,10 @@ class ProcessContract(Contract):
             for name, packed in state["masks"].items():
                 assert torch.equal(packed["bits"], expected[name]["bits"]), name
 
+    def test_two_that_were_made_alike_have_the_same_settings(self, case: Case, tmp_path: Path) -> None:
+        """Processes compare them as training begins: they say nothing of where an object lies in memory."""
+        assert case.make().settings() == case.make().settings()
+
     def test_ranks_end_with_the_same_weights_and_masks(self, case: Case, tmp_path: Path) -> None:
         """Whatever state their own random generators are in."""
         first, second = fit_two_processes(ToyModel(OPTIMIZERS["adamw"]), tmp_path, [case.make()], max_epochs=3)

@@ -112,8 +112,8 @@ class ResumeContract(Contract):
         assert masks_of(resumed)
         assert_same_masks(masks_of(resumed), {name: masks_of(method)[name] for name in masks_of(resumed)})
 
-    def test_a_layer_unfrozen_while_training_is_masked_or_named(self, case: Case, tmp_path: Path) -> None:
-        """A layer that was frozen when masks were made is named once it can be trained, or gets the mask it has."""
+    def test_a_layer_unfrozen_while_training_is_masked_or_warned_of(self, case: Case, tmp_path: Path) -> None:
+        """A layer that was frozen when masks were made gets the mask it has once it can be trained, or a warning."""
 
         class Thaw(L.Callback):
             def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,0 +1,114 @@
+"""Who takes part: every method of the package with its defaults, and the baselines that cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import lightning as L
+from torch import nn
+
+from lightning_sparse import (
+    ACDC,
+    DSR,
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    SNIP,
+    SRSTE,
+    STR,
+    Feather,
+    GraNet,
+    GraSP,
+    RigL,
+    SRigL,
+    SynFlow,
+    TopKAST,
+)
+
+__all__ = ["BASELINES", "METHODS", "ONLY_ON", "STR_DECAY", "STR_INITIAL", "VARIANTS", "n_of_m"]
+
+Make = Callable[[float, nn.Module, str], list[L.Callback]]
+"""Makes the callbacks of a method from a sparsity, the network, and the network's name."""
+
+BASELINES = ("dense", "equal-weights", "static", "one-shot")
+"""Dense; a narrower dense network of as many weights; random masks (ERK) from the start to the end; half of training
+dense, magnitude pruning of all layers together at once, and the other half with these masks (:class:`FixedMask`)."""
+
+STR_INITIAL = -5.0
+
+STR_DECAY: Mapping[tuple[str, float], float] = {
+    ("lenet300", 0.9): 0.0182,
+    ("lenet300", 0.95): 0.0282,
+    ("lenet300", 0.98): 0.0453,
+    ("lenet300", 0.99): 0.0602,
+}
+"""STR has no target: the weight decay of s that ended nearest to the sparsity, as ``benchmarks.evidence.calibrate``
+has found it."""
+
+
+def _with(kind: Callable[..., L.Callback], **settings: object) -> Make:
+    return lambda sparsity, network, name: [kind(sparsity, **settings)]
+
+
+def _str(sparsity: float, network: nn.Module, name: str) -> list[L.Callback]:
+    return [STR(STR_INITIAL, decay=STR_DECAY[name, sparsity])]
+
+
+def n_of_m(inputs: int, sparsity: float) -> str:
+    """The N of M, M a divisor of the inputs, whose sparsity is the nearest; of equals the smallest M.
+
+    Example:
+        >>> n_of_m(784, 0.9), n_of_m(300, 0.99), n_of_m(16, 0.98)
+        ('5:49', '1:100', '1:16')
+    """
+    pairs = [(n, m) for m in range(2, inputs + 1) if inputs % m == 0 for n in range(1, m)]
+    n, m = min(pairs, key=lambda pair: (abs(1.0 - pair[0] / pair[1] - sparsity), pair[1]))
+    return f"{n}:{m}"
+
+
+def _srste(sparsity: float, network: nn.Module, name: str) -> list[L.Callback]:
+    """One for each layer, as each has another number of inputs; a layer of one input stays dense."""
+    layers = {
+        layer: int(module.weight.shape[1])
+        for layer, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[1] > 1
+    }
+    return [SRSTE(n_of_m(inputs, sparsity), include=[f"network.{layer}.*"]) for layer, inputs in layers.items()]
+
+
+METHODS: Mapping[str, Make] = {
+    "ACDC": _with(ACDC),
+    "DSR": _with(DSR),
+    "DST": lambda sparsity, network, name: [DST(sparsity=sparsity)],
+    "EAST": _with(EAST),
+    "FGGP": _with(FGGP),
+    "Feather": _with(Feather),
+    "GMP": _with(GMP),
+    "GraNet": _with(GraNet),
+    "GraSP": _with(GraSP),
+    "MEST": _with(MEST),
+    "RigL": _with(RigL),
+    "SET": _with(SET),
+    "SNFS": _with(SNFS),
+    "SNIP": _with(SNIP),
+    "SRSTE": _srste,
+    "SRigL": _with(SRigL),
+    "STR": _str,
+    "SynFlow": _with(SynFlow),
+    "TopKAST": _with(TopKAST),
+}
+
+VARIANTS: Mapping[str, Make] = {
+    "GMP(erk)": _with(GMP, allocation="erk"),
+    "GMP(global)": _with(GMP, allocation="global"),
+    "RigL(density)": _with(RigL, initial_scale="density"),
+    "SET(density)": _with(SET, initial_scale="density"),
+}
+"""What a user may set otherwise: GMP's allocation; kept weights scaled by 1/√density as training begins."""
+
+ONLY_ON: Mapping[str, tuple[str, ...]] = {"RigL(density)": ("cnn",), "SET(density)": ("cnn",)}
+"""The networks of what does not run on all: with BatchNorm the scale makes no difference."""

@@ -1,0 +1,329 @@
+"""What the runs say: accuracy by network, sparsity and method; ranks with confidence intervals; who loses to what."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.evidence.contenders import BASELINES, METHODS, VARIANTS
+from benchmarks.evidence.networks import NETWORKS
+from benchmarks.evidence.training import Run
+from benchmarks.runs import mean_and_deviation, read
+
+__all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
+ALL = (*BASELINES, *METHODS, *VARIANTS)
+COMPETE = ("equal-weights", "static", "one-shot", *METHODS)
+"""Those that are ranked: neither the dense network, which is larger, nor a method under two names."""
+
+MISSES = 0.1
+"""By how much of the density that is asked for a run may miss it, and still be one of that sparsity."""
+MARGIN = 0.3
+"""Percentage points that count as a difference: about what two seeds differ by."""
+
+_RESAMPLES = 5_000
+_TITLES = {
+    "dense": "dense",
+    "equal-weights": "dense, as many weights",
+    "static": "random masks (ERK)",
+    "one-shot": "one-shot magnitude",
+}
+
+Row = Mapping[str, Any]
+Cell = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Average ranks, 1 the best, over blocks of one network, sparsity and seed.
+
+    Attributes:
+        average: By method, best first.
+        intervals: 95 % of the bootstrap over blocks.
+        blocks: How many there are.
+        critical: Nemenyi's critical difference at 5 %: averages that are nearer are not told apart.
+        p_value: Friedman's, that all are alike.
+    """
+
+    average: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    blocks: int
+    critical: float
+    p_value: float
+
+
+class Evidence:
+    """The finished runs.
+
+    Args:
+        rows: One for each run.
+        train_images: Those of a trial that was shorter, of which the rows are; 0 where all were trained on.
+        epochs: Likewise.
+    """
+
+    def __init__(self, rows: Iterable[Row], train_images: int = 0, epochs: int = 0) -> None:
+        self.rows = [row for row in rows if (row["train_images"], row["epochs"]) == (train_images, epochs)]
+        self._cells: dict[Cell, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in self.rows:
+            self._cells[row["network"], row["sparsity"]][row["method"]].append(row)
+
+    @classmethod
+    def read(cls, path: Path = RESULTS, train_images: int = 0, epochs: int = 0) -> Evidence:
+        """Read them from a file of one result a line."""
+        return cls(read(path, Run).values(), train_images, epochs)
+
+    @property
+    def networks(self) -> list[str]:
+        """Those of which there is a run, in the order of the evidence."""
+        return [name for name in NETWORKS if any(row["network"] == name for row in self.rows)]
+
+    def sparsities(self, network: str) -> list[float]:
+        """Those of a network's sparse runs."""
+        return sorted(sparsity for name, sparsity in self._cells if name == network and sparsity)
+
+    def of(self, network: str, sparsity: float, method: str) -> list[Row]:
+        """The runs of a cell, seed by seed."""
+        key = (network, 0.0 if method == "dense" else sparsity)
+        return sorted(self._cells[key][method], key=lambda row: row["seed"]) if key in self._cells else []
+
+    def accuracies(self, network: str, sparsity: float, method: str) -> list[float]:
+        """In percent, those of a cell; of a run that failed, none."""
+        return [row["accuracy"] for row in self.of(network, sparsity, method) if row["accuracy"] is not None]
+
+    def misses(self, network: str, sparsity: float, method: str) -> bool:
+        """Whether runs of a cell ended at another sparsity than was asked for: denser, by more than a little."""
+        density = 1.0 - sparsity
+        return method != "dense" and any(
+            row["accuracy"] is not None and 1.0 - row["achieved_sparsity"] > (1.0 + MISSES) * density + 1e-9
+            for row in self.of(network, sparsity, method)
+        )
+
+    def methods(self, network: str) -> list[str]:
+        """Those of which the network has a run."""
+        return [name for name in ALL if any(self.of(network, s, name) for s in self.sparsities(network))]
+
+    def ranks(self) -> Ranks | None:
+        """Rank whoever competes, in every block that has all of them; None where there are fewer than two blocks.
+
+        Left out is who misses a sparsity, or has no run of a network of which most others have one.
+        """
+        methods = [method for method in COMPETE if not self._left_out(method)]
+        blocks = list(self._blocks(methods))
+        if len(blocks) < 2 or len(methods) < 3:
+            return None
+        placed = [_ranked(block) for block in blocks]
+        average = {method: mean(block[index] for block in placed) for index, method in enumerate(methods)}
+        intervals = _bootstrap(placed, methods)
+        order = sorted(methods, key=lambda method: average[method])
+        return Ranks(
+            {method: average[method] for method in order},
+            {method: intervals[method] for method in order},
+            len(blocks),
+            *_friedman(placed),
+        )
+
+    def _left_out(self, method: str) -> bool:
+        ever = [other for other in COMPETE if any(self._has(network, other) for network in self.networks)]
+        for network in self.networks:
+            begun = [other for other in ever if self._has(network, other)]
+            if method not in begun and 2 * len(begun) > len(ever):
+                return True
+            if any(self.misses(network, sparsity, method) for sparsity in self.sparsities(network)):
+                return True
+        return method not in ever
+
+    def _has(self, network: str, method: str) -> bool:
+        return any(self.of(network, sparsity, method) for sparsity in self.sparsities(network))
+
+    def _blocks(self, methods: Sequence[str]) -> Iterable[list[float]]:
+        for network, sparsity in sorted(self._cells):
+            by_seed: dict[int, dict[str, float]] = defaultdict(dict)
+            for method in methods:
+                for row in self.of(network, sparsity, method) if sparsity else ():
+                    by_seed[row["seed"]][method] = -1.0 if row["accuracy"] is None else row["accuracy"]
+            for _, its in sorted(by_seed.items()):
+                if len(its) == len(methods):
+                    yield [its[method] for method in methods]
+
+
+def _ranked(accuracies: Sequence[float]) -> list[float]:
+    """The rank of each, 1 the highest; those that are equal share the mean of their ranks."""
+    return [
+        1 + sum(other > its for other in accuracies) + (sum(other == its for other in accuracies) - 1) / 2
+        for its in accuracies
+    ]
+
+
+def _bootstrap(placed: Sequence[Sequence[float]], methods: Sequence[str]) -> dict[str, tuple[float, float]]:
+    draw = random.Random(0)
+    samples = [[draw.choice(placed) for _ in placed] for _ in range(_RESAMPLES)]
+    intervals: dict[str, tuple[float, float]] = {}
+    for index, method in enumerate(methods):
+        averages = sorted(sum(block[index] for block in sample) / len(sample) for sample in samples)
+        intervals[method] = averages[int(0.025 * _RESAMPLES)], averages[int(0.975 * _RESAMPLES)]
+    return intervals
+
+
+def _friedman(placed: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Nemenyi's critical difference at 5 %, and the p-value of Friedman's test."""
+    from scipy.stats import friedmanchisquare, studentized_range
+
+    n, k = len(placed), len(placed[0])
+    critical = float(studentized_range.ppf(0.95, k, 10_000)) / 2**0.5 * (k * (k + 1) / (6 * n)) ** 0.5
+    return critical, float(friedmanchisquare(*zip(*placed, strict=True)).pvalue)
+
+
+def beside_baselines(evidence: Evidence) -> dict[str, list[str]]:
+    """By method, a sentence for each baseline to which it loses, by more than ``MARGIN`` in the mean: where."""
+    sentences: dict[str, list[str]] = {}
+    for method in METHODS:
+        for baseline in ("equal-weights", "static", "one-shot"):
+            lost = [
+                f"{NETWORKS[network].title} at {', '.join(where)}"
+                for network in evidence.networks
+                if (
+                    where := [
+                        f"{100 * s:g} %"
+                        for s in evidence.sparsities(network)
+                        if _loses(evidence, network, s, method, baseline)
+                    ]
+                )
+            ]
+            if lost:
+                sentences.setdefault(method, []).append(f"{_TITLES[baseline]}: {'; '.join(lost)}")
+    return sentences
+
+
+def _loses(evidence: Evidence, network: str, sparsity: float, method: str, baseline: str) -> bool:
+    own = evidence.accuracies(network, sparsity, method)
+    its = evidence.accuracies(network, sparsity, baseline)
+    return bool(own and its) and mean(own) < mean(its) - MARGIN
+
+
+def markdown(evidence: Evidence) -> str:
+    """All tables, as they stand in the documentation."""
+    parts = [_conditions(evidence)]
+    for network in evidence.networks:
+        parts += [f"### {NETWORKS[network].title}", _accuracy_table(evidence, network), _cost_table(evidence, network)]
+    parts += ["### Average ranks", _rank_table(evidence), "### Who loses to a baseline", _losers(evidence)]
+    return "\n\n".join(parts)
+
+
+def _conditions(evidence: Evidence) -> str:
+    machines = sorted({row["machine"] for row in evidence.rows})
+    versions = sorted({" ".join(f"{key} {value}" for key, value in row["versions"].items()) for row in evidence.rows})
+    seconds = sum(row["cpu_seconds"] for row in evidence.rows)
+    seeds = {
+        network: len({row["seed"] for row in evidence.rows if row["network"] == network})
+        for network in evidence.networks
+    }
+    told = "; ".join(f"{NETWORKS[name].title}: {count}" for name, count in seeds.items())
+    return (
+        f"{len(evidence.rows)} runs, {seconds / 3600:.1f} hours of one core ({', '.join(machines)}; "
+        f"{'; '.join(versions)}). Seeds begun: {told}. `python -m benchmarks.evidence --data data` trains what is"
+        " missing, `--docs` writes this."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _name(method: str) -> str:
+    return _TITLES.get(method, f"`{method}`")
+
+
+def _accuracy_table(evidence: Evidence, network: str) -> str:
+    sparsities = evidence.sparsities(network)
+    best = {
+        s: max(
+            (mean(a) for m in evidence.methods(network) if m != "dense" and (a := evidence.accuracies(network, s, m))),
+            default=0.0,
+        )
+        for s in sparsities
+    }
+    rows: list[list[str]] = []
+    for method in evidence.methods(network):
+        cells: list[str] = []
+        for sparsity in sparsities:
+            accuracies = evidence.accuracies(network, sparsity, method)
+            failed = len(evidence.of(network, sparsity, method)) - len(accuracies)
+            text = mean_and_deviation(accuracies) if accuracies else ("failed" if failed else "")
+            if accuracies and mean(accuracies) == best[sparsity]:
+                text = f"**{text}**"
+            if evidence.misses(network, sparsity, method):
+                reached = mean(row["achieved_sparsity"] for row in evidence.of(network, sparsity, method))
+                text += f" (at {100 * reached:.1f} %)"
+            cells.append(text)
+        rows.append([_name(method), *cells])
+    head = ["test accuracy, %, at sparsity", *(f"{100 * sparsity:g} %" for sparsity in sparsities)]
+    return _table(head, rows)
+
+
+def _cost_table(evidence: Evidence, network: str, sparsity: float = 0.95) -> str:
+    """What it costs at one sparsity: operations, weights ever active, dead units, speed, size."""
+    rows: list[list[str]] = []
+    for method in evidence.methods(network):
+        runs = [row for row in evidence.of(network, sparsity, method) if row["accuracy"] is not None]
+        if runs:
+            cells = [_mean(runs, key, form) for key, form in _COSTS.values()]
+            rows.append([_name(method), *cells])
+    if not rows:
+        return ""
+    head = [f"at {100 * sparsity:g} %", *_COSTS]
+    return _table(head, rows)
+
+
+_COSTS = {
+    "training FLOPs": ("training_flops", "{:.3f}"),
+    "inference FLOPs": ("inference_flops", "{:.3f}"),
+    "ever active": ("ever_active", "{:.2f}"),
+    "dead units": ("dead_units", "{:.0f}"),
+    "times faster": ("speed_gain", "{:.1f}"),
+    "file, kB": ("file_bytes", "{:.1f}"),
+    "CPU s": ("cpu_seconds", "{:.0f}"),
+}
+
+
+def _mean(runs: Sequence[Row], key: str, form: str) -> str:
+    values = [row[key] for row in runs if row.get(key) is not None]
+    return form.format(mean(values) / (1000 if key == "file_bytes" else 1)) if values else ""
+
+
+def _rank_table(evidence: Evidence) -> str:
+    ranks = evidence.ranks()
+    if ranks is None:
+        return "There are too few runs yet."
+    rows = [
+        [_name(method), f"{average:.1f}", f"{ranks.intervals[method][0]:.1f} to {ranks.intervals[method][1]:.1f}"]
+        for method, average in ranks.average.items()
+    ]
+    absent = [_name(method) for method in COMPETE if method not in ranks.average]
+    left_out = f" Left out, as they miss a sparsity or have no run: {', '.join(absent)}." if absent else ""
+    told_apart = sum(
+        abs(ranks.average[one] - ranks.average[other]) > ranks.critical for one, other in combinations(ranks.average, 2)
+    )
+    pairs = len(ranks.average) * (len(ranks.average) - 1) // 2
+    note = (
+        f"Over {ranks.blocks} blocks of one network, sparsity and seed; 1 is the best of {len(ranks.average)}."
+        f" Intervals: 95 % of a bootstrap over the blocks. Friedman's test that all are alike: p = {ranks.p_value:.1g}."
+        f" Nemenyi's critical difference at 5 % is {ranks.critical:.1f}; {told_apart} of {pairs} pairs differ by more."
+        f"{left_out}"
+    )
+    return f"{note}\n\n{_table(['method', 'average rank', '95 %'], rows)}"
+
+
+def _losers(evidence: Evidence) -> str:
+    sentences = beside_baselines(evidence)
+    if not sentences:
+        return f"Nobody, by more than {MARGIN} percentage points in the mean."
+    lines = [f"- `{method}`, to {'; to '.join(its)}" for method, its in sentences.items()]
+    return f"By more than {MARGIN} percentage points in the mean:\n\n" + "\n".join(lines)

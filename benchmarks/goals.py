@@ -1,0 +1,126 @@
+"""The goals of speed and size, and what was measured: the summary of docs/measured.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["HEADER", "summary"]
+
+Rows = Sequence[Mapping[str, Any]]
+Read = Callable[[str], Rows]
+
+HEADER = ["figure", "goal", "measured", "met"]
+RIVALS = {"over prune (goal 0.97)": "`torch.nn.utils.prune`", "over parametrize (goal 0.97)": "`parametrize`"}
+
+
+def summary(read: Read) -> list[list[str]]:
+    """A line for each goal.
+
+    Args:
+        read: Reads the rows of a file of results, by its name.
+    """
+    return [*_steps(read), *_rivals(read), *_whole_runs(read), *_updates(read), *_bytes(read), *_files(read)]
+
+
+def _line(figure: str, goal: float, values: Sequence[float], *, digits: int = 2, at_least: bool = False) -> list[str]:
+    reached = [value >= goal if at_least else round(value, digits) <= goal for value in values]
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    met = "yes" if all(reached) else "in part" if any(reached) else "no"
+    return [figure, f"{'≥' if at_least else '≤'} {goal}", low if low == high else f"{low} to {high}", met]
+
+
+def _groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return dict(found)
+
+
+def _with_goal(rows: Rows) -> Rows:
+    return [row for row in rows if row["goal"] != ""]
+
+
+def _names(rows: Rows) -> str:
+    return ", ".join(f"`{row['contender']}`" for row in rows)
+
+
+def _steps(read: Read) -> list[list[str]]:
+    rows = _with_goal(read("overhead.json"))
+    return [
+        _line(
+            f"step over dense, {'`DST`' if rows[0]['contender'] == 'DST' else 'masks alone'}: {network}, {optimizer}",
+            goal,
+            [row["over dense (quartiles)"]["value"] for row in rows],
+        )
+        for (network, optimizer, goal), rows in _groups(rows, "network", "optimizer", "goal").items()
+    ]
+
+
+def _rivals(read: Read) -> list[list[str]]:
+    rows = [row for row in read("overhead.json") if row["optimizer"] == "SGD" and row["precision"] == "fp32"]
+    lines: list[list[str]] = []
+    for network, of_network in _groups(_with_goal(rows), "network").items():
+        for key, name in RIVALS.items():
+            values = [row[key] for row in of_network if row["contender"] != "DST" and key in row]
+            lines += [_line(f"step over that of {name}: {network[0]}, SGD", 0.97, values)] if values else []
+    return lines
+
+
+def _whole_runs(read: Read) -> list[list[str]]:
+    return [
+        _line(
+            f"whole run over dense: {steps:,} steps, {threads} thread" + "s" * (threads > 1),
+            goal,
+            [float(row["whole run over dense"].split()[0]) for row in rows],
+        )
+        for (steps, threads, goal), rows in _groups(
+            _with_goal(read("whole_runs.json")), "steps", "threads", "goal"
+        ).items()
+    ]
+
+
+def _updates(read: Read) -> list[list[str]]:
+    updates = [
+        _line(
+            f"update of {row['weights']} weights over one `torch.sort`: `{row['contender']}`",
+            row["goal"],
+            [row["update / sort (quartiles)"]["value"]],
+            digits=3,
+        )
+        for row in _with_goal(read("update.json"))
+    ]
+    growing = _with_goal(read("scaling.json"))
+    exponents = [row["exponent"] for row in growing]
+    figure = "cost of an update from 1 to 100 million weights: exponent"
+    return [*updates, _line(figure, growing[0]["goal"], exponents)]
+
+
+def _bytes(read: Read) -> list[list[str]]:
+    rows = _with_goal(read("memory.json"))
+    lines = [
+        _line(
+            f"bytes a weight between updates: {_names(of_goal)}",
+            goal,
+            [row["bytes / weight between updates"] for row in of_goal],
+            digits=1,
+        )
+        for (goal,), of_goal in _groups(rows, "goal").items()
+    ]
+    checkpoints = [row for row in rows if row["goal "] != ""]
+    shares = [row["checkpoint, share of the weights' bytes"] for row in checkpoints]
+    figure = "growth of a checkpoint, of the weights' bytes"
+    return [*lines, _line(figure, float(checkpoints[0]["goal "]), shares, digits=3)]
+
+
+def _files(read: Read) -> list[list[str]]:
+    return [
+        _line(
+            f"file of a ResNet-18, times smaller: {100 * row['sparsity']:g} % zeros",
+            row["goal"],
+            [row["times smaller"]],
+            digits=1,
+            at_least=True,
+        )
+        for row in _with_goal(read("files.json"))
+    ]
