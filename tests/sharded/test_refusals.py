@@ -60,7 +60,7 @@ class Uneven(ShardedToy):
 
 def test_shards_that_interleave_unevenly() -> None:
     refused(
-        r"network\.0\.weight are spread over processes in a way .* into parts that are not equal",
+        r"network\.0\.weight are divided: by DeepSpeed, .* into unequal parts",
         (2, 2),
         partial(GMP, 0.5),
         Uneven,
