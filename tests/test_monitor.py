@@ -490,7 +490,7 @@ class TestResume:
         def callbacks() -> list[L.Callback]:
             return [SparsityMonitor(), FGGP(0.8, update_every=2, stop=13)]
 
-        monkeypatch.setattr("lightning_sparse.monitor._pause", lambda _: pause)
+        monkeypatch.setattr("lightning_sparse.monitor.steps_between_records", lambda _: pause)
         whole, _ = fit(tmp_path, *callbacks(), model=SameBatch(), enable_checkpointing=True)
         saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=step, save_top_k=-1, filename="{step}")
         with pytest.raises(KilledError):
