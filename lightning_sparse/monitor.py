@@ -31,7 +31,7 @@ from lightning_sparse.trainer import (
     batches_stepped,
     callbacks_of,
     count_dense_peak,
-    steps_of_training,
+    steps_between_records,
     writers_of,
 )
 
@@ -39,9 +39,6 @@ __all__ = ["SparsityMonitor"]
 
 # Batches in which operations are looked for: the first may be one that training_step skips.
 _PATIENCE = 10
-
-# A training that is shorter than this many times log_every_n_steps is recorded more often, up to this many times.
-_LEAST_RECORDS = 200
 
 
 @final
@@ -255,7 +252,7 @@ class SparsityMonitor(TrainerCallback):
         self._shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}
         self.timeline = SparsityTimeline(list(self._registry))
         self._step = self._update_step = batches_stepped(trainer)
-        self._pause = _pause(trainer)
+        self._pause = steps_between_records(trainer)
         self._counted = self._recorded = self._registry.num_updates
         if self._loaded is None:
             self._record(trainer)
@@ -394,12 +391,3 @@ def _layers(trainer: pl.Trainer) -> dict[str, float]:
             values[f"sparsity_layer/{weight.name}"] = weight.sparsity
             values[f"sparsity_layer_target/{weight.name}"] = method.target_sparsity(weight.name)
     return values
-
-
-def _pause(trainer: pl.Trainer) -> float:
-    """How many steps lie at least between two updates that are recorded."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    if every == 0:  # Lightning's way of saying never
-        return math.inf
-    total = steps_of_training(trainer, trainer.lightning_module)
-    return max(1.0, min(every, total / _LEAST_RECORDS))

@@ -22,6 +22,7 @@ __all__ = [
     "count_dense_peak",
     "is_a",
     "refuse_twins",
+    "steps_between_records",
     "steps_of_training",
     "steps_taken",
     "writers_of",
@@ -53,6 +54,10 @@ class TrainerCallback(pl.Callback):
             " would be masked. Train with L.Trainer(callbacks=[...]); to prune a module without one, call"
             " lightning_sparse.prune."
         )
+
+
+# A training that is shorter than this many times log_every_n_steps is recorded more often, up to this many times.
+_LEAST_RECORDS = 200
 
 
 def batches_stepped(trainer: pl.Trainer) -> int:
@@ -157,6 +162,15 @@ def refuse_twins(trainer: pl.Trainer, callback: pl.Callback, settings: Sequence[
             " out; EAST brings one of its own, and takes yours instead: EAST(..., phasing=DyReLUPhasing(...),"
             " sharing=WeightSharing(...))."
         )
+
+
+def steps_between_records(trainer: pl.Trainer) -> float:
+    """How many steps lie at least between two updates that are recorded."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if every == 0:  # Lightning's way of saying never
+        return math.inf
+    total = steps_of_training(trainer, trainer.lightning_module)
+    return max(1.0, min(every, total / _LEAST_RECORDS))
 
 
 def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:

@@ -283,7 +283,7 @@ class TestCurves:
     def test_take_updates_together_that_come_fast_and_lose_none_of_their_changes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("lightning_sparse.monitor._LEAST_RECORDS", 2)
+        monkeypatch.setattr("lightning_sparse.trainer._LEAST_RECORDS", 2)
         method = gmp(start=0, stop=13, update_every=1)
         logger, _ = fit(tmp_path, method, SparsityMonitor(), log_every_n_steps=6)
         assert list(logger.curves["masks/ever_active"]) == [0, 6, 8, 12, 16]
@@ -490,7 +490,7 @@ class TestResume:
         def callbacks() -> list[L.Callback]:
             return [SparsityMonitor(), FGGP(0.8, update_every=2, stop=13)]
 
-        monkeypatch.setattr("lightning_sparse.monitor._pause", lambda _: pause)
+        monkeypatch.setattr("lightning_sparse.monitor.steps_between_records", lambda _: pause)
         whole, _ = fit(tmp_path, *callbacks(), model=SameBatch(), enable_checkpointing=True)
         saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=step, save_top_k=-1, filename="{step}")
         with pytest.raises(KilledError):
