@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.evidence.contenders import BASELINES, METHODS, VARIANTS
@@ -295,7 +295,9 @@ _COSTS = {
 
 def _mean(runs: Sequence[Row], key: str, form: str) -> str:
     values = [row[key] for row in runs if row.get(key) is not None]
-    return form.format(mean(values) / (1000 if key == "file_bytes" else 1)) if values else ""
+    # Of times the median: on a machine that others use, one of them can be far off.
+    typical = median if key == "speed_gain" else mean
+    return form.format(typical(values) / (1000 if key == "file_bytes" else 1)) if values else ""
 
 
 def _rank_table(evidence: Evidence) -> str:
