@@ -137,8 +137,7 @@ class SparsityMonitor(TrainerCallback):
         self._counter: ForwardFLOPs | None = None
         self._attempts = 0
 
-    # The hooks. Everything happens on rank zero, whose masks are those of all; but where weights are sharded, every
-    # rank counts what it holds.
+    # The hooks: on rank zero, whose masks are those of all; where weights are sharded, on every rank.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -223,8 +222,7 @@ class SparsityMonitor(TrainerCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if not self._begun:
-            # Before the first batch: what was loaded, or nothing, as where the learning-rate finder asks.
-            return dict(self._loaded or {})
+            return dict(self._loaded or {})  # before the first batch: nothing where the learning-rate finder asks
         return {
             "step": self._step,
             "update_step": self._update_step,
@@ -358,8 +356,7 @@ class SparsityMonitor(TrainerCallback):
         for add_histogram in writers_of(trainer, "add_histogram"):
             for name, weight in self._registry.items():
                 active = weight.value[weight.mask].float()
-                active = active[active.isfinite()]
-                if len(active):
+                if len(active := active[active.isfinite()]):
                     add_histogram(f"weights/{name}", active, global_step=self._step)
 
 
@@ -399,7 +396,5 @@ def _layers(trainer: pl.Trainer) -> dict[str, float]:
 def _pause(trainer: pl.Trainer) -> float:
     """How many steps lie at least between two updates that are recorded."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    if every == 0:  # Lightning's way of saying never
-        return math.inf
     total = steps_of_training(trainer, trainer.lightning_module)
-    return max(1.0, min(every, total / _LEAST_RECORDS))
+    return max(1.0, min(every, total / _LEAST_RECORDS)) if every else math.inf  # 0 is Lightning's way of saying never
