@@ -33,10 +33,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.harness import argument_parser, quiet_trainer, report, write
 from benchmarks.update import METHODS, ManyWeights
@@ -115,9 +115,7 @@ def measured(name: str, weights: int, layers: int, processes: int) -> dict[str, 
         out, port = Path(folder) / "updates.json", probe.getsockname()[1]
         probe.close()
         arguments = (name, weights, layers, processes, out)
-        torch.multiprocessing.start_processes(
-            forked, (processes, port, arguments), nprocs=processes, start_method="fork"
-        )
+        start_processes(forked, (processes, port, arguments), nprocs=processes, start_method="fork")
         updates = json.loads(out.read_text())
     calls, sent, seconds = (median(each) for each in zip(*updates, strict=True))
     return {"collectives": calls, "kB": sent / 1e3, "ms": 1e3 * seconds}

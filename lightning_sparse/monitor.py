@@ -134,8 +134,7 @@ class SparsityMonitor(TrainerCallback):
         self._counter: ForwardFLOPs | None = None
         self._attempts = 0
 
-    # The hooks. Everything happens on rank zero, whose masks are those of all; but where weights are sharded, every
-    # rank counts what it holds.
+    # The hooks: on rank zero, whose masks are those of all; where weights are sharded, on every rank.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -220,8 +219,7 @@ class SparsityMonitor(TrainerCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if not self._begun:
-            # Before the first batch: what was loaded, or nothing, as where the learning-rate finder asks.
-            return dict(self._loaded or {})
+            return dict(self._loaded or {})  # before the first batch: nothing where the learning-rate finder asks
         return {
             "step": self._step,
             "update_step": self._update_step,
@@ -355,8 +353,7 @@ class SparsityMonitor(TrainerCallback):
         for add_histogram in writers_of(trainer, "add_histogram"):
             for name, weight in self._registry.items():
                 active = weight.value[weight.mask].float()
-                active = active[active.isfinite()]
-                if len(active):
+                if len(active := active[active.isfinite()]):
                     add_histogram(f"weights/{name}", active, global_step=self._step)
 
 

@@ -14,7 +14,7 @@ The sum over processes is given: nothing here communicates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
@@ -24,44 +24,22 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional import masks
+from lightning_sparse.functional.held import BITS, BUCKETS, SINGLE, Held, Sum, counter_type, shifts, width_of
 from lightning_sparse.functional.masks import count_true
 from lightning_sparse.functional.selection import Key, in_pieces, keys_of
+from lightning_sparse.functional.spread_on_device import without_looking
 
-__all__ = ["Held", "Sum", "smallest_of_spread"]
-
-Sum: TypeAlias = Callable[[Tensor], Tensor]
-"""Adds a tensor of integers of this process to those of all others: a collective."""
+__all__ = ["smallest_of_spread"]
 
 _Array: TypeAlias = np.ndarray[Any, Any]
 
-_BITS = 8
-_BUCKETS = 1 << _BITS
 # From how many entries of the whole on a sample comes first, and how many are looked at.
 _LARGE = 1 << 15
 _SAMPLE = 1 << 15
 # Where at most one of so many is eligible here, the eligible are gathered.
 _FEW = 16
-# Entries at a time on other devices than a CPU.
-_CHUNK = 1 << 24
 # How many digits of the keys in the sample are looked at, by the width of the keys: a float64 has a longer exponent.
 _LEVELS = {32: 2, 64: 3}
-
-_SINGLE = 4  # bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What this process holds of one tensor.
-
-    Attributes:
-        scores: Floating point, flat.
-        places: From places in ``scores``, ``int64``, to places in the whole of all tensors that are ranked together.
-        owned: Whether they are counted here; where several processes hold the same entries, one counts them.
-    """
-
-    scores: Tensor
-    places: Callable[[Tensor], Tensor]
-    owned: bool = True
 
 
 def smallest_of_spread(
@@ -97,7 +75,7 @@ def smallest_of_spread(
     if k == 0:
         return torch.zeros_like(among)
     if not masks.on_cpu(among):
-        return _without_looking(parts, k, among, numel, sum_, key)
+        return without_looking(parts, k, among, numel, sum_, key)
     if count_true(among) * _FEW > len(among):
         return _OnCPU(parts, among, numel, sum_, key).smallest(k)
     where = among.nonzero().squeeze(1)
@@ -128,9 +106,9 @@ class _OnCPU:
         self.among = among.numpy()
         self.starts: list[int] = np.cumsum([0, *(len(part.scores) for part in parts)])[:-1].tolist()
         self.counted = self._counted()
-        self.counter = _counter_type(numel)
-        self.width = _width(parts)
-        self.floating = np.float32 if self.width == 8 * _SINGLE else np.float64
+        self.counter = counter_type(numel)
+        self.width = width_of(parts)
+        self.floating = np.float32 if self.width == 8 * SINGLE else np.float64
 
     def smallest(self, k: int) -> Tensor:
         """The mask of the ``k`` smallest, at least 1."""
@@ -179,8 +157,8 @@ class _OnCPU:
     def _bracket(self, k: int) -> tuple[float, float] | None:
         """Keys between which the k-th most probably is: five standard deviations around, as a sample tells."""
         integers = _ordered(self._sample())
-        digits = _digits(integers, self.width - _BITS)
-        hist, eligible = self._sum_with(np.bincount(digits, minlength=_BUCKETS), np.count_nonzero(self.counted))
+        digits = _digits(integers, self.width - BITS)
+        hist, eligible = self._sum_with(np.bincount(digits, minlength=BUCKETS), int(np.count_nonzero(self.counted)))
         seen = int(hist.sum())
         if not seen or k > eligible:
             return None
@@ -190,14 +168,14 @@ class _OnCPU:
         ends = [_Open(min(max(1, rank), seen), integers) for rank in ranks]
         for end in ends:
             end.open(hist, digits)
-        shifts = _shifts(self.width)[1 : _LEVELS[self.width]]
-        for shift in shifts:
+        lower = shifts(self.width)[1 : _LEVELS[self.width]]
+        for shift in lower:
             digits_of = [_digits(end.pool, shift) for end in ends]
-            sums = self._sum(np.concatenate([np.bincount(each, minlength=_BUCKETS) for each in digits_of]))
-            for end, its, hist in zip(ends, digits_of, (sums[:_BUCKETS], sums[_BUCKETS:]), strict=True):
+            sums = self._sum(np.concatenate([np.bincount(each, minlength=BUCKETS) for each in digits_of]))
+            for end, its, hist in zip(ends, digits_of, (sums[:BUCKETS], sums[BUCKETS:]), strict=True):
                 end.open(hist, its)
-        low = self._as_float(ends[0].prefix << shifts[-1])
-        high = self._as_float(((ends[1].prefix + 1) << shifts[-1]) - 1)
+        low = self._as_float(ends[0].prefix << lower[-1])
+        high = self._as_float(((ends[1].prefix + 1) << lower[-1]) - 1)
         return (
             -math.inf if ranks[0] < 1 or math.isnan(low) else low,
             math.inf if ranks[1] > seen or math.isnan(high) else high,
@@ -214,9 +192,9 @@ class _OnCPU:
         """
         opened, counted = _Open(k, few.integers), few.counted
         ties = 0
-        for number, shift in enumerate(_shifts(width)):
+        for number, shift in enumerate(shifts(width)):
             digits = _digits(opened.pool, shift)
-            its = np.bincount(digits[counted], minlength=_BUCKETS)
+            its = np.bincount(digits[counted], minlength=BUCKETS)
             hist, before = self._sum_with(its, below if number == 0 else 0)
             opened.rank -= before
             if number == 0 and not 1 <= opened.rank <= hist.sum():
@@ -233,9 +211,9 @@ class _OnCPU:
         if wanted < ties:
             places = self._places(at)
             opened = _Open(wanted, places)
-            for shift in _shifts((self.numel - 1).bit_length()):
+            for shift in shifts((self.numel - 1).bit_length()):
                 digits = _digits(opened.pool, shift)
-                opened.open(self._sum(np.bincount(digits[counted], minlength=_BUCKETS)), digits)
+                opened.open(self._sum(np.bincount(digits[counted], minlength=BUCKETS)), digits)
                 counted = counted[opened.kept]
             at = at[places <= opened.prefix]
         chosen[at] = True
@@ -293,7 +271,7 @@ class _OnCPU:
 
     def _as_float(self, integer: int) -> float:
         """The inverse of :func:`_ordered`; NaN beyond infinity."""
-        top, unsigned = 1 << (self.width - 1), np.uint32 if self.width == 8 * _SINGLE else np.uint64
+        top, unsigned = 1 << (self.width - 1), np.uint32 if self.width == 8 * SINGLE else np.uint64
         bits = integer ^ (top if integer & top else (1 << self.width) - 1)
         return float(np.array([bits], dtype=unsigned).view(self.floating)[0])
 
@@ -319,124 +297,21 @@ class _Open:
         sums = hist.cumsum()
         bucket = int(sums.searchsorted(self.rank))
         self.rank -= int(sums[bucket] - hist[bucket])
-        self.prefix = self.prefix << _BITS | bucket
+        self.prefix = self.prefix << BITS | bucket
         self.kept = digits == bucket
         self.pool = self.pool[self.kept]
         return int(hist[bucket])
 
 
-def _width(parts: Sequence[Held]) -> int:
-    """Bits of the keys; the same in every process, for each has something of every part, if nothing but its type."""
-    return 8 * max([_SINGLE, *(part.scores.element_size() for part in parts)])
-
-
-def _counter_type(numel: int) -> torch.dtype:
-    return torch.int32 if numel < 1 << 31 else torch.int64
-
-
-def _shifts(width: int) -> range:
-    """Where the digits of integers of ``width`` bits begin, the highest first."""
-    return range((max(1, width) - 1) // _BITS * _BITS, -1, -_BITS)
-
-
 def _digits(integers: _Array, shift: int) -> _Array:
-    return ((integers >> np.uint64(shift)) & np.uint64(_BUCKETS - 1)).astype(np.int64)
+    return ((integers >> np.uint64(shift)) & np.uint64(BUCKETS - 1)).astype(np.int64)
 
 
 def _ordered(keys: _Array) -> _Array:
     """Unsigned integers in the order of the keys, none of which is NaN."""
     values = keys + keys.dtype.type(0.0)  # −0 becomes 0
-    unsigned, signed = (np.uint32, np.int32) if values.itemsize == _SINGLE else (np.uint64, np.int64)
+    unsigned, signed = (np.uint32, np.int32) if values.itemsize == SINGLE else (np.uint64, np.int64)
     width = 8 * values.itemsize
     # Of a negative float all bits turn around, of another the first.
     flips = (values.view(signed) >> (width - 1)).view(unsigned) | unsigned(1 << (width - 1))
     return (values.view(unsigned) ^ flips).astype(np.uint64)
-
-
-# Where nothing is waited for.
-
-
-def _without_looking(parts: Sequence[Held], k: int, among: Tensor, numel: int, sum_: Sum, key: Key | None) -> Tensor:
-    """By operations alone whose results the CPU does not wait for; fewer than ``k`` may be chosen."""
-    chunks, width = _chunks(parts, among), _width(parts)
-
-    def find(of: Callable[[_Chunk], tuple[Tensor, Tensor]], width: int, rank: Tensor) -> tuple[Tensor, Tensor]:
-        """The integer of some rank among those that are counted, and its rank among its equals."""
-        prefix = torch.zeros((), dtype=torch.int64, device=among.device)
-        for shift in _shifts(width):
-            is_first = shift + _BITS >= width
-            lowest = -_BUCKETS // 2 if is_first and width > 8 * _SINGLE else 0  # of an int64, which has a sign
-            hist = torch.zeros(_BUCKETS, dtype=torch.int64, device=among.device)
-            for chunk in (chunk for chunk in chunks if chunk.held.owned):
-                integers, counted = of(chunk)
-                if not is_first:
-                    counted = counted & ((integers >> (shift + _BITS)) == prefix)
-                hist += _histogram(torch.where(counted, ((integers >> shift) - lowest) & (_BUCKETS - 1), -1))
-            sums = sum_(hist.to(_counter_type(numel))).to(torch.int64)
-            cumulated = sums.cumsum(0)
-            bucket = (cumulated < rank).sum().clamp_(max=_BUCKETS - 1)
-            rank = rank - (cumulated - sums).index_select(0, bucket.view(1)).squeeze(0)
-            prefix = (prefix << _BITS) + bucket + lowest
-        return prefix, rank
-
-    def of_keys(chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        integers, comparable = _ordered_tensor(chunk.scores, width, key)
-        return integers, comparable & chunk.among
-
-    threshold, left = find(of_keys, width, torch.full((), k, dtype=torch.int64, device=among.device))
-
-    def of_places(chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        integers, eligible = of_keys(chunk)
-        return chunk.places(), eligible & (integers == threshold)
-
-    last, _ = find(of_places, (numel - 1).bit_length(), left)
-    chosen = torch.empty_like(among)
-    for chunk, out in zip(chunks, chosen.split([len(chunk.scores) for chunk in chunks]), strict=True):
-        integers, eligible = of_keys(chunk)
-        before = (integers < threshold) | ((integers == threshold) & (chunk.places() <= last))
-        torch.logical_and(eligible, before, out=out)
-    return chosen
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """So many entries of a part, from ``start`` on, that there is room for what is made of them."""
-
-    held: Held
-    start: int
-    scores: Tensor
-    among: Tensor
-
-    def places(self) -> Tensor:
-        """Their places in the whole."""
-        return self.held.places(torch.arange(self.start, self.start + len(self.scores), device=self.scores.device))
-
-
-def _chunks(parts: Sequence[Held], among: Tensor) -> list[_Chunk]:
-    return [
-        _Chunk(part, start, scores, eligible)
-        for part, here in zip(parts, among.split([len(part.scores) for part in parts]), strict=True)
-        for start, scores, eligible in zip(
-            range(0, max(1, len(part.scores)), _CHUNK),
-            part.scores.detach().split(_CHUNK),
-            here.split(_CHUNK),
-            strict=True,
-        )
-    ]
-
-
-def _ordered_tensor(scores: Tensor, width: int, key: Key | None) -> tuple[Tensor, Tensor]:
-    """``int64`` in the order of the keys, and which of these are comparable."""
-    keys = (scores if key is None else key(scores)).to(torch.float32 if width == 8 * _SINGLE else torch.float64)
-    bits = (keys + 0.0).view(torch.int32 if width == 8 * _SINGLE else torch.int64)  # −0 becomes 0
-    ordered = bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
-    if width == 8 * _SINGLE:
-        ordered = ordered.to(torch.int64) + (1 << (width - 1))
-    return ordered, ~keys.isnan()
-
-
-def _histogram(digits: Tensor) -> Tensor:
-    """How often each digit is there; those of −1 are not counted."""
-    if digits.is_cuda:  # counts integers exactly, with bins of width one, and waits for nothing
-        return torch.histc(digits, bins=_BUCKETS, min=0, max=_BUCKETS - 1)
-    return torch.bincount(digits + 1, minlength=_BUCKETS + 1)[1:]

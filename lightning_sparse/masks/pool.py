@@ -12,9 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sparse.functional import selection
+from lightning_sparse.functional.held import Held
 from lightning_sparse.functional.masks import counts_true, on_cpu
 from lightning_sparse.functional.selection import Key, Scores
-from lightning_sparse.functional.spread import Held, smallest_of_spread
+from lightning_sparse.functional.spread import smallest_of_spread
 from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.layout import local_part
 from lightning_sparse.masks.sums import side_by_side_if, sum_over_processes

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_sparse.functional import selection
+from lightning_sparse.functional.held import Held
 from lightning_sparse.functional.masks import counts_true, memory_order, multiplier, zero_pruned_
 from lightning_sparse.functional.selection import Key, Scores
-from lightning_sparse.functional.spread import Held, smallest_of_spread
+from lightning_sparse.functional.spread import smallest_of_spread
 from lightning_sparse.masks.layout import Layout, layout_of, local_part
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.sums import sum_over_processes

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sparse.functional import masks, smallest
+from lightning_sparse.functional import masks, smallest, spread_on_device
 from lightning_sparse.functional import spread as spreading
-from lightning_sparse.functional.spread import Held, Sum, smallest_of_spread
+from lightning_sparse.functional.held import Held, Sum
+from lightning_sparse.functional.spread import smallest_of_spread
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
             monkeypatch.setattr(spreading, name, value)
     if request.param == "without looking":
         monkeypatch.setattr(masks, "on_cpu", lambda tensor: False)
-        monkeypatch.setattr(spreading, "_CHUNK", 4)
+        monkeypatch.setattr(spread_on_device, "_CHUNK", 4)
     return request.param
 
 

@@ -35,7 +35,7 @@ def method_of(case: str) -> SparseMethod:
 def save(mesh: Mesh | str, kind: str, cases: list[str], root: Path) -> None:
     """Train each method to its end, and write its checkpoint at half of it, a folder or a file."""
     for case in cases:
-        more = {} if mesh in (ONE, "ddp") else {"save_distributed_checkpoint": kind == "folder"}
+        more: dict[str, Any] = {} if mesh in (ONE, "ddp") else {"save_distributed_checkpoint": kind == "folder"}
         fit(mesh, method_of(case), root / f"{case}.pt", callbacks=[SaveAtHalf(root / f"{case}.ckpt")], **more)
 
 
@@ -100,7 +100,7 @@ def test_what_is_no_folder_of_a_sharded_training_is_refused(tmp_path: Path, caps
     assert not file.exists()
     file.touch()
     assert main(["consolidate", str(folder), str(file)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 class Wider(ShardedToy):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_sparse.functional import largest, smallest
@@ -124,7 +125,7 @@ def test_a_mesh_that_leaves_a_process_out_is_refused() -> None:
     def run() -> None:
         dist.init_process_group("gloo")
         mesh = dist.device_mesh.DeviceMesh("cpu", [0])
-        weight = torch.distributed.tensor.DTensor.from_local(torch.zeros(2, 2), mesh, run_check=False)
+        weight = DTensor.from_local(torch.zeros(2, 2), mesh, run_check=False)
         assert bool(obstacle_of_shards(weight)) == (dist.get_rank() == 1)
         assert dist.get_rank() == 1 or isinstance(layout_of(weight), Block)
 

@@ -51,7 +51,7 @@ def test_strategies_that_hide_weights(name: str, match: str) -> None:
 class Uneven(ShardedToy):
     """Rows that FSDP2 and tensor parallelism together divide into parts that are not equal."""
 
-    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
+    def shard(self, network: Any, data: Any, tensor: Any) -> None:
         network[0] = nn.Linear(12, 18).double()
         network[2] = nn.Linear(18, 8).double()
         parallelize_module(network, tensor, {"0": ColwiseParallel(output_layouts=None)})
@@ -104,7 +104,7 @@ class InputsFirst(ShardedToy):
         super().__init__()
         self.network = nn.Sequential(InputFirst(12, 3)).double()
 
-    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
+    def shard(self, network: Any, data: Any, tensor: Any) -> None:
         fully_shard(network, mesh=data)
 
 
@@ -144,7 +144,7 @@ def test_pruning_at_once() -> None:
 class OtherLayout(ShardedToy):
     """Rank 1 leaves its last layer whole."""
 
-    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
+    def shard(self, network: Any, data: Any, tensor: Any) -> None:
         for number in (0, 2, 4):
             if number != 4 or data.get_local_rank() == 0:
                 fully_shard(network[number], mesh=data)

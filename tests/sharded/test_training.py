@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._composable import checkpoint as recompute
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
 
 from lightning_sparse import DST, FGGP, RigL
@@ -18,7 +18,7 @@ from lightning_sparse.methods import SparseMethod
 from lightning_sparse.testing import OPTIMIZERS, ConvToy
 from tests.sharded.processes import ONE, Mesh, ShardedToy, assert_same, fit, forked, recorded
 
-TIMES = {"update_every": 2, "stop": 11}
+TIMES: dict[str, Any] = {"update_every": 2, "stop": 11}
 
 
 class Single(ShardedToy):
@@ -93,8 +93,8 @@ class Convolutions(ShardedToy):
 class Recomputed(ShardedToy):
     """Activations are computed again in the backward."""
 
-    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
-        recompute(network[0])
+    def shard(self, network: Any, data: Any, tensor: Any) -> None:
+        apply_activation_checkpointing(network, check_fn=lambda child: child is network[0])
         super().shard(network, data, tensor)
 
 
@@ -110,7 +110,7 @@ class Tied(ShardedToy):
         self.network[4].weight = self.network[0].weight
         self.double()
 
-    def shard(self, network: nn.Module, data: Any, tensor: Any) -> None:
+    def shard(self, network: Any, data: Any, tensor: Any) -> None:
         fully_shard(network, mesh=data)
 
 
