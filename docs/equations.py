@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-import ziamath
 from docutils.nodes import SkipNode
+from ziamath.zmath import Latex
 
 if TYPE_CHECKING:
     from docutils import nodes
@@ -32,7 +32,7 @@ def svg(latex: str, *, inline: bool) -> str:
         inline: Whether it stands in a line of text.
     """
     lines = rf"\begin{{aligned}}{latex}\end{{aligned}}" if r"\\" in latex else latex  # as Sphinx does for LaTeX
-    drawn = ziamath.Latex(lines, size=_SIZE, inline=inline, color="currentColor")
+    drawn = Latex(lines, size=_SIZE, inline=inline, color="currentColor")
     element = drawn.svgxml()
     lengths = {
         "width": float(element.attrib.pop("width")),

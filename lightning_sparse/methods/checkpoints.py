@@ -216,7 +216,8 @@ def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:
     sentences: list[str] = []
     for callback in callbacks_of(trainer):
         path = Path(getattr(callback, "best_model_path", "") or "")
-        if not (is_a(callback, "ModelCheckpoint") and getattr(callback, "monitor", None) and path.is_file()):
+        monitored: str | None = getattr(callback, "monitor", None)
+        if not (is_a(callback, "ModelCheckpoint") and monitored and path.is_file()):
             continue
         masks = _masks_in(path, method.state_key)
         weights = [weight for weight in method.weights if weight.name in masks]
@@ -226,7 +227,7 @@ def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:
         if active - at_the_end > _TOLERANCE * numel:
             its, last = 1 - active / numel, 1 - at_the_end / numel
             sentences.append(
-                f"the best checkpoint by {callback.monitor}, {path.name}, has sparsity {its:.4f}, and training ended"
+                f"the best checkpoint by {monitored}, {path.name}, has sparsity {its:.4f}, and training ended"
                 f" with {last:.4f}: it was saved before the last weights were pruned. Add a ModelCheckpoint() without"
                 " monitor=, which keeps the last epoch, or let this one wait until the sparsity is reached, as the"
                 " documentation shows under 'Keep the best'"
