@@ -134,5 +134,5 @@ WAYS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 def test_whatever_else_a_training_does(tmp_path: Path) -> None:
-    of = {name: (partial(RigL, 0.8, **TIMES), model, more) for name, (model, more) in WAYS.items()}
+    of: dict[str, Run] = {name: (partial(RigL, 0.8, **TIMES), model, more) for name, (model, more) in WAYS.items()}
     compare(ONE, (2, 1), of, tmp_path)
