@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import lightning as L
@@ -121,21 +121,29 @@ def measured(name: str, weights: int, layers: int, processes: int) -> dict[str, 
     return {"collectives": calls, "kB": sent / 1e3, "ms": 1e3 * seconds}
 
 
-def extrapolated(row: dict[str, Any], weights: float, layers: int, processes: int) -> dict[str, Any]:
-    """What the formula makes of a measured row for more weights, layers and processes."""
-    counter = 2 if weights >= 1 << 31 and row["layers"] == "together" else 1  # counts of eight bytes
-    growth = counter * (1 if row["layers"] == "together" else layers / row["layers"])
-    sent = row["kB"] * growth
+def extrapolated(rows: Sequence[dict[str, Any]], weights: float, layers: int, processes: int) -> dict[str, Any]:
+    """What follows for a larger network: CPU by a line through the measured milliseconds, bytes by the layers.
+
+    Args:
+        rows: Measured with growing numbers of weights, all else being equal.
+        weights: How many there are.
+        layers: Among how many layers they are divided.
+        processes: Among how many processes.
+    """
+    last, is_together = rows[-1], rows[-1]["layers"] == "together"
+    line = linear_regression([row["weights"] / row["processes"] for row in rows], [row["ms"] for row in rows])
+    sent = last["kB"] * (2 if is_together and weights >= 1 << 31 else 1)  # counts of eight bytes
+    sent *= 1 if is_together else layers / last["layers"]
     return {
-        **row,
+        **last,
         "weights": f"{weights:.0e}",
         "processes": processes,
-        "layers": "together" if row["layers"] == "together" else layers,
+        "layers": last["layers"] if is_together else layers,
         "kB": sent,
-        "ms": row["ms"] / (row["weights"] / row["processes"]) * (weights / processes),
+        "ms": line.intercept + line.slope * weights / processes,
         "alone": "",
         "ratio": "",
-        "network": 1e3 * (row["collectives"] * LATENCY + 2 * 1e3 * sent / LINK),
+        "network ms": 1e3 * (last["collectives"] * LATENCY + 2 * 1e3 * sent / LINK),
     }
 
 
@@ -161,16 +169,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                             "method": name,
                             "weights": weights,
                             "layers": "together" if name == "FGGP" else number,
+                            "of": number,
                             "processes": processes,
                             **many,
                             "alone": alone,
                             "ratio": many["ms"] / alone,
-                            "network": "",
+                            "network ms": "",
                         }
                     )
                     write(TITLE, rows, arguments.json)
-    largest = [row for row in rows if row["weights"] == max(sizes) and row["processes"] == max(counts)]
-    rows += [extrapolated(row, 1e10, 500, 64) for row in largest]
+    for name in NAMES:
+        same = [
+            row for row in rows if row["method"] == name and row["processes"] == max(counts) and row["of"] == layers[0]
+        ]
+        if len(same) > 1:
+            rows.append(extrapolated(same, 1e10, 500, 64))
+    rows = [{key: value for key, value in row.items() if key != "of"} for row in rows]
     write(TITLE, rows, arguments.json)
     report(TITLE, rows)
 
