@@ -47,7 +47,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     asked = [
         item.callspec.params
         for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "case" in item.callspec.params
+        if item.path == request.path and isinstance(item, pytest.Function) and hasattr(item, "callspec")
     ]
     roots: dict[Mesh, Path] = {}
 
