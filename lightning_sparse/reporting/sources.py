@@ -66,10 +66,9 @@ def report(
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
-        ValueError: There is nothing to count, or the module is sharded and an example input is given.
         TypeError: The source is neither, for example a callback or a Trainer.
-        ValueError: The module has no weight to count, is sharded, or an example input or patterns were given for a
-            checkpoint.
+        ValueError: The module has no weight to count, or does not take the example; the module is sharded and there is
+            an example; or an example or patterns were given for a checkpoint.
         MisconfigurationException: A pattern matches nothing.
 
     Example:
@@ -292,6 +291,11 @@ def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:
         # With gradients: without them, operations on copies would be taken for those of compiled code.
         with torch.enable_grad(), ForwardFLOPs(parameters) as counter:
             module(*arguments, **named)
+    except Exception as error:
+        raise ValueError(
+            f"{type(module).__name__} does not take the example: {str(error).rstrip('. ')}. Give one tensor, a tuple of"
+            " arguments, or a dictionary of them, as its forward takes them."
+        ) from error
     finally:
         for part, mode in modes.items():
             part.training = mode
