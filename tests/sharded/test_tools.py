@@ -175,10 +175,10 @@ def test_budgets_are_met_however_the_module_is_built(model: Any, tmp_path: Path)
 
 def test_nothing_is_repaired_where_nobody_writes(tmp_path: Path) -> None:
     def run() -> None:
-        mended = list[str]()
-        holding._mend = lambda method, group, written, cause: mended.append(cause)
+        told = list[str]()  # torch 2.9 counts writes of its own, which are looked at and found to be none
+        holding._say = lambda method, weights, cause: told.append(cause)
         fit((2, 1), RigL(0.8, **TIMES), tmp_path / "made.pt", limit_val_batches=1, val_check_interval=2)
-        assert not mended
+        assert not told
 
     forked(2, run)
 
