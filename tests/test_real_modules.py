@@ -537,6 +537,8 @@ def check_zeros(module: nn.Module, names: Sequence[str], method: SparseMethod, c
         assert found == zeros_at(SPARSITY, numel)
 
 
+# Depthwise filters have nine weights, of which a method may prune all; it warns of these.
+@pytest.mark.filterwarnings("ignore:.* filters of depthwise convolutions have no active weight left")
 @pytest.mark.parametrize("make_method", METHODS, ids=lambda method: method.__name__)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_fine_tuning_is_sparse_learns_and_resumes(
