@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_sparse.masks.weight import MaskedWeight
 
-__all__ = ["inputs_of", "synaptic_flow", "untouched"]
+__all__ = ["evaluating", "inputs_of", "synaptic_flow", "untouched"]
 
 
 def inputs_of(module: pl.LightningModule, batch: Any) -> Any:
@@ -71,15 +71,24 @@ def untouched(module: nn.Module) -> Generator[None]:
     """A module in evaluation mode, which in the end is as before: parameters, buffers, modes and random generators."""
     tensors = [*module.parameters(), *module.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
+    with evaluating(module):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, values, strict=True):
+                    tensor.copy_(value)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Generator[None]:
+    """A module in evaluation mode and not compiled, whose modes and random generators are as before in the end."""
     modes = {child: child.training for child in module.modules()}
     try:
         with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
             module.eval()
             yield
     finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
         for child, mode in modes.items():
             child.training = mode
 

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from lightning_sparse.masks.candidate import Candidate
+from lightning_sparse.methods.probe import evaluating
 
 __all__ = ["wanda_scores"]
 
@@ -61,7 +62,7 @@ def wanda_scores(module: nn.Module, batches: Iterable[Any], candidates: Sequence
     _check_known(candidates)
     squares: dict[str, Tensor] = {}
     count = 0
-    with _hooks(candidates, squares), _evaluating(module), torch.no_grad():
+    with _hooks(candidates, squares), evaluating(module), torch.no_grad():
         device = candidates[0].parameter.device
         for batch in batches:
             count += 1
@@ -143,18 +144,6 @@ def _hooks(candidates: Sequence[Candidate], squares: dict[str, Tensor]) -> Gener
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Generator[None]:
-    modes = {child: child.training for child in module.modules()}
-    try:
-        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-            module.eval()
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def _call(module: nn.Module, batch: Any) -> None:
