@@ -1,4 +1,4 @@
-"""What every test and doctest needs: one thread per process, and a folder of its own for whatever an example writes."""
+"""What every test needs: one thread a process, a port of its own, and a folder for whatever an example writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.ports import free_port
 
 torch.set_num_threads(1)
 
@@ -26,5 +28,7 @@ settings.load_profile("no_deadline")
 @pytest.fixture(autouse=True)
 def _like_a_new_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [sys.argv[0]])  # LightningCLI warns of a command line beside its arguments
+    # Lightning leaves the port of the first fit of several processes to all later ones, which may find it taken.
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     if isinstance(request.node, pytest.DoctestItem):
         monkeypatch.chdir(request.getfixturevalue("tmp_path"))

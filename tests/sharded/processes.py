@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from lightning_sparse.masks.plan import canonical_name
 from lightning_sparse.methods import SparseMethod
 from lightning_sparse.testing import ToyModel
 from lightning_sparse.testing.toys import SGD
+from tests.ports import free_port
 
 Mesh = tuple[int, int]
 """Data-parallel by tensor-parallel processes."""
@@ -36,11 +36,8 @@ MESHES: list[Mesh] = [(2, 1), (1, 2), (2, 2), (4, 1)]
 
 def forked(number: int, call: Callable[..., None], *arguments: Any) -> None:
     """Call a function in so many processes; the error of one is raised here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = start_processes(
-        _work, args=(number, port, call, arguments), nprocs=number, start_method="fork", join=False
+        _work, args=(number, free_port(), call, arguments), nprocs=number, start_method="fork", join=False
     )
     assert context is not None
     while not context.join(grace_period=1.0):  # who survives waits for who has failed, and hears no SIGTERM
