@@ -31,7 +31,7 @@ MARGIN = 0.3
 _RESAMPLES = 5_000
 _TITLES = {
     "dense": "dense",
-    "equal-weights": "dense, as many weights",
+    "equal-weights": "small dense, equal weights",
     "static": "random masks (ERK)",
     "one-shot": "one-shot magnitude",
 }
@@ -226,9 +226,9 @@ def _conditions(evidence: Evidence) -> str:
     }
     told = "; ".join(f"{NETWORKS[name].title}: {count}" for name, count in seeds.items())
     return (
-        f"{len(evidence.rows)} runs, {seconds / 3600:.1f} hours of one core ({', '.join(machines)}; "
-        f"{'; '.join(versions)}). Seeds begun: {told}. `python -m benchmarks.evidence --data data` trains what is"
-        " missing, `--docs` writes this."
+        f"{len(evidence.rows)} runs, {seconds / 3600:.1f} hours of one core ({' and '.join(machines)}; "
+        f"{'; '.join(versions)}). Seeds so far: {told}. `python -m benchmarks.evidence --data data` trains the missing"
+        " runs; with `--docs` it writes these tables."
     )
 
 
@@ -303,20 +303,21 @@ def _mean(runs: Sequence[Row], key: str, form: str) -> str:
 def _rank_table(evidence: Evidence) -> str:
     ranks = evidence.ranks()
     if ranks is None:
-        return "There are too few runs yet."
+        return "There are too few runs so far."
     rows = [
         [_name(method), f"{average:.1f}", f"{ranks.intervals[method][0]:.1f} to {ranks.intervals[method][1]:.1f}"]
         for method, average in ranks.average.items()
     ]
     absent = [_name(method) for method in COMPETE if method not in ranks.average]
-    left_out = f" Left out, as they miss a sparsity or have no run: {', '.join(absent)}." if absent else ""
+    left_out = f" Left out, because a run is missing or missed its sparsity: {', '.join(absent)}." if absent else ""
     told_apart = sum(
         abs(ranks.average[one] - ranks.average[other]) > ranks.critical for one, other in combinations(ranks.average, 2)
     )
     pairs = len(ranks.average) * (len(ranks.average) - 1) // 2
     note = (
-        f"Over {ranks.blocks} blocks of one network, sparsity and seed; 1 is the best of {len(ranks.average)}."
-        f" Intervals: 95 % of a bootstrap over the blocks. Friedman's test that all are alike: p = {ranks.p_value:.1g}."
+        f"Over {ranks.blocks} blocks, each of one network, sparsity and seed; 1 is the best of {len(ranks.average)}."
+        " The intervals are 95 % of a bootstrap over the blocks."
+        f" Friedman's test that all are equal: p = {ranks.p_value:.1g}."
         f" Nemenyi's critical difference at 5 % is {ranks.critical:.1f}; {told_apart} of {pairs} pairs differ by more."
         f"{left_out}"
     )
@@ -326,6 +327,6 @@ def _rank_table(evidence: Evidence) -> str:
 def _losers(evidence: Evidence) -> str:
     sentences = beside_baselines(evidence)
     if not sentences:
-        return f"Nobody, by more than {MARGIN} percentage points in the mean."
+        return f"No method, by more than {MARGIN} percentage points in the mean."
     lines = [f"- `{method}`, to {'; to '.join(its)}" for method, its in sentences.items()]
     return f"By more than {MARGIN} percentage points in the mean:\n\n" + "\n".join(lines)
