@@ -160,7 +160,14 @@ def inference(batch: int) -> str:
     """How many times as fast calls are."""
     results = [row for row in lines_of("inference.jsonl") if row.get("batch") == batch and row["threads"] == 1]
     results.sort(key=lambda row: (row["network"], row["sparsity"]))
-    header = ["network", "zeros", "dense torch, µs", "here, µs", "times as fast", "than the best dense engine"]
+    header = [
+        "network",
+        "zeros",
+        "dense torch, µs",
+        "`accelerate`, µs",
+        "speed-up over torch",
+        "over the best dense engine",
+    ]
     rows = [
         [
             row["network"],
@@ -180,7 +187,7 @@ def small_layers() -> str:
     (content,) = (row for row in lines_of("inference.jsonl") if "grid" in row)
     layers = content["grid"]
     swapped = [layer["gain"] for layer in layers if layer["swapped"]]
-    header = ["small layers tried", "swapped", "median gain", "least gain of one that was swapped"]
+    header = ["small layers tried", "replaced", "median gain", "smallest gain of a replaced layer"]
     row = [f"{len(layers)}", f"{len(swapped)}", f"{median(swapped):.2f}", f"{min(swapped):.2f}"]
     return markdown(header, [row], measured_with([content["conditions"]]))
 
@@ -246,7 +253,7 @@ def update() -> str:
 def scaling() -> str:
     """How an update grows."""
     rows, conditions = content_of("scaling.json")
-    header = ["", "growing", "ms by number", "exponent", "goal"]
+    header = ["", "what grows", "ms by number", "exponent", "goal"]
     cells = [
         [
             row["method"],
@@ -266,10 +273,10 @@ def memory() -> str:
     keys = {
         "bytes / weight between updates": "between updates",
         "goal": "goal",
-        "peak of an update, bytes / weight": "at most in an update",
+        "peak of an update, bytes / weight": "peak of an update",
         "peak of training ResNet-18, bytes / weight": "peak of training ResNet-18",
         "checkpoint, share of the weights' bytes": "growth of a checkpoint",
-        "goal ": "goal of it",
+        "goal ": "goal for growth",
     }
     digits = {"checkpoint, share of the weights' bytes": 3}
 
@@ -288,11 +295,11 @@ def sync() -> str:
     header = [
         "",
         "transfers",
-        "bytes a weight",
-        "of the gradients' bytes",
+        "bytes per weight",
+        "relative to the gradients",
         "update, ms",
         "transfers, ms",
-        "share of it",
+        "share of the update",
     ]
     cells = [
         [

@@ -26,7 +26,7 @@ def summary(read: Read) -> list[list[str]]:
 def _line(figure: str, goal: float, values: Sequence[float], *, digits: int = 2, at_least: bool = False) -> list[str]:
     reached = [value >= goal if at_least else round(value, digits) <= goal for value in values]
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    met = "yes" if all(reached) else "in part" if any(reached) else "no"
+    met = "yes" if all(reached) else "partly" if any(reached) else "no"
     return [figure, f"{'≥' if at_least else '≤'} {goal}", low if low == high else f"{low} to {high}", met]
 
 
@@ -63,14 +63,14 @@ def _rivals(read: Read) -> list[list[str]]:
     for network, of_network in _groups(_with_goal(rows), "network").items():
         for key, name in RIVALS.items():
             values = [row[key] for row in of_network if row["contender"] != "DST" and key in row]
-            lines += [_line(f"step over that of {name}: {network[0]}, SGD", 0.97, values)] if values else []
+            lines += [_line(f"step over {name}: {network[0]}, SGD", 0.97, values)] if values else []
     return lines
 
 
 def _whole_runs(read: Read) -> list[list[str]]:
     return [
         _line(
-            f"whole run over dense: {steps:,} steps, {threads} thread" + "s" * (threads > 1),
+            f"time of a whole run over dense: {steps:,} steps, {threads} thread" + "s" * (threads > 1),
             goal,
             [float(row["whole run over dense"].split()[0]) for row in rows],
         )
@@ -83,7 +83,7 @@ def _whole_runs(read: Read) -> list[list[str]]:
 def _updates(read: Read) -> list[list[str]]:
     updates = [
         _line(
-            f"update of {row['weights']} weights over one `torch.sort`: `{row['contender']}`",
+            f"time of an update of {row['weights']} weights over one `torch.sort`: `{row['contender']}`",
             row["goal"],
             [row["update / sort (quartiles)"]["value"]],
             digits=3,
@@ -92,7 +92,7 @@ def _updates(read: Read) -> list[list[str]]:
     ]
     growing = _with_goal(read("scaling.json"))
     exponents = [row["exponent"] for row in growing]
-    figure = "cost of an update from 1 to 100 million weights: exponent"
+    figure = "exponent of the update time, from 1 to 100 million weights"
     return [*updates, _line(figure, growing[0]["goal"], exponents)]
 
 
@@ -100,7 +100,7 @@ def _bytes(read: Read) -> list[list[str]]:
     rows = _with_goal(read("memory.json"))
     lines = [
         _line(
-            f"bytes a weight between updates: {_names(of_goal)}",
+            f"bytes per weight between updates: {_names(of_goal)}",
             goal,
             [row["bytes / weight between updates"] for row in of_goal],
             digits=1,
@@ -109,7 +109,7 @@ def _bytes(read: Read) -> list[list[str]]:
     ]
     checkpoints = [row for row in rows if row["goal "] != ""]
     shares = [row["checkpoint, share of the weights' bytes"] for row in checkpoints]
-    figure = "growth of a checkpoint, of the weights' bytes"
+    figure = "growth of a checkpoint, as a share of the weights' bytes"
     return [*lines, _line(figure, float(checkpoints[0]["goal "]), shares, digits=3)]
 
 
