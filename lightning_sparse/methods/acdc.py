@@ -5,8 +5,8 @@ Paper:  Peste et al., "AC/DC: Alternating Compressed/DeCompressed Training of De
 Code:   https://github.com/IST-DASLab/ACDC
 Differs from the authors' code:
     - Phases are counted in optimizer steps; there in epochs. The defaults are those of 100 epochs on ImageNet.
-    - What a decompression wakes begins with cleared first moments; the momentum of the survivors is kept, where the
-      authors' code begins anew. Second moments begin with those of the survivors.
+    - When a dense phase begins, the weights that become active have cleared first moments, and second moments at the
+      mean of the survivors'. The survivors keep their momentum; the authors' code resets it.
     - Every layer is masked; leave some out with ``exclude``.
 """
 
@@ -30,16 +30,16 @@ __all__ = ["ACDC"]
 class ACDC(ScoredMethod):
     r"""Alternating compressed and decompressed training: dense and sparse phases take turns, and the last is sparse.
 
-    When a compressed phase begins, the :math:`\lfloor (1 - s) N \rfloor` largest :math:`|w|` of all :math:`N` weights
-    stay active, and the masks do not change until it ends. When a dense phase begins, every weight is active again;
-    those that were pruned start at zero.
+    When a sparse (compressed) phase begins, the :math:`\lfloor (1 - s) N \rfloor` largest :math:`|w|` of all :math:`N`
+    weights stay active, and the masks do not change until the phase ends. When a dense phase begins, every weight is
+    active again; those that were pruned start at zero.
 
     ::
 
         0 ── start ── + update_every ── + 2 update_every ── … ── last_dense ── stop ── end
         dense  │ sparse      │ dense           │ sparse     …        │ dense    │ sparse
 
-    :math:`s` is ``sparsity``. On CIFAR the authors take ``start=0.05, update_every=0.1``.
+    :math:`s` is ``sparsity``. On CIFAR the authors use ``start=0.05, update_every=0.1``.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -69,7 +69,7 @@ class ACDC(ScoredMethod):
     begins_dense: ClassVar[bool] = True
 
     sparsity: float | Schedule = field(
-        kw_only=False, metadata=doc("Sparsity of the compressed phases, a number in [0, 1).")
+        kw_only=False, metadata=doc("Sparsity of the sparse phases, a number in [0, 1).")
     )
     allocation: Allocation = field(
         default="global", metadata=doc('Which weights are ranked together: all (``"global"``), or those of a layer.')
@@ -77,9 +77,9 @@ class ACDC(ScoredMethod):
     update_every: Duration = field(
         default=0.05, metadata=doc("Length of a phase; ``int`` = optimizer steps, ``float`` = fraction of training.")
     )
-    start: Duration = field(default=0.1, metadata=doc("Time of the first compression; until then training is dense."))
+    start: Duration = field(default=0.1, metadata=doc("Time at which the first sparse phase begins."))
     last_dense: Duration = field(default=0.75, metadata=doc("Time at which the last dense phase begins."))
-    stop: Duration = field(default=0.85, metadata=doc("Time of the last compression, after which masks stay."))
+    stop: Duration = field(default=0.85, metadata=doc("Time of the last sparse phase, which does not end."))
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity, Schedule):

@@ -1,4 +1,4 @@
-"""Methods that prune at initialization: once, before the first step, on real batches; then what is left is trained."""
+"""Methods that prune at initialization: once, before the first step, on real batches; then training begins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["AtInitialization", "Watched"]
 
 @dataclass
 class Watched:
-    """What is seen until weights are pruned.
+    """What the method collects until it prunes.
 
     Attributes:
         seen: How many steps with finite gradients there were, by parameter name.
@@ -41,8 +41,8 @@ class Watched:
 class AtInitialization(ScoredMethod, ABC):
     """A scored method that prunes once, as training begins.
 
-    The Trainer's own first batches and the module's own loss give the gradients: the optimizer takes no step on them,
-    and then the one update comes. Where another method's masks are there, what they have left is pruned further.
+    The gradients come from the Trainer's first batches and the module's own loss. The optimizer takes no step on these
+    batches; then the only update happens. If another method has left masks, their active weights are pruned further.
     """
 
     sparsity: float | Schedule = field(
@@ -54,10 +54,10 @@ class AtInitialization(ScoredMethod, ABC):
     batches: int = field(
         default=1,
         metadata=doc(
-            "Number of optimizer steps whose gradients are added up, at least 1; none of these steps is taken."
+            "Number of optimizer steps whose gradients are summed, at least 1; the optimizer skips these steps."
         ),
     )
-    # What would say when, has nothing to say here.
+    # The only update comes as training begins, so these are no arguments.
     update_every: Duration = field(default=1, init=False)
     start: Duration = field(default=0, init=False)
     stop: Duration = field(default=0, init=False)

@@ -4,9 +4,9 @@ Paper:  Mostafa & Wang, "Parameter Efficient Training of Deep Convolutional Neur
         Reparameterization", ICML 2019, https://arxiv.org/abs/1902.05967
 Code:   https://github.com/IntelAI/dynamic-reparameterization
 Differs from the paper and the authors' code:
-    - The number of weights to prune is a fraction of the active ones; there a number, 20 000 for WRN-28-2.
-    - Updates come at even times; there every 100, 200, 400 and 800 steps as training goes on, until epoch 190 of 200.
-    - Each layer keeps ``min_active`` weights, whatever the threshold says, and every layer is masked.
+    - The number of weights to prune is a fraction of the active ones; there a constant, 20 000 for WRN-28-2.
+    - Updates are equally spaced; there every 100, 200, 400 and 800 steps as training proceeds, until epoch 190 of 200.
+    - Each layer keeps at least ``min_active`` weights, whatever the threshold, and every layer is masked.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class _Adaptive:
 @final
 @method
 class DSR(GrowingMethod):
-    r"""Dynamic sparse reparameterization: one threshold prunes all layers; layers grow as much as they kept.
+    r"""Dynamic sparse reparameterization: one threshold prunes all layers; each regrows in proportion to what it kept.
 
     At an update, with :math:`R` active weights,
 
     1. every :math:`|w| < H` is pruned, :math:`K` in all;
-    2. :math:`H \leftarrow H / 2` where :math:`K > 1.1\, N_p`, and :math:`2 H` where :math:`K < 0.9\, N_p`, with
+    2. :math:`H` is halved if :math:`K > 1.1\, N_p`, and doubled if :math:`K < 0.9\, N_p`, with
        :math:`N_p = \lfloor p R \rfloor`;
-    3. layer :math:`l` grows a share of the :math:`K` in proportion to its survivors, at random, at zero.
+    3. :math:`K` random weights grow, starting at zero; each layer's share is in proportion to its survivors.
 
     :math:`p` is ``drop_fraction``, and :math:`H` begins at ``threshold``.
 
@@ -81,12 +81,13 @@ class DSR(GrowingMethod):
     )
 
     allocation: Allocation = field(
-        default="uniform", metadata=doc('How the budget is shared at first: ``"uniform"``, ``"er"`` or ``"erk"``.')
+        default="uniform", metadata=doc('How layers share the budget at first: ``"uniform"``, ``"er"`` or ``"erk"``.')
     )
     drop_fraction: float | Schedule = field(
         default=Constant(0.1),
         metadata=doc(
-            "Fraction of the active weights that an update prunes, about; a number is annealed to 0 along a cosine."
+            "Approximate fraction of the active weights that an update prunes, in [0, 1]; or a schedule of it. A number"
+            " is annealed to 0 along a cosine."
         ),
     )
     threshold: float = field(default=1e-3, metadata=doc("The first H, above 0; it doubles and halves as needed."))

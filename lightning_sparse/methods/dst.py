@@ -5,14 +5,15 @@ Paper:  Liu et al., "Dynamic Sparse Training: Find Efficient Sparse Network From
 Code:   https://github.com/junjieliu2910/DynamicSparseTraining
 Differs from the paper and the authors' code:
     - No layer is replaced: gradients are rewritten in closed form, equal to autograd's through the masked layers.
-    - The guard against collapse stands in the code alone, within the forward of linear and convolution layers. Here it
-      acts when masks are renewed, never in evaluation, and it is counted and named.
-    - A weight of exactly 0 gets no gradient and sleeps for good. A layer that is all zero, as LoRA's B is at first,
-      has thresholds just below 0 here until it has moved, so that its gradient reaches it.
-    - Thresholds take no step on a gradient that is inf or NaN (the authors' issue 2 tells of NaN late in VGG training),
+    - The reset of thresholds, which guards against collapse, is only in the authors' code, in the forward pass of
+      linear and convolutional layers. Here it happens when masks are renewed, never in evaluation; resets are counted
+      and reported.
+    - A weight of exactly 0 gets no gradient and stays pruned for good. A layer that is all zero, as LoRA's B is at
+      first, has thresholds just below 0 here until its weights change, so that its gradient reaches it.
+    - Thresholds take no step on a gradient that is inf or NaN (the authors' issue 2 reports NaN late in VGG training),
       and their gradients are not clipped.
-    - What other code writes into a masked weight between steps is overwritten by the dense copy at the next step.
-    - ``sparsity=``, which steers alpha, is not the paper's.
+    - If other code writes into a masked weight between steps, the dense copy overwrites that at the next step.
+    - ``sparsity=``, which adjusts alpha, is not in the paper.
 """
 
 from __future__ import annotations
@@ -48,20 +49,20 @@ _LARGEST_ALPHA = 0.1  # what is larger was probably meant to be a sparsity
 @final
 @method
 class DST(LatentMethod):
-    r"""Dynamic sparse training: each neuron, filter or gate row learns the threshold below which it prunes.
+    r"""Dynamic sparse training: each neuron, filter or gate row learns its own pruning threshold.
 
     With thresholds :math:`t` and masks :math:`M_{ij} = [\,|W_{ij}| > t_i\,]`, the loss :math:`L(W \odot M)` is trained
     together with
 
     .. math:: J = L + \alpha \sum_{\text{layers}} \sum_i e^{-t_i}
 
-    where :func:`~lightning_sparse.functional.thresholds.long_tailed_estimator` stands in for the step's derivative. A
-    pruned weight keeps its value, receives the structure gradient, and can become active again. Thresholds begin at 0,
-    where the network is dense. An optimizer of the same class and settings as the weights' steps them, weight decay
-    included.
+    where :func:`~lightning_sparse.functional.thresholds.long_tailed_estimator` replaces the derivative of the step
+    function. A pruned weight keeps its value, receives the structure gradient, and can become active again. Thresholds
+    begin at 0, so the network begins dense. A second optimizer, of the same class and settings as the weights', steps
+    the thresholds, including weight decay.
 
-    Acts at every step. A layer of which at most one hundredth is left has its thresholds reset, unless it is recurrent
-    (``reset_sparsity``).
+    The masks are renewed at every step. If at most one hundredth of a layer's weights is active, its thresholds are
+    reset, unless the layer is recurrent (``reset_sparsity``).
 
     Raises:
         ValueError: Neither or both of alpha and sparsity are given, or one is out of its range.
@@ -98,23 +99,23 @@ class DST(LatentMethod):
         default=None,
         kw_only=False,
         metadata=doc(
-            "Strength of the regulariser, at least 0; it alone decides how sparse the network becomes. The authors'"
+            "Strength of the regularizer, at least 0; it alone decides how sparse the network becomes. The authors'"
             " values: 5e-4 for the LeNets, 5e-6 for VGG-16 on CIFAR-10."
         ),
     )
     sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "Instead of alpha, the sparsity to end with, in [0, 1): alpha is steered while training, so that sparsity"
-            " follows a cubic until seven tenths of it and then stays."
+            "Instead of alpha, the final sparsity, in [0, 1). Alpha is then adjusted during training, so that sparsity"
+            " follows a cubic for the first 70 % of training and then stays."
         ),
     )
     reset_sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "The sparsity of a layer, in (0, 1], from which on its thresholds are reset; above 1 never. By default, as"
-            " in the authors' code, 0.99, and in recurrent layers never; where ``sparsity`` is above 0.9, a tenth of"
-            " its density."
+            "A layer's thresholds are reset once its sparsity reaches this value, in (0, 1]; a value above 1 means"
+            " never. The default is that of the authors' code, 0.99, and never in recurrent layers. If ``sparsity`` is"
+            " above 0.9, the default is ``1 - 0.1 * (1 - sparsity)``."
         ),
     )
 

@@ -6,9 +6,9 @@ Code:   https://github.com/athglentis/feather
 Differs from the paper and the authors' code:
     - No layer is replaced: the gradient is rewritten in closed form before the optimizer steps.
     - T is the largest magnitude that is pruned, so that the number of active weights is exact; the authors interpolate
-      between that and the next. Ties are broken by position.
-    - The module is left with the thresholded weights; the authors leave those of W that are above T.
-    - Gradients that are inf or NaN change no mask. With several optimizers, each ranks the weights that it steps.
+      between that and the next larger one. Ties are broken by position.
+    - After training, the module holds the thresholded weights; the authors keep the values of W that are above T.
+    - Gradients that are inf or NaN change no mask. With several optimizers, the weights of each are ranked separately.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ _EXTREME = 0.95  # the sparsity above which the authors damp the gradients of pr
 class Feather(LatentMethod):
     r"""Straight-through pruning of the whole network's smallest weights; its threshold hardly shrinks the large ones.
 
-    The weights of all layers are ranked together at every step; :math:`T` is the largest of the magnitudes that
-    ``sparsity`` prunes. The module computes with
+    The weights of all layers are ranked together at every step. :math:`T` is the largest magnitude that must be pruned
+    to reach ``sparsity``. The module computes with
 
     .. math:: \widetilde w = \operatorname{sign}(w) \bigl(|w|^p - T^p\bigr)^{1/p} \text{ where } |w| > T,
         \text{ else } 0 ,
 
-    which leaves no gap at :math:`T`, as a hard threshold does, and takes from a large weight far less than :math:`T`.
+    which is continuous at :math:`T`, unlike a hard threshold, and shrinks a large weight by far less than :math:`T`.
     The gradient passes straight through: :math:`\partial L / \partial w = \partial L / \partial \widetilde w`, times
-    :math:`\theta` where :math:`w` is pruned. Sparsity follows a cubic to half of training, and stays.
+    :math:`\theta` for pruned :math:`w`. Sparsity rises along a cubic over the first half of training, then stays.
 
-    The authors train for 160 epochs on CIFAR-100 with batch 128, SGD with momentum 0.9, a learning rate of 0.1 on a
-    cosine, and a weight decay of 5e-4, on biases and norms none.
+    The authors train for 160 epochs on CIFAR-100 with batch size 128, SGD with momentum 0.9, a learning rate of 0.1
+    with cosine decay, and a weight decay of 5e-4, except on biases and norms.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -102,12 +102,12 @@ class Feather(LatentMethod):
     theta: float | None = field(
         default=None,
         metadata=doc(
-            "Factor of pruned weights' gradients, in [0, 1]. By default 1, and 0.5 where the final sparsity is above"
+            "θ, the factor of pruned weights' gradients, in [0, 1]. By default 1, or 0.5 if the final sparsity is above"
             " 0.95."
         ),
     )
     power: float = field(
-        default=3.0, metadata=doc("p, at least 1: 1 is a soft threshold, and large ones come near to a hard one.")
+        default=3.0, metadata=doc("p, at least 1: 1 is a soft threshold, and large values approach a hard one.")
     )
     start: Duration = field(
         default=0.0,

@@ -3,15 +3,15 @@
 Paper:  Zhu, Bezek & Goksel, "Fixed-Rate Gradient-First Gradual Pruning", SCIA 2025, https://arxiv.org/abs/2411.05500
 Code:   https://github.com/LingkaiZhu1999/NetworkPruning (the paper's text was not at hand; this follows the code)
 Differs from the authors' code:
-    - An update acts before the optimizer's step, and ranks that step's gradients and the weights before it; there right
-      after it, so that an update at the same count of steps comes one step earlier.
-    - ⌊N d⌋ weights are left; there ⌈N d⌉.
+    - An update happens before the optimizer's step, and ranks that step's gradients and the weights before it. There it
+      happens right after the step, so that an update at the same count of steps comes one step earlier.
+    - ⌊N d⌋ weights stay active; there ⌈N d⌉.
     - The ablations anneal from the first update to ``stop``; there over all of training.
     - The gradient is the one that the optimizer sees: the mean over accumulated batches and processes.
-    - The pool holds at least as many weights as are pruned; the authors' code fails where it does not.
-    - The authors leave the first convolution dense and count it, and biases, in the sparsity. Here sparsity is that
+    - The pool has at least as many weights as are pruned; the authors' code fails if it has fewer.
+    - The authors leave the first convolution dense, and count it and the biases in the sparsity. Here sparsity is that
       of the masked weights, and every layer is masked; leave the first out with ``exclude=["conv1.weight"]``.
-    - Their times are 1000 to 2000 steps of about 125 000; here a hundredth of training.
+    - The authors update every 1000 to 2000 steps of about 125 000; here every hundredth of training.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class FGGP(ScoredMethod):
              |\partial L / \partial w| \\
         P &= \text{the } n \text{ members of } C \text{ with the smallest } |w|
 
-    and :math:`P` is pruned permanently. :math:`\gamma` is ``pool``, and :math:`s_t` is cubic from dense to
-    ``sparsity``.
+    and :math:`P` is pruned for good. :math:`\gamma` is ``pool``, and :math:`s_t` rises from 0 to ``sparsity`` along a
+    cubic.
 
     The paper's ablations: ``first="magnitude"`` pools by magnitude and prunes by gradient; ``pool=Cosine(0.5, 0.005)``
     anneals the rate; ``pool_of="survivors"`` takes a pool of :math:`n + \gamma (R - n)`. All three together are
-    GraNet's selection, with which the authors compare.
+    GraNet's selection, with which the authors compare theirs.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -79,7 +79,7 @@ class FGGP(ScoredMethod):
         Zhu, Bezek & Goksel, `Fixed-Rate Gradient-First Gradual Pruning <https://arxiv.org/abs/2411.05500>`_, SCIA 2025.
 
     Warning:
-        The paper publishes its accuracies as ranks and plots; no table of them was found to measure this against.
+        The paper reports accuracies as ranks and plots. We found no table of them to compare ours with.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -94,22 +94,22 @@ class FGGP(ScoredMethod):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "The final sparsity, in [0, 1), or a schedule of it: ``Polynomial(0.5, 0.95)`` begins with half of the"
-            " weights, drawn at random by ERK."
+            "The final sparsity, in [0, 1), or a schedule of the sparsity: ``Polynomial(0.5, 0.95)`` begins with"
+            " random ERK masks that keep half of the weights."
         ),
     )
     allocation: Allocation = field(
         default="global", metadata=doc('Which weights are ranked together: all (``"global"``), or those of a layer.')
     )
-    pool: float | Schedule = field(default=0.5, metadata=doc("Rate of the pool, in [0, 1], or a schedule of it."))
+    pool: float | Schedule = field(default=0.5, metadata=doc("Rate γ of the pool, in [0, 1], or a schedule of it."))
     pool_of: PoolOf = field(
         default="active",
         metadata=doc(
-            'Whether the pool is a rate of all ``"active"`` weights, or the pruned ones and a rate of the'
-            ' ``"survivors"``.'
+            'What the rate refers to: all ``"active"`` weights, or only the ``"survivors"`` of the update; in the'
+            " second case, the weights to prune are added to the pool."
         ),
     )
-    first: First = field(default="gradient", metadata=doc("What chooses the pool; the other chooses in it."))
+    first: First = field(default="gradient", metadata=doc("Which score chooses the pool; the other chooses within it."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

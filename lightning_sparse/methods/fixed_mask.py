@@ -1,11 +1,11 @@
 """FixedMask: fine-tuning with a topology that does not move.
 
 Paper:  Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,
-        https://arxiv.org/abs/1506.02626 (the third of its three steps: train, prune, retrain what is left)
+        https://arxiv.org/abs/1506.02626 (the third of its three steps: train, prune, retrain the remaining weights)
 Code:   none was published
 Differs from the paper:
     - Masks may come from any method, or from another run on other weights.
-    - The paper retrains with less dropout and a lower learning rate; both are the user's here.
+    - The paper retrains with less dropout and a lower learning rate; here you choose both.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ _LEFT_OUT = ("excluded", "not included", "frozen", "tied", "dense in the run", "
 @final
 @method
 class FixedMask(HardMaskMethod):
-    r"""Fixed masks: trains the weights that are left, and keeps the zeros where they are.
+    r"""Fixed masks: trains the remaining weights, and keeps the zeros where they are.
 
-    With :math:`M` from where ``masks`` says, each step trains the active weights alone:
+    With masks :math:`M`, each step trains only the active weights:
 
     .. math:: W \leftarrow M \odot \bigl(W - \eta\, (M \odot \nabla L)\bigr) .
 
-    The sparsity, and its target, is that of the masks; you cannot choose it. They are read as training begins; resumed
-    with ``ckpt_path``, a training goes on with those that are in its checkpoint. What is frozen when training begins,
-    such as a backbone that a callback thaws later, is masked when an optimizer first steps it.
+    The masks determine the sparsity and its target; you cannot choose them. Masks are read when training begins. A run
+    that is resumed with ``ckpt_path`` continues with the masks in its checkpoint. Layers that are frozen when training
+    begins, such as a backbone that a callback unfreezes later, are masked when an optimizer first steps them.
 
     ``masks`` says where the masks come from:
 
-    - ``None``: from the method whose checkpoint is resumed or whose module is trained on. Where none has left masks,
-      as after ``load_from_checkpoint``, they are the zeros of the weights as training begins.
-    - a path: of a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or any other
-      checkpoint or safetensors file, of which the zeros are taken.
-    - a mapping of parameter names to ``bool`` tensors of the weights' shapes, ``True`` = active.
+    - ``None``: from the earlier method, in the checkpoint that is resumed or from the module's last training. If there
+      are none, as after ``load_from_checkpoint``, from the zeros of the weights when training begins.
+    - a path: a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or any other
+      checkpoint or safetensors file, whose zeros then become the masks.
+    - a mapping of parameter names to ``bool`` tensors with the weights' shapes, ``True`` = active.
 
     A path or a mapping must have a mask for every weight that is masked here. Its masks replace those of a checkpoint.
 
     Raises:
-        MisconfigurationException: As training begins: no weight has a zero, or names or shapes of the masks are not
+        MisconfigurationException: When training begins: no weight has a zero, or the masks' names or shapes are not
             those of the module.
-        CheckpointError: As training begins: the file is missing, damaged, or holds no masks.
+        CheckpointError: When training begins: the file is missing, damaged, or holds no masks.
         ValueError: A mask in a mapping is not ``bool``.
 
     Example:
@@ -98,15 +98,15 @@ class FixedMask(HardMaskMethod):
     masks_new_weights: ClassVar[bool] = False
 
     masks: str | Path | Mapping[str, Tensor] | None = field(
-        default=None, kw_only=False, metadata=doc("Where the masks come from.")
+        default=None, kw_only=False, metadata=doc("Where the masks come from; see above.")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.masks is not None and not isinstance(self.masks, str | Path | Mapping):
             raise ValueError(
-                f"masks is {self.masks!r}; give a path, a mapping of names to masks, or nothing. It takes no sparsity,"
-                " because it keeps the zeros that are there. To prune, use GMP or FGGP."
+                f"masks is {self.masks!r}; give a path, a mapping of names to masks, or nothing. FixedMask takes no"
+                " sparsity, because it keeps the zeros that are there. To prune, use GMP or FGGP."
             )
         if isinstance(self.masks, Mapping):
             check_bool(self.masks)

@@ -4,9 +4,9 @@ Paper:  Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuror
         https://arxiv.org/abs/2106.10404
 Code:   https://github.com/VITA-Group/GraNet
 Differs from the authors' code:
-    - An update acts before the optimizer's step, on its gradients; there right after it, on those before it.
-    - Counts are ⌊r·n⌋ and budgets exact; there weights that tie with the last one go too.
-    - There an update comes every 1000 steps of some 56 000 on CIFAR-10; here at every hundredth of training.
+    - An update happens before the optimizer's step, with that step's gradients; there right after the step.
+    - Counts are ⌊r·n⌋ and budgets are exact; there, weights that tie with the last one are pruned too.
+    - The authors update every 1000 steps of some 56 000 on CIFAR-10; here an update comes every hundredth of training.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class GraNet(GrowingMethod):
 
     At an update at step :math:`t`, with :math:`N` weights,
 
-    1. of all layers together the smallest :math:`|w|` are pruned until :math:`\lfloor (1 - s_t) N \rfloor` are active,
-       :math:`s_t = s_f + (s_i - s_f) \bigl(1 - (t - t_0) / (n \Delta t)\bigr)^3`;
-    2. in each layer, of :math:`a` that are left, the :math:`\lfloor r_t\, a \rfloor` smallest :math:`|w|` are pruned,
-       and of all that are then inactive as many with the largest :math:`|\partial L / \partial w|` are grown.
+    1. the smallest :math:`|w|` of all layers together are pruned until :math:`\lfloor (1 - s_t) N \rfloor` are active,
+       with :math:`s_t = s_f + (s_i - s_f) \bigl(1 - (t - t_0) / (n \Delta t)\bigr)^3`;
+    2. each layer, with :math:`a` weights still active, prunes its :math:`\lfloor r_t\, a \rfloor` smallest :math:`|w|`
+       and grows as many of its inactive weights, those with the largest :math:`|\partial L / \partial w|`.
 
-    :math:`s_f` is ``sparsity``, :math:`t_0` is ``start`` and :math:`\Delta t` is ``update_every``. The first stage ends
-    when ``pruned_by`` of the time from ``start`` to ``stop`` has passed; the second, of which :math:`r_t` is
-    ``drop_fraction``, lasts until ``stop``.
+    :math:`s_f` is ``sparsity``, :math:`s_i` is 0, :math:`t_0` is ``start``, :math:`\Delta t` is ``update_every`` and
+    :math:`r_t` is ``drop_fraction``. The first stage ends after the fraction ``pruned_by`` of the time from ``start``
+    to ``stop``; the second continues until ``stop``.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -76,13 +76,13 @@ class GraNet(GrowingMethod):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "The final sparsity, in [0, 1), reached from dense along the cubic; or a schedule of it over the first"
-            " stage: ``Polynomial(0.5, 0.95)`` begins with half of the weights, drawn at random by ERK."
+            "The final sparsity, in [0, 1), reached from 0 along the cubic; or a schedule of the sparsity over the"
+            " first stage: ``Polynomial(0.5, 0.95)`` begins with random ERK masks that keep half of the weights."
         ),
     )
     allocation: Allocation = field(
         default="global",
-        metadata=doc('Which weights the first stage ranks together: all (``"global"``), or those of a layer.'),
+        metadata=doc('Which weights the first stage ranks together: all (``"global"``), or those of each layer.'),
     )
     pruned_by: float = field(
         default=0.5,

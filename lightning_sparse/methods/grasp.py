@@ -4,11 +4,11 @@ Paper:  Wang, Zhang & Grosse, "Picking Winning Tickets Before Training by Preser
         https://arxiv.org/abs/2002.07376
 Code:   https://github.com/alecwangcq/GraSP
 Differs from the authors' code:
-    - The loss is the module's own; there the logits are divided by a temperature of 200 before.
-    - The gradient and its product with the Hessian come from batches that follow each other, as the Trainer's loader
-      gives them; there from the same samples, ten of each class on CIFAR-10.
-    - Weights are as the module has initialized them; there linear layers are initialized anew (Xavier).
-    - The batches are seen by the dense network as in training: statistics of BatchNorm take note of them.
+    - The loss is the module's own; there the logits are first divided by a temperature of 200.
+    - The gradient and its product with the Hessian come from consecutive batches of the Trainer's loader; there from
+      the same samples, ten of each class on CIFAR-10.
+    - Weights are as the module initialized them; there linear layers are initialized again (Xavier).
+    - The dense network sees the batches in training mode, so they count in the statistics of BatchNorm.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = ["GraSP"]
 class GraSP(AtInitialization):
     r"""Gradient signal preservation: prunes once, at initialization, the weights that gradient flow needs least.
 
-    To remove a weight changes the squared norm of the gradient, to first order, by its score times a positive number,
+    Removing a weight changes the squared norm of the gradient, to first order, by a positive multiple of its score
 
     .. math:: S = -\,w \odot (H g), \qquad g = \nabla L, \quad H = \nabla^2 L .
 
-    Of all layers together the weights with the highest :math:`S` are pruned, until
-    :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. :math:`g` comes from the first ``batches`` batches,
-    and :math:`H g` from as many more; no step is taken on either. :math:`H g` is the gradient of
-    :math:`\langle \nabla L,\, g \rangle` with :math:`g` held fixed: a second derivative of the loss.
+    The weights with the highest :math:`S` in all layers together are pruned, until
+    :math:`\lfloor (1 - s) N \rfloor` are left; then training begins. :math:`g` comes from the first ``batches``
+    batches, and :math:`H g` from as many more; the optimizer takes no step on them. :math:`H g` is the gradient of
+    :math:`\langle \nabla L,\, g \rangle` with :math:`g` held fixed, a second derivative of the loss.
 
     Raises:
         ValueError: An argument is out of its range.

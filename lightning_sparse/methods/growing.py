@@ -1,4 +1,4 @@
-"""Methods that exchange weights: at an update active ones are pruned, and as many others are grown."""
+"""Methods that exchange weights: an update prunes active weights and grows as many others."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lightning_sparse.schedules import Cosine, Duration, Schedule, as_schedule, 
 __all__ = ["GrowingMethod", "InitialScale"]
 
 InitialScale = Literal["none", "density"]
-"""What the initial weights that masks leave are multiplied by: nothing, or one over the root of their density."""
+"""How initial weights are scaled: not at all, or by one over the square root of the layer's density."""
 
 
 @method
 class GrowingMethod(ScoredMethod, ABC):
-    """A scored method that, at an update of a layer whose budget stays, exchanges active weights for others.
+    """A scored method that exchanges active weights for others if a layer's budget does not change.
 
     Attributes:
-        rounds_up: Whether a fraction of a layer's weights that is no integer is rounded up, rather than down.
+        rounds_up: Whether the number of weights to exchange is rounded up instead of down.
     """
 
     drop_fraction: float | Schedule = field(
@@ -48,8 +48,8 @@ class GrowingMethod(ScoredMethod, ABC):
     update_replaces_step: bool = field(
         default=False,
         metadata=doc(
-            "Whether an update of the masks takes the place of the optimizer's step. The optimizer and the module's"
-            " own ``on_before_optimizer_step`` then find no gradient (``None``), not even of weights without a mask."
+            "Whether an update of the masks replaces the optimizer's step. The optimizer and the module's own"
+            " ``on_before_optimizer_step`` then find no gradient (``None``), not even for weights without a mask."
         ),
     )
     warm_moments: bool = field(
@@ -63,13 +63,13 @@ class GrowingMethod(ScoredMethod, ABC):
     initial_scale: InitialScale = field(
         default="none",
         metadata=doc(
-            'How the weights that the first masks leave are scaled: ``"density"`` multiplies them by 1/√(1 − s) in a'
-            " layer of sparsity s, so that the layer's outputs keep the variance of the dense layer's. This helps"
-            " sparse networks without normalisation."
+            'How the initial weights are scaled: ``"density"`` multiplies the active weights of a layer with sparsity'
+            " s by 1/√(1 − s), so that its outputs have the variance of the dense layer's outputs. This helps sparse"
+            " networks without normalisation."
         ),
     )
     stop: Duration = field(default=0.75, metadata=doc("Time after which the masks no longer change."))
-    min_active: int = field(default=1, metadata=doc("The least number of weights that each layer holds."))
+    min_active: int = field(default=1, metadata=doc("The least number of weights that each layer keeps."))
 
     rounds_up: ClassVar[bool] = False
 

@@ -4,11 +4,11 @@ Paper:  Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Fr
         https://arxiv.org/abs/2110.14032
 Code:   https://github.com/boone891214/MEST
 Differs from the paper and the authors' code:
-    - The commands that the authors have published rank by magnitude alone (λ = 0). The 0.01 here is from memory of the
-      paper, whose text was not at hand; ``gradient_weight=0.0`` is what the commands do.
-    - How much is exchanged is a fraction of what is active, so that it suits every sparsity. The authors state it for
-      90 %, as differences of sparsity: 0.02, 0.01 and 0 (EM), 0.05, 0.025 and 0 (EM&S), which are the fractions here.
-    - Data efficiency (forgettable samples are left out) is no part of this.
+    - The commands that the authors published rank by magnitude alone (λ = 0), as ``gradient_weight=0.0`` does. The 0.01
+      here is from memory of the paper, whose text was not at hand.
+    - The exchange is a fraction of the active weights, so that it suits every sparsity. The authors give it for 90 %,
+      as differences of sparsity: 0.02, 0.01 and 0 (EM), and 0.05, 0.025 and 0 (EM&S). The fractions here equal these.
+    - The paper's data efficiency, which leaves out forgettable samples, is not included.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ __all__ = ["MEST"]
 @final
 @method
 class MEST(GrowingMethod):
-    r"""Memory-economic sparse training: prunes by magnitude and gradient, grows at random, less and less.
+    r"""Memory-economic sparse training: prunes by magnitude and gradient, grows at random, exchanges less over time.
 
     At an update, in each layer, the weights with the smallest
 
     .. math:: |w| + \lambda\, |\partial L / \partial w|
 
-    are pruned and others, drawn at random, are grown at zero. With the elastic mutation (EM) a layer of budget
-    :math:`b` is pruned to :math:`b - \lfloor r_t b \rfloor` weights and grown to :math:`b`: training is never denser
-    than the result. With the soft memory bound (EM&S, ``soft=True``) it is pruned to :math:`b` and grown to
-    :math:`(1 + r_t)\, b`: training is denser, until :math:`r_t` is 0. :math:`\lambda` is ``gradient_weight`` and
+    are pruned, and random inactive weights are grown, starting at zero. With elastic mutation (EM), a layer with budget
+    :math:`b` is pruned to :math:`b - \lfloor r_t b \rfloor` weights and grown to :math:`b`, so training is never denser
+    than the result. With the soft memory bound (EM&S, ``soft=True``), the layer is pruned to :math:`b` and grown to
+    :math:`(1 + r_t)\, b`, so training is denser until :math:`r_t` is 0. :math:`\lambda` is ``gradient_weight`` and
     :math:`r_t` is ``drop_fraction``, which falls in steps.
 
     Raises:
@@ -76,16 +76,16 @@ class MEST(GrowingMethod):
     allocation: Allocation = field(
         default="uniform",
         metadata=doc(
-            'How the budget is shared: ``"uniform"``, ``"er"`` or ``"erk"``; without ``soft`` ``"global"`` too.'
+            'How layers share the budget: ``"uniform"``, ``"er"`` or ``"erk"``; without ``soft`` also ``"global"``.'
         ),
     )
-    gradient_weight: float = field(default=0.01, metadata=doc("λ: what a gradient counts beside a weight, at least 0."))
+    gradient_weight: float = field(default=0.01, metadata=doc("λ: the gradient's factor in the score, at least 0."))
     soft: bool = field(default=False, metadata=doc("Whether the memory bound is soft (EM&S)."))
     drop_fraction: float | Schedule = field(
         default=Steps((0.2, 0.1, 0.0), at=(0.75, 1.0)),
         metadata=doc(
-            "Fraction of a layer's budget that is exchanged, or with ``soft`` added, or a schedule of it over the time"
-            " to ``stop``. The default is that of EM; that of EM&S is ``Steps((0.5, 0.25, 0.0), at=(0.75, 1.0))``."
+            "Fraction of a layer's budget that an update exchanges (with ``soft``: adds), or a schedule of it over the"
+            " time to ``stop``. The default is that of EM; for EM&S give ``Steps((0.5, 0.25, 0.0), at=(0.75, 1.0))``."
         ),
     )
     update_every: Duration = field(

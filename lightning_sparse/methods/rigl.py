@@ -4,10 +4,10 @@ Paper:  Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 202
 Code:   https://github.com/google-research/rigl
 Differs from the paper and the authors' code:
     - Ties are broken by position; the authors' code adds noise of 1e-5 to the magnitudes.
-    - Where an update leaves masks as they were, the optimizer takes its step; Algorithm 1 leaves it out.
-    - Erdős–Rényi–Kernel budgets are exact integers: within three weights a layer of those of the authors' solver.
+    - If an update does not change the masks, the optimizer takes its step; Algorithm 1 skips it.
+    - Erdős–Rényi–Kernel budgets are exact integers, within three weights per layer of those of the authors' solver.
     - The paper updates every 100 steps of 97 656 on CIFAR-10; here every hundredth of training.
-    - Under Adam a grown weight's second moment begins with its neighbours'; the authors train with SGD.
+    - With Adam, a grown weight's second moment begins at the mean of its neighbours'; the authors train with SGD.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ __all__ = ["RigL"]
 class RigL(GrowingMethod):
     r"""The rigged lottery: prunes by magnitude, grows where the dense gradient is largest, at constant sparsity.
 
-    At an update at step :math:`t < T_{end}`, in each layer of :math:`n` active weights the
-    :math:`k = \lfloor f(t)\, n \rfloor` smallest :math:`|\theta|` are pruned, and of the weights that are then
-    inactive the :math:`k` with the largest :math:`|\partial L / \partial \theta|` are grown at zero, where
+    At an update at step :math:`t < T_{end}`, each layer with :math:`n` active weights prunes the
+    :math:`k = \lfloor f(t)\, n \rfloor` with the smallest :math:`|\theta|`. Then it grows, among its inactive weights,
+    the :math:`k` with the largest :math:`|\partial L / \partial \theta|`, which start at zero. Here
 
     .. math:: f(t) = \frac{\alpha}{2} \Bigl(1 + \cos \frac{\pi t}{T_{end}}\Bigr) .
 
-    :math:`\alpha` is ``drop_fraction``, :math:`T_{end}` is ``stop``, and :math:`\Delta T` is ``update_every``. Where
-    masks are updated, the optimizer takes no step (Algorithm 1); ``update_replaces_step=False`` takes it, as ITOP does.
+    :math:`\alpha` is ``drop_fraction``, :math:`T_{end}` is ``stop``, and :math:`\Delta T` is ``update_every``. When the
+    masks are updated, the optimizer takes no step (Algorithm 1); with ``update_replaces_step=False`` it does, as in
+    ITOP.
 
-    ITOP's settings (Liu et al. 2021), which explore more: ``RigL(0.9, drop_fraction=Cosine(0.5, 0.005),
-    update_every=4000, stop=1.0, update_replaces_step=False)``.
+    ITOP's settings (Liu et al. 2021) explore more: ``RigL(0.9, drop_fraction=Cosine(0.5, 0.005), update_every=4000,
+    stop=1.0, update_replaces_step=False)``.
 
-    Frequent updates hurt transformers: in trials with a small ViT, RigL stayed behind SET. Networks without
-    normalisation hardly train from 98 % on; ``initial_scale="density"`` helps.
+    Frequent updates hurt transformers: in trials with a small ViT, RigL was worse than SET. Networks without
+    normalisation hardly train at 98 % and above; ``initial_scale="density"`` helps.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -75,8 +76,8 @@ class RigL(GrowingMethod):
     update_replaces_step: bool = field(
         default=True,
         metadata=doc(
-            "Whether an update of the masks takes the place of the optimizer's step. The optimizer and the module's"
-            " own ``on_before_optimizer_step`` then find no gradient (``None``), not even of weights without a mask."
+            "Whether an update of the masks replaces the optimizer's step. The optimizer and the module's own"
+            " ``on_before_optimizer_step`` then find no gradient (``None``), not even for weights without a mask."
         ),
     )
 

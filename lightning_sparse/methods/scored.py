@@ -40,7 +40,7 @@ from lightning_sparse.schedules import (
 
 __all__ = ["Allocation", "ScoredMethod"]
 
-_STARVED = 8  # outputs to one weight, from which on a layer is named
+_STARVED = 8  # outputs per weight, from which on a layer causes a warning
 
 Allocation = Literal["global", "uniform", "er", "erk"]
 """How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
@@ -48,17 +48,18 @@ Allocation = Literal["global", "uniform", "er", "erk"]
 
 @method
 class ScoredMethod(HardMaskMethod, ABC):
-    r"""Prunes, and perhaps grows, by scores, to exact budgets along a schedule of sparsity.
+    r"""Prunes, and optionally grows, by scores, to exact budgets along a schedule of sparsity.
 
-    At an update each layer of budget :math:`b` is pruned to what :meth:`kept` says, the weights with the smallest
-    :meth:`drop_scores` first, and grown to :math:`b`, those with the largest :meth:`grow_scores` first. With
-    ``allocation="global"``, what the schedule takes away is ranked over all layers together before.
+    At an update, each layer with budget :math:`b` is pruned to as many weights as :meth:`kept` says, those with the
+    smallest :meth:`drop_scores` first. Then it is grown to :math:`b`, weights with the largest :meth:`grow_scores`
+    first. With ``allocation="global"``, the weights of all layers are first ranked together, and those are pruned that
+    the schedule asks for.
 
-    Scores are compared by magnitude: :math:`w` and :math:`|w|` rank alike, and need no copy.
+    Scores are compared by magnitude: :math:`w` ranks like :math:`|w|`, without a copy.
 
     Attributes:
-        grows: Whether an update may make pruned weights active; else what is pruned stays pruned.
-        begins_dense: Whether a number as ``sparsity`` means the end of a cubic from 0; else it holds throughout.
+        grows: Whether an update may make pruned weights active; otherwise pruned weights stay pruned.
+        begins_dense: Whether a number as ``sparsity`` is the end of a cubic from 0; otherwise it is constant.
     """
 
     sparsity: float | Schedule = field(
@@ -70,22 +71,22 @@ class ScoredMethod(HardMaskMethod, ABC):
     allocation: Allocation = field(
         default="erk",
         metadata=doc(
-            'How the budget is shared: ``"global"`` ranks all weights together; ``"uniform"``, ``"er"``'
-            ' (Erdős–Rényi) and ``"erk"`` (with kernels) give each layer its share.'
+            'How layers share the budget: ``"global"`` ranks all weights together; ``"uniform"`` gives each layer the'
+            ' same sparsity; with ``"er"`` (Erdős–Rényi) and ``"erk"`` (with kernels) small layers keep more.'
         ),
     )
     pattern: Pattern | str = field(
         default="any",
         metadata=doc(
-            'Which masks a layer may have: ``"any"``; ``"2:4"`` and other N of M along the inputs;'
+            'Which masks a layer may have: ``"any"``; ``"2:4"`` and other N:M along the inputs;'
             " :class:`~lightning_sparse.masks.patterns.ConstantFanIn` or"
-            " :class:`~lightning_sparse.masks.patterns.Filters`. A layer that cannot have it stays dense."
+            " :class:`~lightning_sparse.masks.patterns.Filters`. A layer whose shape does not fit stays dense."
         ),
     )
     update_every: Duration = field(
         default=0.01,
         metadata=doc(
-            "Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, 10 steps at least."
+            "Time between updates; ``int`` = optimizer steps, ``float`` = fraction of training, at least 10 steps."
         ),
     )
     start: Duration = field(default=0.0, metadata=doc("Time of the first update."))
@@ -120,34 +121,34 @@ class ScoredMethod(HardMaskMethod, ABC):
     # What a method says.
 
     def drop_scores(self, weight: MaskedWeight) -> Tensor:
-        """The weights with the smallest magnitude of this are pruned; shaped like ``weight.value``."""
+        """Scores for pruning, smallest magnitude first; shaped like ``weight.value``."""
         return weight.value
 
     def dropped(self, pool: MaskedWeight | MaskPool, among: Tensor, n: int) -> Tensor:
-        """The mask of the ``n`` weights, of those that ``pool`` ranks together, that are pruned.
+        """The mask of the ``n`` weights to prune, among those that ``pool`` ranks together.
 
         Args:
             pool: One layer, or all of them.
-            among: ``bool``: the active ones that may go; shaped like a layer's value, or flat for all.
-            n: How many, at least 1.
+            among: ``bool``: the active weights that may be pruned; shaped like a layer's value, or flat for all layers.
+            n: The number of weights to prune, at least 1.
         """
         return pool.smallest(self.ranked(pool, self.drop_scores), n, among, key=torch.abs)
 
     def pattern_scores(self, weight: MaskedWeight, keep: int) -> Tensor:
-        """With a :attr:`pattern`, what :meth:`dropped` is without: those with the largest magnitude of this stay.
+        """Scores for pruning with a :attr:`pattern`, in place of :meth:`dropped`: the largest magnitudes stay active.
 
         Args:
             weight: One layer.
-            keep: How many stay.
+            keep: How many weights stay active.
         """
         return self.drop_scores(weight)
 
     def grow_scores(self, weight: MaskedWeight) -> Tensor:
-        """The weights with the largest magnitude of this are grown; shaped like ``weight.value``."""
+        """Scores for growth, largest magnitude first; shaped like ``weight.value``."""
         return random_scores(weight, self.seed, self.step)
 
     def budgets(self, group: MaskGroup) -> list[int]:
-        """The active weights that each layer has after this update; with a :attr:`pattern`, at most."""
+        """The number of active weights of each layer after this update; with a :attr:`pattern`, the largest number."""
         if self.allocation == "global":
             return self._budgets_together(group)
         if self.grows and group.num_active == budget_of(group, self.sparsity_now) and not self._shaped:
@@ -155,14 +156,14 @@ class ScoredMethod(HardMaskMethod, ABC):
         return layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=self.grows)
 
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
-        """What pruning leaves of each layer, before growth fills it up to its budget."""
+        """How many weights pruning leaves in each layer, before growth fills it up to its budget."""
         return [min(weight.num_active, budget) for weight, budget in zip(group, budgets, strict=True)]
 
     # What the family does.
 
     @property
     def sparsity_now(self) -> float:
-        """What the schedule asks for now."""
+        """The sparsity that the schedule asks for now."""
         assert isinstance(self.sparsity, Schedule)
         return self.sparsity(self.progress)
 
@@ -229,8 +230,8 @@ class ScoredMethod(HardMaskMethod, ABC):
             group.recount()
             if group.num_active != left:
                 raise ValueError(
-                    f"{type(self).__name__} was to leave {left} weights active and left {group.num_active}."
-                    " Scores of NaN cannot be ranked: if there are some, training has diverged; lower the learning"
+                    f"{type(self).__name__} should have left {left} weights active, but left {group.num_active}."
+                    " Scores of NaN cannot be ranked. If some scores are NaN, training has diverged: lower the learning"
                     " rate, or clip gradients."
                 )
 

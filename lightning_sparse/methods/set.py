@@ -4,11 +4,11 @@ Paper:  Mocanu et al., "Scalable training of artificial neural networks with ada
         network science", Nature Communications 9, 2018, https://arxiv.org/abs/1707.04780
 Code:   https://github.com/dcmocanu/sparse-evolutionary-artificial-neural-networks
 Differs from the paper:
-    - The smallest weights by magnitude go, as in every later comparison; the paper takes a fraction of the smallest
-      positive and of the largest negative ones.
-    - The paper updates after every epoch with a constant fraction; here every hundredth of training, the fraction
-      annealed along a cosine. ``drop_fraction=Constant(0.3)`` keeps it constant.
-    - Erdős–Rényi–Kernel shares the budget, and every layer is masked; the paper leaves the last dense.
+    - The weights with the smallest magnitude are pruned, as in every later comparison; the paper prunes a fraction of
+      the smallest positive and of the largest negative ones.
+    - The paper updates after every epoch with a constant fraction. Here an update comes every hundredth of training,
+      and the fraction is annealed along a cosine; ``drop_fraction=Constant(0.3)`` keeps it constant.
+    - The budget is allocated by Erdős–Rényi–Kernel, and every layer is masked; the paper leaves the last dense.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["SET"]
 class SET(GrowingMethod):
     r"""Sparse evolutionary training: prunes by magnitude, grows at random, at constant sparsity.
 
-    At an update, in each layer of :math:`n` active weights the :math:`k = \lfloor \zeta_t\, n \rfloor` smallest
-    :math:`|w|` are pruned and as many inactive weights, drawn at random, are grown at zero. :math:`\zeta_t` is
+    At an update, each layer with :math:`n` active weights prunes the :math:`k = \lfloor \zeta_t\, n \rfloor` with the
+    smallest :math:`|w|`, and grows :math:`k` random inactive weights, which start at zero. :math:`\zeta_t` is
     ``drop_fraction``, :math:`\zeta` in the paper.
 
     Raises:

@@ -4,11 +4,11 @@ Paper:  Dettmers & Zettlemoyer, "Sparse Networks from Scratch: Faster Training w
         https://arxiv.org/abs/1907.04840
 Code:   https://github.com/TimDettmers/sparse_learning
 Differs from the paper and the authors' code:
-    - The momentum of every weight, pruned ones too, is kept by the method, one number a weight, whatever the optimizer;
-      there it is the optimizer's own, and under Adam m / (√v + 1e-8).
-    - The paper updates after every epoch; here an update comes at every hundredth of training.
-    - Counts are exact: a layer takes what it is given until it is full. There it takes at most 99 % of its free places,
-      and what the counts have missed is made good over the next updates.
+    - The method keeps the momentum of every weight, including pruned ones, as one number per weight, with any
+      optimizer. There it is the optimizer's own momentum, and with Adam m / (√v + 1e-8).
+    - The paper updates after every epoch; here an update comes every hundredth of training.
+    - Counts are exact: a layer grows its whole share until it is full. There it grows at most 99 % of its inactive
+      weights, and the next updates correct the counts.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ __all__ = ["SNFS"]
 @final
 @method
 class SNFS(GrowingMethod):
-    r"""Sparse momentum: prunes by magnitude, grows where momentum is largest, most in layers with much momentum.
+    r"""Sparse momentum: prunes by magnitude, grows where momentum is largest, mostly in layers with large momentum.
 
-    With the momentum :math:`m \leftarrow \beta m + \partial L / \partial w` of every weight, at an update
+    Every weight has a momentum :math:`m \leftarrow \beta m + \partial L / \partial w`. At an update,
 
-    1. each layer of :math:`n_l` active weights loses its :math:`\lfloor p\, n_l \rfloor` smallest :math:`|w|`;
-    2. layer :math:`l` gets a share of all that were pruned in proportion to its mean :math:`|m|` over active weights;
-    3. it grows, at zero, where :math:`|m|` is largest among the inactive.
+    1. each layer, with :math:`n_l` active weights, prunes its :math:`\lfloor p\, n_l \rfloor` smallest :math:`|w|`;
+    2. each layer may grow a share of all pruned weights, in proportion to its mean :math:`|m|` over active weights;
+    3. it grows its inactive weights with the largest :math:`|m|`, starting at zero.
 
-    :math:`p` is ``drop_fraction`` and :math:`\beta` is ``momentum``. Layers so end with budgets of their own; the sum
-    stays exact.
+    :math:`p` is ``drop_fraction`` and :math:`\beta` is ``momentum``. The layers' budgets thus change during training;
+    their sum stays exact.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -76,9 +76,9 @@ class SNFS(GrowingMethod):
     needs_dense_gradients: ClassVar[bool] = True
 
     allocation: Allocation = field(
-        default="uniform", metadata=doc('How the budget is shared at first: ``"uniform"``, ``"er"`` or ``"erk"``.')
+        default="uniform", metadata=doc('How layers share the budget at first: ``"uniform"``, ``"er"`` or ``"erk"``.')
     )
-    momentum: float = field(default=0.9, metadata=doc("β, in [0, 1): how much of the past the momentum remembers."))
+    momentum: float = field(default=0.9, metadata=doc("β, in [0, 1): the decay factor of the momentum."))
     drop_fraction: float | Schedule = field(
         default=Cosine(0.5, 0.005),
         metadata=doc("Fraction of each layer's active weights that an update prunes, or a schedule of it."),

@@ -4,10 +4,10 @@ Paper:  Lee, Ajanthan & Torr, "SNIP: Single-shot Network Pruning based on Connec
         https://arxiv.org/abs/1810.02340
 Code:   https://github.com/namhoonlee/snip-public
 Differs from the paper and the authors' code:
-    - The loss is the module's own; weights are as the module has initialized them, where the authors want a scheme that
-      scales variances.
+    - The loss is the module's own, and weights are as the module initialized them; the authors recommend a
+      variance-scaling initialization.
     - Biases are not pruned; the authors' code ranks them too.
-    - The batch is seen by the dense network as in training: statistics of BatchNorm take note of it.
+    - The dense network sees the batch in training mode, so it counts in the statistics of BatchNorm.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class SNIP(AtInitialization):
     .. math:: s_j = \Bigl|\frac{\partial L(c \odot w)}{\partial c_j}\Bigr|_{c = 1}
               = \Bigl| w_j\, \frac{\partial L}{\partial w_j} \Bigr|
 
-    in all layers together are pruned until :math:`\lfloor (1 - s) N \rfloor` are left; these are trained. No step is
-    taken on those batches.
+    in all layers together are pruned until :math:`\lfloor (1 - s) N \rfloor` are left; then training begins. The
+    optimizer takes no step on these batches.
 
     Raises:
         ValueError: An argument is out of its range.

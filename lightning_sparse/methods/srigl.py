@@ -3,10 +3,10 @@
 Paper:  Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, https://arxiv.org/abs/2305.02299
 Code:   https://github.com/calgaryml/condensed-sparsity
 Differs from the authors' code:
-    - Where a neuron has more kept weights than its fan-in, the largest stay; there those at the first places.
-    - A neuron that was ablated comes back once enough of the largest gradients are its own.
-    - Masks begin with the same fan-in everywhere, at random, and weights as the module has initialized them; there
-      weights are drawn anew for the sparse fan-in (see ``initial_scale``).
+    - If a neuron has more salient weights than its fan-in, the largest stay; there those with the lowest indices.
+    - An ablated neuron comes back once it has enough of the largest gradients.
+    - Masks begin random with a constant fan-in, and weights are as the module initialized them; there weights are
+      initialized again for the sparse fan-in (see ``initial_scale``).
     - The authors update every 100 steps on CIFAR-10, and every 800 on ImageNet; here every hundredth of training.
 """
 
@@ -35,22 +35,22 @@ __all__ = ["SRigL"]
 @final
 @method
 class SRigL(GrowingMethod):
-    r"""Structured RigL: every neuron has equally many active inputs, and unimportant neurons are removed.
+    r"""Structured RigL: every neuron has the same number of active inputs, and unimportant neurons are removed.
 
     At an update, in each layer of :math:`n` active weights, with :math:`k = \lfloor f(t)\, n \rfloor` as in
     :class:`RigL`,
 
-    1. salient are the :math:`n - k` largest :math:`|w|`, and of the other weights the :math:`k` with the largest
-       :math:`|\partial L / \partial w|`;
-    2. neurons with fewer than :math:`\max(1, \gamma\, F)` salient weights are ablated, :math:`F` being the fan-in until
-       now: never more than leave room for the budget, and none of the last layer;
-    3. the budget gives the neurons that are left a new fan-in, the same for all;
-    4. each of them keeps its salient weights by magnitude, the largest first, and fills up its fan-in where
-       :math:`|\partial L / \partial w|` is largest, at zero.
+    1. the salient weights are the :math:`n - k` with the largest :math:`|w|` and, among the others, the :math:`k` with
+       the largest :math:`|\partial L / \partial w|`;
+    2. neurons with fewer than :math:`\max(1, \gamma\, F)` salient weights are ablated, where :math:`F` is the fan-in so
+       far. Enough neurons stay to hold the budget, and no neuron of the last layer is ablated;
+    3. the budget, divided by the number of remaining neurons, is the new fan-in of each;
+    4. each neuron keeps its salient weights with the largest magnitudes. If these are fewer than the fan-in, it grows
+       the weights with the largest :math:`|\partial L / \partial w|`, starting at zero.
 
     :math:`\gamma` is ``ablation``. Such layers can be stored and computed as dense matrices of
-    :math:`\text{neurons} \times F` weights with the places of their inputs. A budget that is no multiple of the neurons
-    is rounded down.
+    :math:`\text{neurons} \times F` weights with the indices of their inputs. A budget that is not a multiple of the
+    number of neurons is rounded down.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -82,13 +82,13 @@ class SRigL(GrowingMethod):
     ablation: float = field(
         default=0.3,
         metadata=doc(
-            "γ, in [0, 1]: neurons with fewer salient weights than that share of the fan-in are removed; 0"
+            "γ, in [0, 1]: neurons with fewer salient weights than this fraction of the fan-in are removed; 0"
             " removes none."
         ),
     )
     update_replaces_step: bool = field(
         default=True,
-        metadata=doc("Whether an update of the masks takes the place of the optimizer's step, as in :class:`RigL`."),
+        metadata=doc("Whether an update of the masks replaces the optimizer's step, as in :class:`RigL`."),
     )
 
     def __post_init__(self) -> None:

@@ -5,10 +5,10 @@ Paper:  Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Network
 Code:   https://github.com/aojunzz/NM-sparsity
 Differs from the paper and the authors' code:
     - No layer is replaced: the gradient is rewritten in closed form before the optimizer steps.
-    - The term of lambda is added once a step; the authors' backward adds it once for each batch that is accumulated.
+    - The term with lambda is added once per step; the authors' backward adds it once for each accumulated batch.
     - Ties are broken by position, and gradients that are inf or NaN change no mask.
-    - A layer whose inputs are no multiple of M stays dense, and the plan says so; the authors' code counts M weights on
-      over the ends of rows, which no accelerator executes.
+    - A layer whose number of inputs is not a multiple of M stays dense, and the plan says so. In the authors' code,
+      groups of M weights then cross the ends of rows, which no accelerator executes.
 """
 
 from __future__ import annotations
@@ -35,19 +35,18 @@ __all__ = ["SRSTE"]
 class SRSTE(LatentMethod):
     r"""Sparse-refined straight-through estimator: keeps the N largest of every M weights, chosen again at each step.
 
-    The module computes with :math:`\widetilde W = W \odot M`, where :math:`M` has the N largest :math:`|W|` of every M
-    neighbours along the inputs. The optimizer is given
+    The module computes with :math:`\widetilde W = W \odot M`, where :math:`M` keeps the N largest :math:`|W|` of every
+    M neighbours along the inputs. The optimizer gets the gradient
 
     .. math:: g = \frac{\partial L}{\partial \widetilde W} + \lambda \, (1 - M) \odot W ,
 
-    the straight-through gradient, which reaches pruned weights too, and a term that pulls these towards zero, so that
-    masks settle. The term is part of the gradient: momentum and the second moments of Adam see it. :math:`\lambda` is
-    ``decay``.
+    which is the straight-through gradient, for pruned weights too, plus a term that pulls pruned weights towards zero,
+    so that masks settle. Momentum and Adam's second moments include this term. :math:`\lambda` is ``decay``.
 
     The authors train ResNet-50 on ImageNet at 2:4 for 120 epochs with a weight decay of 5e-5.
 
     Raises:
-        ValueError: The pattern is no N of M, or decay is negative.
+        ValueError: The pattern is not N:M, or decay is negative.
 
     Example:
         >>> import lightning as L
@@ -77,8 +76,8 @@ class SRSTE(LatentMethod):
         default="2:4",
         kw_only=False,
         metadata=doc(
-            'N of M, as ``"2:4"`` or :class:`~lightning_sparse.masks.patterns.NofM`; in a convolution along the input'
-            " channels. A layer whose inputs are no multiple of M stays dense."
+            'N:M, as ``"2:4"`` or :class:`~lightning_sparse.masks.patterns.NofM`; in a convolution along the input'
+            " channels. A layer whose number of inputs is not a multiple of M stays dense."
         ),
     )
     decay: float = field(

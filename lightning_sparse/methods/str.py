@@ -6,8 +6,9 @@ Code:   https://github.com/RAIVNLab/STR
 Differs from the paper and the authors' code:
     - No layer is replaced: gradients are rewritten in closed form, equal to autograd's through the soft threshold.
     - s takes no step on a gradient that is inf or NaN, and its gradient is not clipped.
-    - The authors replace convolutions, the classifier as one of 1 x 1; here linear and recurrent weights have an s too.
-    - The module is left with the thresholded weights, not with W and s.
+    - The authors replace convolutions, and treat the classifier as a 1 × 1 convolution; here linear and recurrent
+      weights have an s too.
+    - After training, the module holds the thresholded weights, not W and s.
 """
 
 from __future__ import annotations
@@ -33,23 +34,24 @@ __all__ = ["STR"]
 @final
 @method
 class STR(LatentMethod):
-    r"""Soft threshold reparameterization: each layer learns a threshold, and shrinks all its weights by it.
+    r"""Soft threshold reparameterization: each layer learns a threshold, and all its weights shrink by it.
 
     The module computes with
 
     .. math:: \widetilde W = \operatorname{sign}(W) \operatorname{ReLU}\bigl(|W| - g(s)\bigr), \qquad
         g(s) = \frac{1}{1 + e^{-s}}
 
-    with one learned :math:`s` for each layer, stepped by an optimizer of the same class and settings as the weights'.
-    Both get their true gradients from the loss; pruned weights get none. There is no target sparsity: weight decay
-    moves :math:`s` from its negative beginning, ``initial``, towards 0, and so raises the threshold from 0 towards 1/2;
-    the loss resists. More decay, or a beginning nearer to 0, gives a sparser network.
+    with one learned :math:`s` for each layer. A second optimizer, of the same class and settings as the weights', steps
+    :math:`s`. Weights and :math:`s` get their true gradients from the loss; pruned weights get none. There is no target
+    sparsity. Weight decay moves :math:`s` from its negative first value, ``initial``, towards 0, which raises the
+    threshold from 0 towards 1/2; the loss works against this. More weight decay, or a first value nearer to 0, gives a
+    sparser network.
 
     The authors' ResNet-50 on ImageNet at 90.23 %: :math:`s_{init}` = -3200, weight decay 2.25e-5 on weights and
-    :math:`s`, SGD with momentum 0.875, learning rate 0.256 on a cosine, 100 epochs.
+    :math:`s`, SGD with momentum 0.875, learning rate 0.256 with cosine decay, 100 epochs.
 
     Raises:
-        ValueError: An argument is no finite number, or decay is negative.
+        ValueError: An argument is not a finite number, or decay is negative.
 
     Example:
         >>> import lightning as L
@@ -67,8 +69,8 @@ class STR(LatentMethod):
         <https://arxiv.org/abs/2002.03231>`_, ICML 2020.
 
     Warning:
-        Without weight decay on :math:`s` sparsity hardly grows. Adam's (not AdamW's) is divided by the size of past
-        gradients, so an ``initial`` of -3200 stays where it is.
+        Without weight decay on :math:`s`, sparsity hardly grows. Adam (not AdamW) divides weight decay by the size of
+        past gradients, so an ``initial`` of -3200 hardly moves.
     """
 
     paper: ClassVar[Paper] = Paper(
@@ -81,7 +83,7 @@ class STR(LatentMethod):
 
     initial: float = field(
         kw_only=False,
-        metadata=doc("First value of s, in every layer; at -10 a weight of 5e-5 sleeps, at -5 one of 7e-3."),
+        metadata=doc("First value of s in every layer; -10 prunes weights below 5e-5, and -5 those below 7e-3."),
     )
     decay: float | None = field(
         default=None, metadata=doc("Weight decay on s; by default that of the weights, as in the paper.")

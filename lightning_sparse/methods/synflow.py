@@ -4,9 +4,9 @@ Paper:  Tanaka et al., "Pruning neural networks without any data by iteratively 
         https://arxiv.org/abs/2006.05467
 Code:   https://github.com/ganguli-lab/Synaptic-Flow
 Differs from the authors' code:
-    - Their default is one iteration; here the paper's 100.
-    - The shape of the ones comes from the module's ``example_input_array`` or from the first training batch; there from
-      the data set. Inputs that are no floating-point numbers, such as tokens, are taken as they are.
+    - The code's default is one iteration; here it is the paper's 100.
+    - The shape of the input of ones comes from the module's ``example_input_array`` or from the first training batch;
+      there from the data set. Inputs that are not floating-point numbers, such as tokens, are used as they are.
     - Biases are not pruned.
 """
 
@@ -36,21 +36,21 @@ __all__ = ["SynFlow"]
 @final
 @method
 class SynFlow(AtInitialization):
-    r"""Synaptic flow: prunes once, at initialization and without data, the weights that carry least to the outputs.
+    r"""Synaptic flow: prunes once, at initialization and without data, the weights that add least to the outputs.
 
     With every parameter and buffer replaced by its magnitude, an input of ones and
     :math:`R = \sum_i f_{|\theta|}(1)_i`, at iteration :math:`k = 1 \dots n` the weights of all layers with the smallest
 
     .. math:: S = \frac{\partial R}{\partial |w|} \odot |w|
 
-    are pruned, until :math:`\lfloor N (1 - s)^{k / n} \rfloor` are left. What flows into a neuron flows out of it, so
-    that no layer collapses before the others. :math:`n` is ``iterations``.
+    are pruned, until :math:`\lfloor N (1 - s)^{k / n} \rfloor` are left. The scores that flow into a neuron add up to
+    those that flow out of it, so no layer collapses before the others. :math:`n` is ``iterations``.
 
-    That holds for linear layers, convolutions, ReLUs and BatchNorm; where a mean is subtracted (LayerNorm) flows
-    cancel, and their magnitudes are ranked.
+    This conservation holds for linear layers, convolutions, ReLUs and BatchNorm. If a layer subtracts a mean
+    (LayerNorm), flows partly cancel, and the magnitudes of the scores are ranked.
 
-    It is computed in evaluation mode and leaves nothing behind: weights, buffers, statistics of BatchNorm and random
-    generators are as before. No step is taken on the first batch, which gives nothing but its shape.
+    Scores are computed in evaluation mode without side effects: weights, buffers, statistics of BatchNorm and random
+    generators stay as they are. Only the shape of the first batch is used; the optimizer takes no step on it.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -3,11 +3,11 @@ r"""Top-KAST: always sparse, forward and backward.
 Paper:  Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020, https://arxiv.org/abs/2106.03517
 Code:   none by the authors is public.
 Differs from the paper:
-    - The gradient is computed dense, and cut to B before the optimizer steps; what is saved is the update, not time.
-    - Momentum and weight decay move nothing outside B either, whatever the optimizer; the paper trains without
-      momentum. A weight that leaves B loses its moments; one that enters B has the mean second moment of those in it.
-    - Which norm the exploration penalty has could not be read; here it is half the square of the Euclidean one, so
-      that its gradient is a weight decay, larger by 1/D in B without A.
+    - The gradient is computed dense, and restricted to B before the optimizer steps, so the backward saves no time.
+    - Momentum and weight decay change nothing outside B either, with any optimizer; the paper trains without
+      momentum. A weight that leaves B loses its moments; one that enters B gets the mean second moment of B.
+    - We could not read which norm the exploration penalty uses; here it is half the squared Euclidean norm, so that its
+      gradient is a weight decay, larger by 1/D in B without A.
     - Gradients that are inf or NaN change neither A nor B.
 """
 
@@ -38,17 +38,17 @@ __all__ = ["TopKAST"]
 @final
 @method
 class TopKAST(LatentMethod):
-    r"""Top-K always sparse training: uses the largest weights, trains some more, and leaves the rest unchanged.
+    r"""Top-K always sparse training: computes with the largest weights, and trains these and some candidates.
 
-    Of each layer's :math:`N` weights, A holds the :math:`D N` and B the :math:`(D + M) N` with the largest
-    :math:`|\theta|`. The module computes with A; the optimizer moves B, by the gradient of
+    In each layer with :math:`N` weights, A is the set of the :math:`D N`, and B of the :math:`(D + M) N` weights with
+    the largest :math:`|\theta|`. The module computes with A; the optimizer updates B, with the gradient of
 
     .. math:: J = L(\theta_A) + \frac{\lambda}{2} \sum_{i \in A} \theta_i^2
         + \frac{\lambda}{2 D} \sum_{i \in B \setminus A} \theta_i^2
 
-    of which the first term is taken as if B were used. Weights of B that do not grow past those of A decay faster and
-    fall back; others come in their place. :math:`1 - D` is ``sparsity``, :math:`1 - D - M` is ``backward_sparsity``,
-    :math:`\lambda` is ``decay``.
+    where the gradient of the first term, with respect to :math:`\theta_A`, is used for all of B. Weights of B outside A
+    decay faster; those that do not grow into A fall out of B, and others take their places. :math:`1 - D` is
+    ``sparsity``, :math:`1 - D - M` is ``backward_sparsity``, :math:`\lambda` is ``decay``.
 
     Raises:
         ValueError: An argument is out of its range, or backward_sparsity is above sparsity.
@@ -78,21 +78,21 @@ class TopKAST(LatentMethod):
     )
     needs_dense_gradients: ClassVar[bool] = True
 
-    sparsity: float = field(kw_only=False, metadata=doc("Fraction of zeros in the forward, in [0, 1)."))
+    sparsity: float = field(kw_only=False, metadata=doc("Fraction of zeros in the forward pass, in [0, 1)."))
     backward_sparsity: float | None = field(
         default=None,
         metadata=doc(
-            "Fraction of the weights that are not trained, at most ``sparsity``. By default twice as many are trained"
-            " as are used. The paper has 0.5 with 0.8, and 0.8 with 0.9."
+            "Fraction of the weights that are not trained, at most ``sparsity``. By default, twice as many weights are"
+            " trained as are used. The paper uses 0.5 with a ``sparsity`` of 0.8, and 0.8 with 0.9."
         ),
     )
     decay: float = field(default=1e-4, metadata=doc("Strength of the exploration penalty, at least 0."))
     allocation: LayerAllocation = field(
         default="uniform",
-        metadata=doc('How layers share the weights of A, and those of B: ``"uniform"``, ``"er"`` or ``"erk"``.'),
+        metadata=doc('How layers share the budgets of A and of B: ``"uniform"``, ``"er"`` or ``"erk"``.'),
     )
-    update_every: int = field(default=1, metadata=doc("Steps between two choices of A and B, at least 1."))
-    min_active: int = field(default=0, metadata=doc("Weights that every layer uses at least."))
+    update_every: int = field(default=1, metadata=doc("Steps between two updates of A and B, at least 1."))
+    min_active: int = field(default=0, metadata=doc("The least number of weights that each layer uses."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
