@@ -1,4 +1,4 @@
-"""SparsityMonitor: curves, histograms and a heat map of a sparse training, in every logger of the Trainer."""
+"""SparsityMonitor: curves, histograms and a heat map of sparse training, in every logger of the Trainer."""
 
 from __future__ import annotations
 
@@ -43,44 +43,44 @@ _PATIENCE = 10
 
 @final
 class SparsityMonitor(TrainerCallback):
-    r"""Logs what sparse training does, like ``LearningRateMonitor``; it changes nothing in training.
+    r"""Logs how sparse training proceeds, as ``LearningRateMonitor`` logs learning rates; training does not change.
 
-    It writes these to every logger of the Trainer: before the first optimizer step, after each update of the masks, and
-    at the end of each epoch. Updates that come faster than the Trainer's ``log_every_n_steps`` and than every 200th
-    part of training are written together.
+    It writes these values to every logger of the Trainer: before the first optimizer step, after each update of the
+    masks, and at the end of each epoch. Updates that come more often than the Trainer's ``log_every_n_steps`` and more
+    than 200 times in training are written together.
 
     ============================== =====================================================================================
     ``sparsity``                   fraction of zeros among the weights that have a mask
-    ``sparsity_target``            what the methods' schedules ask for
+    ``sparsity_target``            the sparsity that the methods' schedules ask for
     ``sparsity_layer/<name>``      sparsity of one weight
-    ``sparsity_layer_target/<n>``  what its method asks for
-    ``masks/changed_since_update`` share of mask entries that have changed since the update before
-    ``masks/changed_since_start``  share of mask entries that differ from those with which training began
+    ``sparsity_layer_target/<n>``  the sparsity that its method asks for
+    ``masks/changed_since_update`` share of mask entries that have changed since the last update
+    ``masks/changed_since_start``  share of mask entries that differ from the masks at the start of training
     ``masks/ever_active``          share of weights ever active, ITOP's :math:`R_s`
-    ``masks/dead_neurons``         share of neurons and filters without an input left
-    ``masks/num_dead_neurons``     their number
-    ``flops/inference``            operations of a forward pass over those of the dense network
-    ``flops/training``             operations of training so far over those of dense training
+    ``masks/dead_neurons``         share of neurons and filters without an active input
+    ``masks/num_dead_neurons``     number of neurons and filters without an active input
+    ``flops/inference``            FLOPs of a forward pass, relative to the dense network
+    ``flops/training``             FLOPs of training so far, relative to dense training
     ============================== =====================================================================================
 
-    To loggers that take them, such as ``TensorBoardLogger``, go histograms of each layer's active weights
-    (``weights/<name>``) at the end of each epoch and a heat map of sparsity over layers and steps
-    (``sparsity_heatmap``) at the end of training, which needs matplotlib.
+    Loggers that support them, such as ``TensorBoardLogger``, also get histograms of each layer's active weights
+    (``weights/<name>``) at the end of each epoch, and a heat map of sparsity over layers and steps
+    (``sparsity_heatmap``) at the end of training. The heat map needs matplotlib.
 
-    The operations are counted once, in the forward pass of the first batch, by
-    :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: what an ideal sparse kernel would need. See
+    FLOPs are counted once, in the forward pass of the first batch, by
+    :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: those of an ideal sparse kernel. See
     :mod:`lightning_sparse.functional.flops`.
 
-    Weights that get their masks later, such as those of a backbone that thaws, are included from then on, and
-    operations are counted again; the heat map is blank where they had none.
+    Weights that get their masks later, such as those of a backbone that is unfrozen, are included from then on, and
+    FLOPs are counted again. In the heat map, their cells are blank before that.
 
-    Beside Lightning's ``ThroughputMonitor``, in releases whose ``Throughput`` takes ``using_sparse_model``, the monitor
-    sets it to False, unless you have set it. Masked weights are multiplied by the dense kernels, so utilisation (MFU)
-    is that of the GPU's dense peak; the doubled peak of 2:4 kernels would halve it. In the list of callbacks, put
-    ``SparsityMonitor`` before ``ThroughputMonitor``.
+    The monitor also sets ``using_sparse_model=False`` in Lightning's ``ThroughputMonitor``, unless you have set it, in
+    releases whose ``Throughput`` takes it. Training uses dense kernels, so utilisation (MFU) refers to the GPU's dense
+    peak; the doubled peak of 2:4 kernels would halve it. In the list of callbacks, put ``SparsityMonitor`` before
+    ``ThroughputMonitor``.
 
-    It may stand before or after the methods in the list of callbacks, and watches all of them together. Its history is
-    part of a checkpoint, so that curves go on where they were; a fit that does not resume begins a new one.
+    The monitor can come before or after the methods in the list of callbacks, and watches all of them together. Its
+    history is part of a checkpoint, so curves continue when training resumes; other fits begin a new history.
 
     Args:
         per_layer: Whether to write the curves of each layer.
@@ -90,7 +90,7 @@ class SparsityMonitor(TrainerCallback):
             ``prog_bar=True``.
 
     Attributes:
-        values: What was written last, by name.
+        values: The values that were written last, by name.
         timeline: The sparsity of each layer at the steps that were recorded; :meth:`draw
             <lightning_sparse.metrics.timeline.SparsityTimeline.draw>` draws the heat map.
 

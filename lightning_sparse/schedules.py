@@ -1,4 +1,4 @@
-"""When, and how much, over training.
+"""Schedules of values and times of updates during training.
 
 A :class:`Schedule` gives a value at a progress in [0, 1]. :class:`UpdateTimes` says at which optimizer steps masks are
 updated. Both are frozen dataclasses and can be written in YAML.
@@ -192,8 +192,8 @@ class Cyclic(_OfNumbers):
         [0.9, 0.7, 0.9, 0.7, 0.9, 0.9]
 
     References:
-        Li et al., "Pushing the Limits of Sparsity", TMLR 2025, https://arxiv.org/abs/2411.13545; the defaults are those
-        of its code (two cycles of 50 of 250 epochs, three times the density).
+        Li et al., "Pushing the Limits of Sparsity", TMLR 2025, https://arxiv.org/abs/2411.13545. The defaults are those
+        of the authors' code: in 250 epochs, two cycles of 50 epochs each, with three times the density.
     """
 
     sparsity: float
@@ -248,14 +248,14 @@ class Cyclic(_OfNumbers):
 
 @dataclass(frozen=True)
 class Steps(Schedule):
-    """``values[0]`` at first, and ``values[i]`` from the progress ``at[i - 1]`` on.
+    """Constant between steps: ``values[0]`` at first, and ``values[i]`` from the progress ``at[i - 1]`` on.
 
     Args:
         values: The values, one more than there are times.
         at: When the next value begins, rising, in [0, 1].
 
     Raises:
-        ValueError: There are not as many values as that, or times fall or leave [0, 1].
+        ValueError: The number of values is wrong, or times decrease or are outside of [0, 1].
 
     Example:
         >>> [Steps((0.2, 0.1, 0.0), at=(0.5, 0.75))(p) for p in (0.0, 0.5, 0.7, 1.0)]

@@ -1,4 +1,4 @@
-"""``accelerate``: fold, shrink, time each layer, swap what is faster, time the whole, and return the faster of both."""
+"""``accelerate``: fold, shrink, time each layer, replace the slow ones, time the whole, and return the faster module."""
 
 from __future__ import annotations
 
@@ -51,24 +51,24 @@ def accelerate(
 
     BatchNorms are folded and dead units removed. Each layer is timed dense and sparse on inputs of the example's size,
     and replaced if the sparse one is at least 1.1 times as fast. Then the result is timed against the original module.
-    Its outputs are the same, up to rounding. Other batch sizes work, though the choice was made for this one.
+    Its outputs are the same, up to rounding. Other batch sizes work, but the choice is made for the example's size.
 
     Args:
         module: Any torch module, in fp32 or fp64, on the CPU. It is never changed. The result computes as the module
             does in evaluation mode.
-        example_input: What it is called with: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        threads: How many threads compute; by default torch's present number. The dense module is timed with the same
-            number. Sparse layers take one of them alone, if that is faster.
+        example_input: The input of a call: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        threads: Number of threads; by default torch's current number. The dense module is timed with the same number.
+            Sparse layers use only one thread if that is faster.
         kernels: ``llvm`` or ``torch_csr``; by default the fastest that is installed.
-        seconds: About how long each variant of the whole network is timed. Each layer takes another 0.03 s.
+        seconds: Approximate time for timing each variant of the whole network. Each layer takes another 0.03 s.
 
     Returns:
         A module with the same outputs. Its ``report`` says what was chosen for each layer and what it gained. If the
         module has no zeros, or nothing makes it faster, the result calls the module unchanged.
 
     Raises:
-        ValueError: The example is not what the module takes or is empty, the module cannot be copied, is not
-            initialised yet, is on another device, or the kernels are not installed.
+        ValueError: The example does not fit the module or is empty; the module cannot be copied, is not initialised
+            yet, or is on another device; or the kernels are not installed.
 
     On an NVIDIA GPU, linear layers in fp16 or bf16 that satisfy 2:4 are stored as 2:4 instead, if that is faster; see
     :func:`~lightning_sparse.execution.project_to_2_4`.

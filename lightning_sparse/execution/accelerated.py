@@ -1,4 +1,4 @@
-"""The module that ``accelerate`` returns, and how it is made anew of the module that it stands for."""
+"""The module that ``accelerate`` returns, and how it is rebuilt from the original module."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError"]
 
 
 class StaleWeightsError(RuntimeError):
-    """The module that was accelerated has other weights now."""
+    """The weights of the original module have changed since it was accelerated."""
 
 
 @final
 @dataclass(frozen=True)
 class Recipe:
-    """How a module is made fast: all that was chosen, and nothing of its weights.
+    """How a module is made fast: all choices, but none of its weights.
 
     Args:
         layers: Names of the layers that are executed sparsely.
@@ -108,16 +108,16 @@ def _without_a_graph(graph_module: fx.GraphModule) -> nn.Module:
 
 @final
 class AcceleratedModule(nn.Module):
-    """A module for inference that computes what another does, faster where that was measured.
+    """A module for inference with the same outputs as another module, executed in the fastest measured way.
 
-    It holds the original module, and copies of its weights. ``state_dict`` is that of the original; copying
-    and pickling keep both. Weights written after it was made are noticed: it raises :class:`StaleWeightsError` until
+    It holds the original module and copies of its weights. ``state_dict`` is that of the original; copying and pickling
+    keep both. If the original's weights are written later, a call raises :class:`StaleWeightsError` until
     ``refresh`` is called.
 
     Args:
-        module: What it stands for. It is not changed.
+        module: The original module. It is not changed.
         recipe: How it is made fast; ``None`` if the module itself is called.
-        report: What was chosen, and what it gained.
+        report: The choices, and the gain of each.
 
     Example:
         >>> import torch
@@ -153,9 +153,9 @@ class AcceleratedModule(nn.Module):
         """Return what the module would.
 
         Raises:
-            StaleWeightsError: The module's weights were written since.
-            ValueError: An input requires a gradient, or is of a type or size that a sparse layer does not take; or the
-                call is another than the example's, and the module was made one graph.
+            StaleWeightsError: The module's weights have changed since it was accelerated.
+            ValueError: An input requires a gradient, or has a type or size that a sparse layer does not take; or the
+                module was traced as one graph, and the arguments differ from those of the example.
         """
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
@@ -170,7 +170,7 @@ class AcceleratedModule(nn.Module):
         return self._call(*args, **kwargs)
 
     def refresh(self) -> AcceleratedModule:
-        """Take the module's weights as they are now; what was chosen for each layer stays. Returns itself.
+        """Use the module's current weights; the choice for each layer stays. Returns itself.
 
         Example:
             >>> import torch
@@ -212,7 +212,7 @@ class AcceleratedModule(nn.Module):
 
     @override
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the weights are the module's.
+        """Refuse: load the weights into the original module instead, then call ``refresh``.
 
         Raises:
             ValueError: Always.

@@ -1,4 +1,4 @@
-"""What ``accelerate`` chose, layer by layer, with the times it chose by."""
+"""What ``accelerate`` chose, layer by layer, with the measured times."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["AccelerationReport", "LayerChoice"]
 @final
 @dataclass(frozen=True)
 class LayerChoice:
-    """What was chosen for one layer.
+    """The choice for one layer.
 
     Args:
-        name: Of the layer in the module.
-        shape: Of its weight.
+        name: Name of the layer in the module.
+        shape: Shape of its weight.
         sparsity: Fraction of zeros.
-        sparse: Whether it is executed sparsely.
-        dense_seconds: Of a call of the dense layer on the layer's own input; ``None`` if it was not timed.
-        sparse_seconds: Of the sparse one.
-        reason: Why it was left dense, if it was.
+        sparse: Whether the layer is executed sparsely.
+        dense_seconds: Time of a call of the dense layer on its own input; ``None`` if it was not timed.
+        sparse_seconds: Time of a call of the sparse layer.
+        reason: Why the layer stays dense, if it does.
 
     Example:
         >>> LayerChoice("fc", (10, 20), 0.9, True, dense_seconds=2e-5, sparse_seconds=5e-6).gain
@@ -54,17 +54,17 @@ class LayerChoice:
 @final
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What was chosen, and what it gained.
+    """The choices, and the gain of each.
 
     Args:
         layers: Every layer that has zeros.
-        kernels: What executes sparse layers.
-        threads: How many threads computed.
-        input_shapes: Of the example.
-        dense_seconds: Of a call of the module as it was given, on the example.
-        fast_seconds: Of a call of what is returned; ``None`` if nothing was tried.
-        accelerated: Whether what is returned differs from the module that was given.
-        notes: What else is to be known, a sentence each.
+        kernels: The kernels that execute sparse layers.
+        threads: Number of threads.
+        input_shapes: Shapes of the example's tensors.
+        dense_seconds: Time of a call of the original module on the example.
+        fast_seconds: Time of a call of the returned module; ``None`` if nothing was tried.
+        accelerated: Whether the returned module differs from the original.
+        notes: Other remarks, one sentence each.
 
     Example:
         >>> report = AccelerationReport([], "llvm", 1, [(1, 4)], dense_seconds=3e-5, fast_seconds=1e-5)
@@ -83,7 +83,7 @@ class AccelerationReport:
 
     @property
     def gain(self) -> float:
-        """How many times faster a call is than one of the module that was given; 1 where that is returned."""
+        """How many times as fast a call is as one of the original module; 1 if that is returned."""
         if self.dense_seconds is None or self.fast_seconds is None:
             return 1.0
         return self.dense_seconds / self.fast_seconds

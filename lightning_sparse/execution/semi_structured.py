@@ -1,9 +1,9 @@
-"""2:4 sparsity, which GPUs of NVIDIA execute: at most two of four neighbouring inputs of a linear layer have a weight.
+"""2:4 sparsity, which NVIDIA GPUs execute: of every four neighbouring inputs of a linear layer, at most two are active.
 
-Of random masks of 95 % zeros nearly every group of four satisfies it, and no whole matrix does: projecting costs a few
-weights in a thousand. On a GPU :func:`~lightning_sparse.execution.accelerate` stores layers that satisfy it by
-``torch.sparse.to_sparse_semi_structured``, and keeps them if the whole is faster. Shapes and types are tested on a CPU;
-nothing here is measured on a GPU.
+In random masks with 95 % zeros, nearly every group of four satisfies 2:4, but hardly any whole matrix does. Projecting
+it prunes a few weights in a thousand. On a GPU, :func:`~lightning_sparse.execution.accelerate` stores layers that
+satisfy 2:4 with ``torch.sparse.to_sparse_semi_structured``, and keeps them if the whole network is faster. Shapes and
+types are tested on a CPU; nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def groups_beyond_2_4(weight: Tensor) -> int:
     """Count the groups of four neighbouring inputs that have more than two weights.
 
     Args:
-        weight: (outputs, inputs), of which inputs are a multiple of 4.
+        weight: Shape (outputs, inputs), where the number of inputs is a multiple of 4.
 
     Raises:
         ValueError: The weight has another shape.
@@ -50,10 +50,10 @@ def groups_beyond_2_4(weight: Tensor) -> int:
 
 
 def satisfies_2_4(weight: Tensor) -> bool:
-    """Say whether at most two of any four neighbouring inputs have a weight.
+    """Whether in every group of four neighbouring inputs at most two weights are not zero.
 
     Args:
-        weight: Of any shape; others than (outputs, multiple of 4) do not.
+        weight: Any shape; only (outputs, multiple of 4) can satisfy 2:4.
 
     Example:
         >>> import torch
@@ -67,12 +67,12 @@ def satisfies_2_4(weight: Tensor) -> bool:
 @final
 @dataclass(frozen=True)
 class LayerProjection:
-    """What 2:4 cost one layer.
+    """How many weights of one layer 2:4 has pruned.
 
     Args:
-        name: Of the layer.
-        active: Weights that were not zero.
-        removed: Those of them that are zero now.
+        name: Name of the layer.
+        active: Number of weights that were not zero.
+        removed: Number of these that are zero now.
     """
 
     name: str
@@ -83,12 +83,12 @@ class LayerProjection:
 @final
 @dataclass(frozen=True)
 class Projection:
-    """A module that satisfies 2:4, and what that cost.
+    """A module that satisfies 2:4, and how many weights that cost.
 
     Args:
-        module: A copy.
-        layers: Of the linear layers that could be projected.
-        left: Names of linear layers whose inputs are no multiple of 4.
+        module: A copy that satisfies 2:4.
+        layers: The projected linear layers.
+        left: Names of linear layers whose number of inputs is not a multiple of 4.
 
     Example:
         >>> from torch import nn
@@ -173,7 +173,7 @@ def semi_structured_linear(layer: nn.Linear) -> nn.Linear:
     """Return a copy of a linear layer on a GPU, stored as 2:4.
 
     Raises:
-        ValueError: The layer does not satisfy 2:4, or is on no GPU of NVIDIA.
+        ValueError: The layer does not satisfy 2:4, or is not on an NVIDIA GPU.
     """
     reason = why_not_semi_structured(layer)
     reason = reason or (None if layer.weight.is_cuda else f"it is on {layer.weight.device}, and 2:4 is for GPUs")

@@ -1,4 +1,4 @@
-"""Smaller dense networks: what no output depends on is removed, and what is constant is folded into biases."""
+"""Smaller dense networks: units that no output depends on are removed, and constants are folded into biases."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Shrinkage:
 
     Args:
         layers: Layers with units, in the order in which they run.
-        parameters: Parameters of the module.
-        parameters_left: Those that :func:`shrink` leaves.
-        obstacle: Why nothing can be removed, where the module cannot be traced; else empty.
+        parameters: Number of parameters of the module.
+        parameters_left: Number of parameters that :func:`shrink` keeps.
+        obstacle: Why the module cannot be traced, so that nothing can be removed; empty if it can be traced.
     """
 
     layers: tuple[LayerUnits, ...]
@@ -67,28 +67,29 @@ class Shrinkage:
 
 
 def shrink(module: _Module, example: Any) -> _Module:
-    r"""A copy of a module without dead neurons, filters, recurrent units; it gives the same outputs.
+    r"""A copy of a module without dead neurons, filters and recurrent units, with the same outputs.
 
-    A unit is dead where no output depends on it, through weights that are not zero, or where it is constant: without
-    inputs it gives :math:`c = f(b)`, its bias through normalisation and activation, and what reads it by a weight
-    :math:`w` takes :math:`b' = b + w c` for its own bias. A padded convolution sees zeros around a constant; of its
-    constant inputs one stays and stands for all. What a residual sum adds up can only go together.
+    A unit is dead if no output depends on it through nonzero weights, or if it is constant. A unit without active
+    inputs has the constant output :math:`c = f(b)`: its bias after normalisation and activation. A unit that reads it
+    with a weight :math:`w` then gets the bias :math:`b' = b + w c`. If a padded convolution reads constant inputs, the
+    padding zeros differ from the constant, so one of these inputs stays and represents all. Channels that a residual
+    sum adds can only be removed together.
 
-    The module is traced by torch.fx. Whatever is not known to work on each feature alone keeps the features that it
-    gets: normalisation over layers and groups, attention, views with sizes written out, modules with hooks or with
-    parameters that are shared or parametrised, and layers that are called more than once. Inputs of the network all
-    stay, but for large linear layers that read at most a quarter of theirs, which pick them.
+    The module is traced by torch.fx. Units are removed only where each feature is known to be computed separately. All
+    features stay around layer and group normalisation, attention, views with explicit sizes, modules with hooks or with
+    shared or parametrised parameters, and layers that are called more than once. The network's inputs all stay; a large
+    linear layer that uses at most a quarter of its inputs selects these.
 
     Args:
         module: Any module; it is not changed.
-        example: An input of it: one tensor, a tuple of arguments, or a dictionary of them by name.
+        example: Its input: one tensor, a tuple of arguments, or a dictionary of arguments by name.
 
     Returns:
-        The copy, in evaluation mode; other batch and image sizes than the example's work as before. It is unchanged,
-        with a warning, if it cannot be traced.
+        The copy, in evaluation mode. Other batch and image sizes than the example's work as before. If the module
+        cannot be traced, the copy is unchanged, and a warning says why.
 
     Raises:
-        TypeError: ``module`` is no module, or the example does not fit its ``forward``.
+        TypeError: ``module`` is not a module, or the example does not fit its ``forward``.
         ValueError: The module cannot be copied, or fails on the example.
 
     Example:
@@ -121,10 +122,10 @@ def dead_units(module: nn.Module, example: Any) -> Shrinkage:
 
     Args:
         module: Any module; it is not changed.
-        example: An input of it; see :func:`shrink`.
+        example: Its input; see :func:`shrink`.
 
     Raises:
-        TypeError: ``module`` is no module, or the example does not fit its ``forward``.
+        TypeError: ``module`` is not a module, or the example does not fit its ``forward``.
         ValueError: The module cannot be copied, or fails on the example.
 
     Example:

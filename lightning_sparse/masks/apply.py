@@ -23,22 +23,22 @@ __all__ = ["apply_masks"]
 
 @torch.no_grad()
 def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Mapping[str, MaskedWeight]) -> None:
-    """Zero the pruned weights of a module, and let its next training go on from the masks.
+    """Zero the pruned weights of a module, and let its next training start from these masks.
 
-    It is as if a method had just ended training the module: whichever method comes next takes over the masks, and
-    begins its schedule with a new optimizer. To resume a training with its optimizer, give ``ckpt_path`` to ``fit``
-    instead; a checkpoint's masks win over these.
+    The next method behaves as if another method had just trained the module: it takes over the masks, and begins its
+    own schedule with a new optimizer. To resume a run with its optimizer, give ``ckpt_path`` to ``fit`` instead; a
+    checkpoint's masks take precedence over these.
 
     Args:
-        module: The module that ``fit`` will be given, with its weights loaded. Where each process runs the script, as
-            in DDP, each calls this. One that is sharded already will do, each process giving the same whole masks.
-        masks: A path, of a file that :func:`~lightning_sparse.save_masks` wrote, of a checkpoint of a method, or of
-            weights with zeros in them, safetensors included; or a mapping of parameter names to ``bool`` tensors of the
-            weights' shapes, ``True`` = active. Weights without a mask do not change.
+        module: The module that you will give to ``fit``, with its weights loaded. If each process runs the script, as
+            in DDP, call this in every process. A sharded module works too; give the same whole masks in each process.
+        masks: A path or a mapping. A path leads to a file that :func:`~lightning_sparse.save_masks` wrote, a method's
+            checkpoint, or a file of weights with zeros (safetensors too). A mapping has ``bool`` tensors with the
+            weights' shapes by parameter name, ``True`` = active. Weights without a mask do not change.
 
     Raises:
         ValueError: There is no mask, one is not ``bool``, names or shapes are not those of the module, or the module is
-            in training. Nothing has changed then.
+            in training. In these cases nothing has changed.
         CheckpointError: The file is missing, damaged, or holds no masks.
 
     Example:

@@ -1,9 +1,8 @@
-"""Masks as files of their own, in the safetensors format: one bit a weight, and nothing in them that could run.
+"""Masks as files of their own, in the safetensors format: one bit per weight, and no code that could run.
 
-A file holds one ``uint8`` tensor for each weight, under its name, packed as :func:`~lightning_sparse.functional.pack`
-does. The metadata are ``format``, which is ``lightning_sparse.masks``, ``version``, which is ``2``, ``shapes``: the
-shape of each mask, as JSON, and ``digest``: of names, shapes and bits. Files of version ``1`` have no digest, and are
-read too.
+A file holds one ``uint8`` tensor for each weight, under its name, packed by :func:`~lightning_sparse.functional.pack`.
+The metadata are ``format`` (``lightning_sparse.masks``), ``version`` (``2``), ``shapes`` (the shape of each mask, as
+JSON) and ``digest`` (of names, shapes and bits). Files of version ``1`` have no digest; they can be read too.
 """
 
 from __future__ import annotations
@@ -60,22 +59,23 @@ class _HasRegistry(Protocol):
 def save_masks(
     path: str | Path, masks: Mapping[str, Tensor] | Mapping[str, MaskedWeight] | _HasRegistry | nn.Module
 ) -> None:
-    """Write masks to a file: one bit a weight, in the safetensors format.
+    """Write masks to a file: one bit per weight, in the safetensors format.
 
-    In a training on several processes the masks are the same, so let one process write. If weights are sharded, let all
-    processes call it: each has a part of the masks, and process 0 writes. The file is written whole or not at all.
+    If training runs on several processes, all hold the same masks, so let one process write. If weights are sharded,
+    call this in all processes: each has a part of the masks, and process 0 writes. The file is written completely or
+    not at all.
 
     Args:
-        path: The file; one that is there is replaced. It keeps its mode, and a link still leads to it.
-        masks: A mapping from names to ``bool`` tensors, ``True`` = active; a registry; a callback, whose registry is
-            meant, with the masks of every method of its module; or a module, whose zeros are meant: in a training its
-            registry, and otherwise the weights that a method would mask. What wraps a module (``torch.compile``,
-            Fabric, DDP, DataParallel, AveragedModel) leaves no trace in the names.
+        path: The file. An existing file is replaced; its mode is kept, and links to it still work.
+        masks: One of these. A mapping from names to ``bool`` tensors, ``True`` = active. A registry. A callback, which
+            gives the masks of all methods of its module. A module, which gives its registry during training, and
+            otherwise the zeros of the weights that a method would mask. Wrappers (``torch.compile``, Fabric, DDP,
+            DataParallel, AveragedModel) do not change the names.
 
     Raises:
-        TypeError: The path is no path, as when the arguments are swapped, or the masks have another type.
-        ValueError: There is no mask, or one is not ``bool``, or has no name that can be written.
-        OSError: The file cannot be written; the message says why, as where the disk is full.
+        TypeError: The path is not a path, for example because arguments are swapped, or the masks have a wrong type.
+        ValueError: There is no mask, or one is not ``bool``, or its name cannot be written.
+        OSError: The file cannot be written; the message says why, for example that the disk is full.
 
     Example:
         >>> from lightning_sparse import load_masks, save_masks
@@ -116,7 +116,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         ``bool`` tensors with the shapes of the weights, on the CPU, by name in alphabetical order.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds no masks: what its digest does not fit is refused.
+        CheckpointError: The file is missing, damaged (its digest does not match), or holds no masks.
 
     Example:
         >>> from lightning_sparse import load_masks, save_masks
@@ -152,14 +152,13 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_masks(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Read masks from whatever holds some: a file of masks, a checkpoint of a method, or weights with zeros in them.
+    """Read masks from a file of masks, a checkpoint of a method, or weights with zeros.
 
     Args:
-        path: What :func:`save_masks` wrote, a Lightning checkpoint, or a file with a state dict, of ``torch.save`` or
-            in the safetensors format. Masks that methods have saved in a checkpoint go before the zeros of its weights.
-        names: The names of the module's weights, by which prefixes of wrappers in the file are known. Where masks are
-            read off zeros, these alone are read, those that the file does not have left out; by default all that have
-            some.
+        path: A file that :func:`save_masks` wrote, a Lightning checkpoint, or a state dict, saved by ``torch.save`` or
+            in the safetensors format. If a checkpoint holds a method's masks, these are used, not the zeros.
+        names: The names of the module's weights; they serve to recognise prefixes of wrappers in the file. If masks are
+            made from zeros, only these weights are read, if the file has them; by default all weights with zeros.
 
     Returns:
         ``bool`` tensors with the shapes of the weights, on the CPU, by name.

@@ -89,12 +89,12 @@ class _Record:
 class MaskRegistry(Mapping[str, MaskedWeight]):
     """The masks of a module, by parameter name, shared by all callbacks of its trainer.
 
-    Each method claims the weights that it masks; a weight has one owner. Masks live here and in the methods'
-    checkpoint state, never in the module, whose parameters, buffers and ``state_dict`` keys stay as they are.
+    Each method claims the weights that it masks; a weight has one owner. Masks are kept here and in the methods'
+    checkpoint state, never in the module. Its parameters, buffers and ``state_dict`` keys stay as they are.
 
     Attributes:
         num_updates: How often masks have changed.
-        idle_optimizers: Optimizers that are to take no step now, because a method has updated its masks instead.
+        idle_optimizers: Optimizers that skip the current step, because a method has updated its masks instead.
 
     Example:
         >>> import torch

@@ -26,17 +26,17 @@ _SMALL = 2**18
 class MaskedWeight:
     """A weight and its mask.
 
-    :attr:`value`, :attr:`grad` and :attr:`mask` are what this process holds; :attr:`shape`, :attr:`numel` and
-    :attr:`num_active` are those of the whole weight.
+    If the weight is sharded, :attr:`value`, :attr:`grad` and :attr:`mask` are this process's part;
+    :attr:`shape`, :attr:`numel` and :attr:`num_active` describe the whole weight.
 
     Attributes:
         name: Name in the plain module.
-        parameter: The parameter; the module's own, not a copy.
-        module_type: Name of the class of the module that owns it.
-        layout: Where its entries are.
+        parameter: The module's own parameter, not a copy.
+        module_type: Class name of the module that owns the parameter.
+        layout: Which process holds which entries.
         mask: ``bool``, shape and strides of the value; ``True`` = active. A view into its group's flat mask.
-        num_active: Active weights, as counted at the last update.
-        budget: Active weights that the method allows.
+        num_active: Number of active weights, as counted at the last update.
+        budget: Number of active weights that the method allows.
     """
 
     def __init__(self, candidate: Candidate, flat_mask: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Pruning at once, without a Trainer: for a training loop of one's own, or a module that is trained already."""
+"""Pruning at once, without a Trainer: for your own training loop, or a module that is already trained."""
 
 from __future__ import annotations
 
@@ -40,40 +40,40 @@ def prune(
 ) -> dict[str, Tensor]:
     r"""Prune a module once, in place, to an exact sparsity.
 
-    Of :math:`N` weights :math:`\lfloor (1 - s) N \rfloor` stay, those with the largest scores. With ``scores="wanda"``
-    these are, of a trained module,
+    Of :math:`N` weights, the :math:`\lfloor (1 - s) N \rfloor` with the largest scores stay active. By default, the
+    score is the magnitude. With ``scores="wanda"``, for a trained module, it is
 
     .. math:: S_{ij} = |W_{ij}| \cdot \lVert X_j \rVert_2
 
-    with :math:`X_j` the inputs that the weight meets in ``batches``; each output keeps as many inputs as every other of
-    its layer, rounded down, and all layers have one sparsity. There is no training in it.
+    where :math:`X_j` are the weight's inputs in ``batches``. Each output of a layer then keeps the same number of
+    inputs, rounded down, and all layers have the same sparsity. Wanda does not train.
 
-    What earlier masks of the module prune goes first, whatever its score. The next training of the module by a method
-    goes on from these masks. In a loop of one's own, call :func:`~lightning_sparse.apply_masks` after each optimizer
-    step.
+    Weights that earlier masks of the module prune are pruned first, whatever their scores. The next method that trains
+    the module starts from these masks. In your own training loop, call :func:`~lightning_sparse.apply_masks` after each
+    optimizer step.
 
     Args:
-        module: Any module; frozen weights are pruned too. What wraps it, as DDP does, is left out of account.
+        module: Any module; frozen weights are pruned too. Wrappers such as DDP are ignored.
         sparsity: Fraction of zeros, in [0, 1), of the masked weights together.
         allocation: ``"global"``, the default, ranks all weights together; ``"uniform"``, the default of Wanda, ``"er"``
             and ``"erk"`` give each layer its share.
-        pattern: ``"any"``, the default; N of M as ``"2:4"``; or an object such as
+        pattern: ``"any"``, the default; N:M as ``"2:4"``; or an object such as
             :class:`~lightning_sparse.masks.patterns.Filters`, or
-            :class:`~lightning_sparse.masks.patterns.ConstantFanIn`, the default of Wanda. One other than ``"any"``
-            goes with an allocation by layer.
-        scores: What is ranked instead of the weights, by magnitude: a mapping of names to tensors of the weights'
-            shapes, a function of name and weight that gives one, or ``"wanda"``.
-        batches: For Wanda, what the module is called with, some hundred samples in all: tensors; mappings, as keyword
-            arguments; or ``(inputs, targets)`` of a loader, of which the inputs are taken.
-        include: Patterns of what is masked; see :func:`~lightning_sparse.masks.select_weights`.
-        exclude: Patterns of what stays dense.
+            :class:`~lightning_sparse.masks.patterns.ConstantFanIn`, the default of Wanda. All but ``"any"`` need an
+            allocation by layer.
+        scores: Scores to rank instead of the weights, by magnitude: a mapping from names to tensors with the weights'
+            shapes, a function from name and weight to such a tensor, or ``"wanda"``.
+        batches: For Wanda, the module's inputs, about a hundred samples in all: tensors; mappings, as keyword
+            arguments; or ``(inputs, targets)`` of a loader, whose inputs are used.
+        include: Patterns of the weights to mask; see :func:`~lightning_sparse.masks.select_weights`.
+        exclude: Patterns of the weights that stay dense.
 
     Returns:
         The masks, ``bool`` tensors of the weights' shapes by parameter name, ``True`` = active.
 
     Raises:
         ValueError: An argument is out of its range, scores do not fit or are NaN, or the module is in training.
-            Nothing has changed then.
+            In these cases nothing has changed.
         MisconfigurationException: No weight can be masked, or the sparsity leaves none.
 
     Example:
@@ -84,7 +84,7 @@ def prune(
         tensor([[False,  True, False, False],
                 [ True, False, False, False]])
 
-        By Wanda, each output keeps the inputs that matter to it, here where the third input is always 0:
+        With Wanda, each output keeps its most important inputs. Here the third input is always 0:
 
         >>> module.weight = nn.Parameter(torch.tensor([[1.0, -8.0, 9.0, 3.0], [7.0, 4.0, -9.0, 6.0]]))
         >>> prune(module, 0.5, scores="wanda", batches=[torch.tensor([[1.0, 1.0, 0.0, 1.0]])])["weight"]
