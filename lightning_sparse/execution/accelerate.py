@@ -1,4 +1,4 @@
-"""``accelerate``: fold, shrink, time each layer, replace the slow ones, time the whole, and return the faster module."""
+"""``accelerate``: fold, shrink, time each layer, replace slow ones, time the whole, and return the faster module."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ __all__ = ["DyReLU", "HyperLinear", "PhasedReLU", "phased_relus"]
 
 @final
 class HyperLinear(nn.Linear):
-    """A linear layer that computes coefficients of another one; it goes when the method ends, and is never masked.
+    """A linear layer that computes coefficients of another layer; it is temporary and never masked.
 
     Example:
         >>> HyperLinear(4, 2)
@@ -38,7 +38,7 @@ class HyperLinear(nn.Linear):
 
 @final
 class DyReLU(nn.Module):
-    r"""Dynamic ReLU with coefficients of its own for every image and channel (DyReLU-B, K = 2).
+    r"""Dynamic ReLU with separate coefficients for every image and channel (DyReLU-B, K = 2).
 
     .. math:: \theta(x) = 2\,\sigma\bigl(W_2\,\mathrm{ReLU}(W_1\,\mathrm{GAP}(x))\bigr) - 1, \qquad
         y_c = \max_{k \in \{1, 2\}} (a_{k,c}(x)\, x_c + b_{k,c}(x))
@@ -48,10 +48,10 @@ class DyReLU(nn.Module):
 
     Args:
         channels: Channels of the input, its dimension 1.
-        reduction: How many times fewer units the hidden layer has: 4 in EAST's code, 8 in DyReLU's paper.
+        reduction: The hidden layer has ``channels / reduction`` units; 4 in EAST's code, 8 in DyReLU's paper.
 
     Raises:
-        ValueError: One of them is no whole number of at least 1.
+        ValueError: One of them is not an integer of at least 1.
 
     Example:
         >>> import torch
@@ -94,15 +94,15 @@ class _Phase:
 class PhasedReLU(nn.Module):
     r"""A ReLU that is a Dynamic ReLU first: :class:`DyReLU` at :math:`\beta = 1`, ReLU at 0, the way between linear.
 
-    Once it is phased out it computes ``relu`` and nothing else, and ``state_dict`` leaves its parameters out; a state
-    without them phases it out, a state with them brings it back. So what a checkpoint computes is in its
-    ``state_dict``, and one that was written after the phase-out loads into the network as it was before.
+    Once it is phased out, it computes only ``relu``, and ``state_dict`` no longer has its parameters. Loading a state
+    without them phases it out; loading a state with them brings the Dynamic ReLU back. So a ``state_dict`` always says
+    what the network computes, and a checkpoint written after the phase-out loads into the original network.
 
     Args:
-        relu: The ReLU that it stands for; it may be used at several places.
-        channels: The numbers of channels that come to it, each of which has a :class:`DyReLU`. Without any it is phased
-            out, until a state is loaded that says which.
-        reduction: That of the :class:`DyReLU`.
+        relu: The ReLU that it replaces, which may be used in several places.
+        channels: The numbers of channels of its inputs; it has a :class:`DyReLU` for each. Without any, it is phased
+            out until a state is loaded that has some.
+        reduction: The ``reduction`` of the :class:`DyReLU`.
 
     Example:
         >>> import torch

@@ -51,32 +51,34 @@ _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 @final
 class DyReLUPhasing(TrainerCallback):
-    r"""Puts Dynamic ReLU in the place of every ``nn.ReLU``, and takes it back to ReLU while training.
+    r"""Replaces every ``nn.ReLU`` by a Dynamic ReLU, and turns it back into a ReLU during training.
 
-    With the share :math:`\beta` of Dynamic ReLU, each :class:`~lightning_sparse.modules.PhasedReLU` computes
+    With the share :math:`\beta` of the Dynamic ReLU, each :class:`~lightning_sparse.modules.PhasedReLU` computes
 
     .. math:: \max\bigl((1 + \beta\,\theta_{a_1})\, x + \tfrac12 \beta\,\theta_{b_1},\;
         \beta\,\theta_{a_2}\, x + \tfrac12 \beta\,\theta_{b_2}\bigr), \qquad
         \beta = 1 - \frac{t - t_{start}}{t_{stop} - t_{start}} \text{ in } [0, 1]
 
-    From ``stop`` on it is a plain ReLU, and the state of module and optimizer no longer holds its parameters: a
-    checkpoint that is written then loads into the module as it was before. When the fit ends, the module holds its
-    ``nn.ReLU`` again. A fit that ends earlier leaves the Dynamic ReLUs, which the network needs, and warns.
+    From ``stop`` on, it is a plain ReLU, and the states of the module and the optimizer no longer hold its parameters.
+    A checkpoint written after ``stop`` loads into the original module. When the fit ends, the module has its
+    ``nn.ReLU`` again. A fit that ends before ``stop`` keeps the Dynamic ReLUs, because the network needs them, and
+    warns.
 
-    A copy of the module is run once to find the number of channels at each ReLU: ``forward`` of its
-    ``example_input_array`` or, where it has none, ``training_step`` of a first training batch. A data set that can be
-    iterated over only once has lost that batch when training begins; an ``example_input_array`` avoids this. Calls of
-    ``F.relu`` cannot be replaced; nor can ReLUs whose inputs are (batch, position, feature), as in transformers,
-    because Dynamic ReLU is not defined for them. A warning lists both.
+    To find the number of channels at each ReLU, a copy of the module runs once: its ``forward`` on the
+    ``example_input_array`` or, if there is none, its ``training_step`` on a first training batch. If the data set can
+    be iterated over only once, that batch is missing from training; an ``example_input_array`` avoids this. Two kinds
+    of ReLU cannot be replaced: calls of ``F.relu``, and ReLUs whose inputs are (batch, position, feature), as in
+    transformers, because Dynamic ReLU is not defined for them. A warning lists both.
 
     Args:
         start: Time at which :math:`\beta` begins to fall; ``int`` = optimizer steps, ``float`` = fraction of training.
-        stop: Time at which it is 0. The defaults are about those of the authors' code: 62.5 and 124 of 250 epochs.
-        reduction: That of each :class:`~lightning_sparse.modules.DyReLU`.
-        freeze: Whether the Dynamic ReLUs learn no more once :math:`\beta` falls (the code's ``disable_drelu_grad``).
-        include: Globs of the names of the ReLUs, from the LightningModule on; all where None.
-        exclude: Globs of those that stay as they are.
-        seed: Seed of the first values of the Dynamic ReLUs' parameters.
+        stop: Time at which :math:`\beta` reaches 0. The defaults are close to the authors' code: 62.5 and 124 of 250
+            epochs.
+        reduction: The ``reduction`` of each :class:`~lightning_sparse.modules.DyReLU`.
+        freeze: Whether to stop training the Dynamic ReLUs once :math:`\beta` falls (the code's ``disable_drelu_grad``).
+        include: Globs of the names of the ReLUs within the LightningModule; None means all.
+        exclude: Globs of the names of ReLUs to leave unchanged.
+        seed: Seed of the initial values of the Dynamic ReLUs' parameters.
 
     Raises:
         ValueError: A duration is negative or a fraction above 1, ``stop`` comes before ``start``, or an argument is of

@@ -1,4 +1,4 @@
-"""What comes to the ReLUs of a module, and who calls relu as a function: seen by letting a copy of it compute."""
+"""Finds the inputs of a module's ReLUs, and which modules call relu as a function, by running a copy of it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
 def watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Watch:
-    """Let a copy of a module compute; return what was seen.
+    """Run a copy of a module, and return what was observed.
 
     Args:
-        trainer: Gives a batch where the module has no ``example_input_array``.
-        pl_module: Stays as it is.
+        trainer: Gives a batch if the module has no ``example_input_array``.
+        pl_module: The module; it does not change.
 
     Raises:
         MisconfigurationException: It cannot be copied, or the copy cannot compute.
@@ -62,7 +62,7 @@ def watch_a_step(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Watch:
 
 
 class Watch(TorchFunctionMode):
-    """Sees which module is at work, what comes to each ``nn.ReLU``, and who calls relu as a function.
+    """Observes the inputs of each ``nn.ReLU``, and which modules call relu as a function.
 
     Args:
         module: Whose ``forward``, and that of all modules inside, is watched.

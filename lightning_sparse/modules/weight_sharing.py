@@ -122,19 +122,19 @@ def share_weights(
     A stage is a :class:`~torch.nn.Sequential` or :class:`~torch.nn.ModuleList` of equal blocks with convolutions, the
     module itself or one inside. In block :math:`i \ge R` each convolution whose counterpart in block :math:`R - 1` has
     the same name and shape becomes a :class:`SharedConvolution`, :math:`W_i = s_i W_{R-1}`. Norms, activations and what
-    has no counterpart, such as a convolution in a shortcut, stay the block's own. Nothing happens to what is shared
-    already.
+    has no counterpart, such as a convolution in a shortcut, stay the block's own. Convolutions that already share
+    weights do not change.
 
     Args:
         module: Any module, for example a torchvision ResNet.
         own: Blocks of each stage that keep their weights, at least 1: :math:`R`. It is 2 in EAST, because the first
             block of a stage may change the number of channels.
-        stages: Globs of the names of stages; all stages where None.
-        seed: Seed of the scalars, which begin uniformly random in (0, 1). Where weights are a multiple of the source's
-            already, as in a module loaded from the checkpoint of a shared one, the scalar is that.
+        stages: Globs of the names of stages; None means all stages.
+        seed: Seed of the scalars, which begin uniformly random in (0, 1). If a weight already is a multiple of the
+            source's, as in a module that was loaded from the checkpoint of a shared one, the scalar is that multiple.
 
     Returns:
-        The name of each convolution that now shares, and of the one whose weights it uses.
+        For each convolution that now shares: its name, and the name of the one whose weights it uses.
 
     Raises:
         ValueError: ``own`` is below 1, or a glob matches no stage.
@@ -175,10 +175,9 @@ def share_weights(
 
 
 def unshare_weights(module: nn.Module) -> list[str]:
-    """Give every :class:`SharedConvolution` in ``module`` weights of its own again, in place: for export.
+    """Replace every :class:`SharedConvolution` in ``module`` by a plain convolution, in place, for export.
 
-    Outputs stay the same. The convolutions are plain again and store every weight, with zeros where the shared ones
-    have them.
+    Outputs stay the same. Each convolution stores all its weights again, with zeros where the shared weights are zero.
 
     Returns:
         The names of the convolutions.
@@ -210,19 +209,19 @@ def shared_convolutions(module: nn.Module) -> dict[str, SharedConvolution]:
 
 @final
 class WeightSharing(TrainerCallback):
-    r"""Shares weights within residual stages while training, as a callback: see :func:`share_weights`.
+    r"""A callback that shares weights within residual stages during training; see :func:`share_weights`.
 
-    The module changes when ``fit`` sets up, before its optimizers are made, and stays shared afterwards;
-    :func:`unshare_weights` gives plain convolutions for export. ``validate``, ``test`` and ``predict`` do not change a
-    module; a plain module computes the same from the checkpoint of a shared one. A method beside it counts sparsity as
-    if nothing were shared: at sparsity :math:`s` the network stores as many weights as without sharing, spread over
-    fewer places.
+    The module changes when ``fit`` begins, before its optimizers are made, and its weights stay shared afterwards;
+    :func:`unshare_weights` makes plain convolutions for export. ``validate``, ``test`` and ``predict`` do not change a
+    module; a plain module that loads the checkpoint computes the same. A pruning method that is used together with this
+    callback counts sparsity as if nothing were shared: at sparsity :math:`s`, the network stores the same number of
+    active weights as without sharing, and they are denser in the shared convolutions.
 
-    The optimizer's weight decay draws the scalars towards 0 like any other parameter, as in the authors' code.
+    The optimizer's weight decay pulls the scalars towards 0 like any other parameter, as in the authors' code.
 
     Args:
-        own: Blocks of each stage that keep their weights, at least 1.
-        stages: Globs of the names of stages, from the LightningModule on (``"network.layer*"``); all where None.
+        own: Number of blocks in each stage that keep their own weights, at least 1.
+        stages: Globs of the names of stages within the LightningModule (``"network.layer*"``); None means all stages.
         seed: Seed of the scalars.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What zeros are good for: how much smaller a file, a dense network, and how many operations, and where."""
+"""What zeros gain: how much smaller the file and a shrunk network are, and how many FLOPs are saved in which layers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GAINS = ("2:4 groups", "file, bytes", "times smaller")
 
 
 class Layer(NamedTuple):
-    """A weight as it is looked at here.
+    """A weight as this module sees it.
 
     Args:
         value: The weight.
         rows: The same as one row of inputs for each output.
-        dense_flops: Operations of the layer if it were dense; ``None`` where they are not known.
+        dense_flops: FLOPs of the layer if it were dense; ``None`` if they are not known.
     """
 
     value: Tensor
@@ -41,16 +41,16 @@ class Layer(NamedTuple):
 @final
 @dataclass(frozen=True)
 class LayerGain:
-    """What the zeros of one weight are good for.
+    """What the zeros of one weight gain.
 
     Args:
         name: The weight.
-        two_of_four: Share of the groups of four neighbouring inputs of an output in which at most two weights are not
-            zero, in [0, 1]: where it is 1, the sparse tensor cores of GPUs take the weight as it is.
+        two_of_four: Share of the groups of four neighbouring inputs with at most two nonzero weights, in [0, 1]. If it
+            is 1, the sparse tensor cores of GPUs can use the weight without further pruning.
         nbytes: Bytes of the dense weight.
-        sparse_nbytes: About the bytes that it takes in a sparse file.
-        is_pointwise: Whether it is a convolution of kernel size 1, which torch alone runs as a sparse product.
-        num_zeros: Weights that are zero.
+        sparse_nbytes: Approximate bytes of the weight in a sparse file.
+        is_pointwise: Whether it is a convolution of kernel size 1, which torch's own sparse product can compute.
+        num_zeros: Number of weights that are zero.
     """
 
     name: str
@@ -77,15 +77,15 @@ class LayerGain:
 @final
 @dataclass(frozen=True)
 class Gains:
-    """What the zeros of a network are good for.
+    """What the zeros of a network gain.
 
     Args:
         layers: Each weight.
-        nbytes: Bytes of all tensors of the module or of the file, those without zeros too.
-        sparse_nbytes: About the bytes of a sparse file of them.
+        nbytes: Bytes of all tensors of the module or the file, including those without zeros.
+        sparse_nbytes: Approximate bytes of all tensors in a sparse file.
         units: What :func:`~lightning_sparse.execution.shrink` would remove; ``None`` without an example input.
-        uniform_flops: Operations of a forward pass, in these layers, if all were equally sparse; ``None`` as above.
-        erk_flops: Likewise with the allocation Erdős–Rényi–Kernel.
+        uniform_flops: FLOPs of a forward pass through these layers if all had the same sparsity; ``None`` as above.
+        erk_flops: The same with the Erdős–Rényi–Kernel allocation.
     """
 
     layers: tuple[LayerGain, ...]

@@ -26,13 +26,13 @@ class LayerSparsity:
     Args:
         name: Key of the tensor in the state dict.
         shape: Shape of the tensor.
-        num_active: Weights that are not zero.
-        dead_rows: Output neurons, filters or gate rows all of whose weights are zero; ``None`` where the type of the
-            layer is not known, as in a checkpoint.
-        dead_columns: Input neurons or channels all of whose weights are zero, in this layer; ``None`` as above.
-        flops: Operations of the layer in a forward pass, two for a multiplication and an addition, those with a zero
-            left out; ``None`` without an example input.
-        masked: Whether a method has a mask of it; ``None`` where that is not known, as of weights that were loaded.
+        num_active: Number of weights that are not zero.
+        dead_rows: Number of output neurons, filters or gate rows whose weights are all zero; ``None`` if the type of
+            the layer is not known, as in a checkpoint.
+        dead_columns: Number of input neurons or channels whose weights in this layer are all zero; ``None`` as above.
+        flops: FLOPs of the layer in a forward pass without those of zero weights, two for each multiply-add; ``None``
+            without an example input.
+        masked: Whether a method has a mask for it; ``None`` if that is not known, as for weights that were loaded.
 
     Example:
         >>> from lightning_sparse.reporting import LayerSparsity
@@ -62,13 +62,13 @@ class LayerSparsity:
 @final
 @dataclass(frozen=True)
 class SparsityReport:
-    """The sparsity of each layer, and of all of them together; what is printed is a table.
+    """The sparsity of each layer, and of all layers together; it prints as a table.
 
     Args:
-        layers: The layers that are counted, in the order of the module.
-        flops: Operations of a forward pass, those with a zero weight left out; ``None`` without an example input.
-        dense_flops: Those of the same network dense.
-        gains: What the zeros are good for; ``None`` where only counts are known.
+        layers: The counted layers, in the order of the module.
+        flops: FLOPs of a forward pass without those of zero weights; ``None`` without an example input.
+        dense_flops: FLOPs of a forward pass of the same network if it were dense.
+        gains: What the zeros gain; ``None`` if only the counts are known.
     """
 
     layers: tuple[LayerSparsity, ...]
@@ -140,7 +140,7 @@ def sparsity_table(layers: Iterable[LayerSparsity], title: str | None = None, ga
     Args:
         layers: What :func:`checkpoint_sparsity` returned, or the layers of a report.
         title: Printed above the table.
-        gains: What the zeros of the same layers are good for, in more columns.
+        gains: What the zeros of these layers gain, in more columns.
 
     Example:
         >>> from lightning_sparse.reporting import LayerSparsity, sparsity_table

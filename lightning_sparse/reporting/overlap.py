@@ -55,11 +55,11 @@ class MaskOverlap:
 
 
 def compare_masks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[MaskOverlap]:
-    """Say for each layer how much of one topology is in another.
+    """Compare two sets of masks, layer by layer.
 
     Args:
-        before: ``bool`` masks by name; prefixes of wrappers count for nothing.
-        after: Those of another run, or of another time, for the same layers.
+        before: ``bool`` masks by name; prefixes of wrappers are ignored.
+        after: Masks of the same layers from another run, or from another time.
 
     Raises:
         ValueError: Names or shapes differ; the message says which.

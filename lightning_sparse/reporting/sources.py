@@ -1,4 +1,4 @@
-"""What is counted: the weights of a module, or the tensors of a file."""
+"""Counts the zeros in the weights of a module or in the tensors of a file."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ def report(
     """Count the zeros of a module, or of a checkpoint.
 
     Args:
-        source: A module, of which the weights are counted that a method would mask, frozen ones too, and those that
-            have a mask or hold zeros as after a sparse training; or the path of a checkpoint, see
-            :func:`checkpoint_sparsity`.
-        example: An input of the module, for its operations: one tensor, a tuple of arguments, or a dictionary of them
-            by name. The module runs on it once, in evaluation mode.
-        include: Patterns of what is counted of a module, as a method takes them.
-        exclude: Patterns of what is not.
+        source: A module or the path of a checkpoint; for checkpoints, see :func:`checkpoint_sparsity`. In a module,
+            these weights are counted: those that a method would mask, including frozen ones, and those that have a mask
+            or many zeros after sparse training.
+        example: An input of the module, for counting FLOPs: one tensor, a tuple of arguments, or a dictionary of
+            arguments by name. The module runs on it once, in evaluation mode.
+        include: Patterns of the weights to count, as for a method.
+        exclude: Patterns of the weights to leave out.
         all_tensors: Count biases, normalisation and all other parameters too.
 
     Returns:
-        One entry per layer, and what the zeros are good for: the size of a sparse file, groups that satisfy 2:4, and
-        with an example input dead units, for which the module is copied once, and whether uniform layers or those of
-        ERK would have been faster. ``print`` shows tables, ``to_dict`` gives plain data.
+        One entry per layer, and what the zeros gain: the size of a sparse file, and the share of groups that satisfy
+        2:4. With an example input, it also has FLOPs, dead units, and the FLOPs that uniform and ERK allocations would
+        need; for the dead units, the module is copied once. ``print`` shows tables, ``to_dict`` gives plain data.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, unsafe to load, or holds no such tensors.
-        TypeError: The source is neither, for example a callback or a Trainer.
+        TypeError: The source is neither a module nor a path, but for example a callback or a Trainer.
         ValueError: The module has no weight to count, or does not take the example; the module is sharded and there is
             an example; or an example or patterns were given for a checkpoint.
         MisconfigurationException: A pattern matches nothing.
