@@ -15,8 +15,9 @@ from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes
 from lightning_sparse.execution.copying import frozen_copy
 from lightning_sparse.execution.dead_units import shrunk
 from lightning_sparse.execution.fuse import fuse
+from lightning_sparse.execution.inputs import refuse_gradients
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
-from lightning_sparse.execution.linear import SparseLinear, refuse_gradients
+from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import AccelerationReport
 from lightning_sparse.execution.standing_in import share_memory
 from lightning_sparse.execution.tracing import UntraceableError, module_of, trace
