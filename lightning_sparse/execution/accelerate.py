@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
-from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import can_shrink, shrunk
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import (
@@ -189,7 +189,7 @@ class _Acceleration:
         recipes: list[Recipe] = []
         arguments = tuple(InputSpec.of(x) if isinstance(x, Tensor) else x for x in self.call.args)
         for shrink in (False, True) if self._has_dead_units() else (False,):
-            own = frozen_copy(self.module)
+            own = with_linear_layers(frozen_copy(self.module))
             network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
             specs = input_specs(network, _calling(self.call, network))
             for threads in self._numbers_of_threads():
@@ -213,7 +213,7 @@ class _Acceleration:
         if not can_shrink() or self.call.kwargs or self.kernels == SEMI_STRUCTURED:
             return False
         try:
-            small = shrunk(frozen_copy(self.module), self.call.args)
+            small = shrunk(with_linear_layers(frozen_copy(self.module)), self.call.args)
         except Exception as error:  # shrinking is one help among others
             self._note(f"Dead units stay: {error}")
             return False

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_sparse.execution.calls import as_traced
 from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes
-from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import shrunk
 from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.inputs import refuse_gradients
@@ -59,14 +59,15 @@ class Recipe:
     def make(self, module: nn.Module) -> nn.Module:
         """Return what executes a module; the module stays as it is."""
         own = frozen_copy(module)
+        if not (self.traced or self.shrink):
+            for name in self.layers:
+                share_memory(own.get_submodule(name), module.get_submodule(name))
+        own = with_linear_layers(own)
         if self.shrink:
             own = shrunk(own, self.example())
         if self.traced:
             graph = trace(own, self.example())
             return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))
-        if not self.shrink:
-            for name in self.layers:
-                share_memory(own.get_submodule(name), module.get_submodule(name))
         return self._replace_layers(own)
 
     def _replace_layers(self, root: nn.Module) -> nn.Module:

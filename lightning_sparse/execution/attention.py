@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -12,7 +11,7 @@ from typing_extensions import override
 from lightning_sparse.execution.linear import SparseLinear, linear_step
 from lightning_sparse.execution.standing_in import StandIn
 
-__all__ = ["SparseSelfAttention", "is_plain_self_attention", "why_dense_attention", "zeros_of_attention"]
+__all__ = ["SparseSelfAttention", "is_plain_self_attention", "why_dense_attention"]
 
 
 def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
@@ -91,9 +90,3 @@ def is_plain_self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     masks = (given.get(name) for name in ("key_padding_mask", "attn_mask", "is_causal"))
     plain = all(mask is None or mask is False for mask in masks)
     return same and plain and given.get("need_weights", True) is False
-
-
-def zeros_of_attention(attention: nn.MultiheadAttention) -> float:
-    """Return the fraction of zeros in both matrices."""
-    weights: list[Any] = [attention.in_proj_weight, attention.out_proj.weight]
-    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / max(1, sum(w.numel() for w in weights))

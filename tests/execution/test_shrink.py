@@ -536,7 +536,7 @@ def test_hooks_and_parametrisations_stay() -> None:
         small = check_equal(randomise(module, 0.9 if module is hooked else 0.0), noise(5, 6))
         assert small[0].out_features == 8
     prune.l1_unstructured(pruned[0], "weight", amount=0.9)
-    with pytest.raises(ValueError, match=r"torch\.nn\.utils\.prune.* remove its masks with prune\.remove"):
+    with pytest.raises(ValueError, match=r"torch\.nn\.utils\.prune.* make the zeros permanent with prune\.remove"):
         shrink(pruned, torch.ones(1, 6))
 
 
