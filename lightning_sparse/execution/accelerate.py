@@ -111,6 +111,8 @@ class _Call:
                 f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
                 " keyword arguments, as the module is called."
             )
+        if any(x.is_nested for x in call.tensors):
+            raise ValueError("example_input is nested; give a plain tensor, as torch.nested.to_padded_tensor makes.")
         if call.numel == 0:
             raise ValueError(f"example_input is empty, of shapes {call.shapes}; nothing can be timed on it.")
         return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
@@ -119,14 +121,17 @@ class _Call:
         return module(*self.args, **self.kwargs)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
+    @property
     def numel(self) -> int | None:
         """How many numbers the tensors have; ``None`` if there is no tensor."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        return sum(x.numel() for x in tensors) if tensors else None
+        return sum(x.numel() for x in self.tensors) if self.tensors else None
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(x.shape) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        return [tuple(x.shape) for x in self.tensors]
 
 
 class _Acceleration:
@@ -191,6 +196,9 @@ class _Acceleration:
         for shrink in (False, True) if self._has_dead_units() else (False,):
             own = with_linear_layers(frozen_copy(self.module))
             network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
+            for part in network.modules():
+                if isinstance(part, nn.TransformerEncoder):
+                    part.use_nested_tensor = False  # sparse layers take none
             specs = input_specs(network, _calling(self.call, network))
             for threads in self._numbers_of_threads():
                 choices = self.layers[shrink, threads] = self._time(network, specs, threads, inside=traced)

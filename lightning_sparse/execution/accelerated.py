@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from lightning_sparse.execution.attention import with_sparse_encoders
 from lightning_sparse.execution.calls import as_traced
 from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes
 from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
@@ -76,8 +77,6 @@ class Recipe:
             return sparse_layer(root, self.kernels, self.threads)
         done: set[str] = set()
         for name, child in list(root.named_modules()):
-            if isinstance(child, nn.TransformerEncoder):
-                child.use_nested_tensor = False  # sparse layers take none
             if isinstance(child, nn.TransformerEncoderLayer):
                 child.activation_relu_or_gelu = 0  # it calls its layers then, and does not read their weights itself
             inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
@@ -91,7 +90,7 @@ class Recipe:
                     done.add(name)
                 except UntraceableError:
                     continue
-        return root
+        return with_sparse_encoders(root)
 
     def _fused(self, name: str, chain: nn.Module) -> nn.Module:
         graph = trace(chain, (self.inputs[name].random(),))
