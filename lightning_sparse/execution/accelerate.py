@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
 from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import can_shrink, shrunk
+from lightning_sparse.execution.examples import unfit
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import (
     SEMI_STRUCTURED,
@@ -177,11 +178,7 @@ class _Acceleration:
         try:
             return _tensors(self.call(self.dense))
         except Exception as error:  # whatever the user's module raises when its input does not fit
-            shapes = ", ".join(str(shape) for shape in self.call.shapes) or "none"
-            raise ValueError(
-                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}:"
-                f" {str(error).rstrip('. ')}. Give it what the module is called with."
-            ) from error
+            raise unfit(self.module, self.call.kwargs or self.call.args, error) from error
 
     def _changes(self) -> bool:
         """Whether a call depends on chance or on calls before it, so that outputs cannot be compared."""

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_sparse.execution.copying import copied
+from lightning_sparse.execution.examples import arguments_of, unfit
 from lightning_sparse.execution.shrinking.analysis import needed_units
 from lightning_sparse.execution.shrinking.layers import Layer
-from lightning_sparse.execution.shrinking.tracing import NotTraceableError, arguments_of, trace
+from lightning_sparse.execution.shrinking.tracing import NotTraceableError, trace
 
 __all__ = ["LayerUnits", "Shrinkage", "dead_units", "shrink"]
 
@@ -173,10 +174,7 @@ def _refuse_unfit(module: nn.Module, example: Any) -> None:
     try:
         _run(module, example)
     except Exception as error:  # whatever the user's module raises when its input does not fit
-        raise ValueError(
-            f"{type(module).__name__} does not take the example: {str(error).rstrip('. ')}. Give one tensor, a tuple of"
-            " arguments, or a dictionary of them by name, as the module is called."
-        ) from error
+        raise unfit(module, example, error) from error
 
 
 def _remove(plan: _Plan) -> None:

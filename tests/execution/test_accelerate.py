@@ -481,7 +481,7 @@ def test_masks_of_torch_prune_are_to_be_made_permanent_first() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"example_input": torch.randn(2, 15)}, r"does not take example_input, of shapes \(2, 15\)"),
+        ({"example_input": torch.randn(2, 15)}, r"does not take the example, of shapes \(2, 15\)"),
         ({"example_input": "cat"}, "give a tensor"),
         ({"example_input": {}}, "give a tensor"),
         ({"example_input": torch.randn(0, 16)}, "empty"),

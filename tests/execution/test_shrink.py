@@ -658,7 +658,7 @@ def test_wrong_arguments_are_sentences() -> None:
         broken(torch.ones(1), nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"does not fit Linear\.forward\(input.*Give one tensor"):
         shrink(nn.Linear(2, 2), (torch.ones(1), torch.ones(1)))
-    with pytest.raises(ValueError, match=r"Sequential does not take the example: .*shapes.*Give one tensor"):
+    with pytest.raises(ValueError, match=r"Sequential does not take the example, of shapes .*Give one tensor"):
         shrink(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(5, 7))
     with pytest.raises(ValueError, match="does not take the example"):
         broken(nn.Sequential(nn.Linear(2, 2)), "cat")
