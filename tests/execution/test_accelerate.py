@@ -237,6 +237,16 @@ class TestTheModuleReturned:
         assert wrong == [False] * 60
 
 
+def test_a_network_without_its_dead_units_takes_no_gradients_either() -> None:
+    network = sparsify(residual_network())
+    network[8].weight.data[:, :4] = 0
+    x = torch.randn(2, 3, 32, 32)
+    recipe = Recipe(frozenset({"8"}), True, available_kernels()[0], 1, (InputSpec.of(x),), {}, shrink=True)
+    fast = recipe.make(network)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert_close(fast(x), in_float64(network, x))
+
+
 def test_tied_weights_are_packed_for_each_layer() -> None:
     network = sparsify(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)))
     network[2].weight = network[0].weight
