@@ -47,9 +47,14 @@ def linear(width: int) -> Callable[[], nn.Module]:
     return lambda: nn.Linear(width, width)
 
 
-def transformer_block() -> nn.Module:
+def feed_forward() -> nn.Module:
     """Make the feed-forward part of a block of BERT's size: 768, 3072, 768, with a GELU."""
     return nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
+
+
+def transformer_block() -> nn.Module:
+    """Make a whole block of BERT's size: attention of 12 heads, and the feed-forward part."""
+    return nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
@@ -58,7 +63,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, .
     "mlp": (perceptron, (784,), ()),
     "lenet300": (LeNet300100, (1, 28, 28), ()),
     "lenet5": (LeNet5Caffe, (1, 28, 28), ()),
-    "bert-ffn-128": (transformer_block, (128, 768), ()),
+    "bert-ffn-128": (feed_forward, (128, 768), ()),
+    "bert-block-128": (transformer_block, (128, 768), ()),
     "resnet18-32": (resnet18, (3, 32, 32), ("conv1", "fc")),
     "resnet18-224": (torchvision.models.resnet18, (3, 224, 224), ("conv1", "fc")),
     "resnet50-224": (torchvision.models.resnet50, (3, 224, 224), ("conv1", "fc")),

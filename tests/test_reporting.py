@@ -426,7 +426,7 @@ def test_the_file_is_about_as_large_as_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", [(4,), "four", torch.ones(1, 5)])
 def test_an_example_that_the_module_does_not_take_is_refused_in_words(example: Any) -> None:
     module = nn.Linear(4, 3).train()
-    with pytest.raises(ValueError, match=r"Linear does not take the example: .* Give one tensor"):
+    with pytest.raises(ValueError, match=r"Linear does not take the example, of shapes .* Give one tensor"):
         report(module, example)
     assert module.training
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
-from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import can_shrink, shrunk
+from lightning_sparse.execution.examples import unfit
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import (
     SEMI_STRUCTURED,
@@ -111,6 +112,8 @@ class _Call:
                 f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
                 " keyword arguments, as the module is called."
             )
+        if any(x.is_nested for x in call.tensors):
+            raise ValueError("example_input is nested; give a plain tensor, as torch.nested.to_padded_tensor makes.")
         if call.numel == 0:
             raise ValueError(f"example_input is empty, of shapes {call.shapes}; nothing can be timed on it.")
         return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
@@ -119,14 +122,17 @@ class _Call:
         return module(*self.args, **self.kwargs)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
+    @property
     def numel(self) -> int | None:
         """How many numbers the tensors have; ``None`` if there is no tensor."""
-        tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        return sum(x.numel() for x in tensors) if tensors else None
+        return sum(x.numel() for x in self.tensors) if self.tensors else None
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(x.shape) for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        return [tuple(x.shape) for x in self.tensors]
 
 
 class _Acceleration:
@@ -172,11 +178,7 @@ class _Acceleration:
         try:
             return _tensors(self.call(self.dense))
         except Exception as error:  # whatever the user's module raises when its input does not fit
-            shapes = ", ".join(str(shape) for shape in self.call.shapes) or "none"
-            raise ValueError(
-                f"{type(self.module).__name__} does not take example_input, of shapes {shapes}:"
-                f" {str(error).rstrip('. ')}. Give it what the module is called with."
-            ) from error
+            raise unfit(self.module, self.call.kwargs or self.call.args, error) from error
 
     def _changes(self) -> bool:
         """Whether a call depends on chance or on calls before it, so that outputs cannot be compared."""
@@ -189,8 +191,11 @@ class _Acceleration:
         recipes: list[Recipe] = []
         arguments = tuple(InputSpec.of(x) if isinstance(x, Tensor) else x for x in self.call.args)
         for shrink in (False, True) if self._has_dead_units() else (False,):
-            own = frozen_copy(self.module)
+            own = with_linear_layers(frozen_copy(self.module))
             network, traced = self._traced(shrunk(own, self.call.args) if shrink else own)
+            for part in network.modules():
+                if isinstance(part, nn.TransformerEncoder):
+                    part.use_nested_tensor = False  # sparse layers take none
             specs = input_specs(network, _calling(self.call, network))
             for threads in self._numbers_of_threads():
                 choices = self.layers[shrink, threads] = self._time(network, specs, threads, inside=traced)
@@ -213,7 +218,7 @@ class _Acceleration:
         if not can_shrink() or self.call.kwargs or self.kernels == SEMI_STRUCTURED:
             return False
         try:
-            small = shrunk(frozen_copy(self.module), self.call.args)
+            small = shrunk(with_linear_layers(frozen_copy(self.module)), self.call.args)
         except Exception as error:  # shrinking is one help among others
             self._note(f"Dead units stay: {error}")
             return False

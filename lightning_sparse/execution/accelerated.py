@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from lightning_sparse.execution.attention import with_sparse_encoders
 from lightning_sparse.execution.calls import as_traced
 from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes
-from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import shrunk
 from lightning_sparse.execution.fuse import fuse
+from lightning_sparse.execution.inputs import refuse_gradients
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
-from lightning_sparse.execution.linear import SparseLinear, refuse_gradients
+from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import AccelerationReport
 from lightning_sparse.execution.standing_in import share_memory
 from lightning_sparse.execution.tracing import UntraceableError, module_of, trace
@@ -58,14 +60,15 @@ class Recipe:
     def make(self, module: nn.Module) -> nn.Module:
         """Return what executes a module; the module stays as it is."""
         own = frozen_copy(module)
+        if not (self.traced or self.shrink):
+            for name in self.layers:
+                share_memory(own.get_submodule(name), module.get_submodule(name))
+        own = with_linear_layers(own)
         if self.shrink:
             own = shrunk(own, self.example())
         if self.traced:
             graph = trace(own, self.example())
             return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))
-        if not self.shrink:
-            for name in self.layers:
-                share_memory(own.get_submodule(name), module.get_submodule(name))
         return self._replace_layers(own)
 
     def _replace_layers(self, root: nn.Module) -> nn.Module:
@@ -74,8 +77,6 @@ class Recipe:
             return sparse_layer(root, self.kernels, self.threads)
         done: set[str] = set()
         for name, child in list(root.named_modules()):
-            if isinstance(child, nn.TransformerEncoder):
-                child.use_nested_tensor = False  # sparse layers take none
             if isinstance(child, nn.TransformerEncoderLayer):
                 child.activation_relu_or_gelu = 0  # it calls its layers then, and does not read their weights itself
             inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
@@ -89,7 +90,7 @@ class Recipe:
                     done.add(name)
                 except UntraceableError:
                     continue
-        return root
+        return with_sparse_encoders(root)
 
     def _fused(self, name: str, chain: nn.Module) -> nn.Module:
         graph = trace(chain, (self.inputs[name].random(),))

@@ -1,10 +1,9 @@
-"""Self-attention whose projections have zeros: ``nn.MultiheadAttention``, with sparse layers for its two matrices."""
+"""Self-attention whose projections have zeros, with sparse layers for its two matrices, and encoders made of it."""
 
 from __future__ import annotations
 
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -12,7 +11,13 @@ from typing_extensions import override
 from lightning_sparse.execution.linear import SparseLinear, linear_step
 from lightning_sparse.execution.standing_in import StandIn
 
-__all__ = ["SparseSelfAttention", "is_plain_self_attention", "why_dense_attention", "zeros_of_attention"]
+__all__ = [
+    "SparseEncoder",
+    "SparseSelfAttention",
+    "is_plain_self_attention",
+    "why_dense_attention",
+    "with_sparse_encoders",
+]
 
 
 def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
@@ -93,7 +98,54 @@ def is_plain_self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return same and plain and given.get("need_weights", True) is False
 
 
-def zeros_of_attention(attention: nn.MultiheadAttention) -> float:
-    """Return the fraction of zeros in both matrices."""
-    weights: list[Any] = [attention.in_proj_weight, attention.out_proj.weight]
-    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / max(1, sum(w.numel() for w in weights))
+@final
+class SparseEncoder(StandIn):
+    """``nn.TransformerEncoder`` whose layers may be sparse, which take no nested tensors.
+
+    Where ``src_key_padding_mask`` hides the ends of sequences, torch leaves them out by nesting, and has zeros in their
+    place before the last normalisation. Here they are computed, and then set to zero.
+
+    Args:
+        encoder: In evaluation mode. It is changed.
+
+    Example:
+        >>> from torch import nn
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1).eval()
+        >>> hidden = torch.tensor([[False, False, True]])
+        >>> SparseEncoder(encoder)(torch.randn(1, 3, 8), src_key_padding_mask=hidden)[0, 2].count_nonzero()
+        tensor(0)
+    """
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        super().__init__()
+        self.nests = encoder.use_nested_tensor
+        self.norm: nn.Module | None = encoder.norm
+        encoder.use_nested_tensor, encoder.norm = False, None
+        self.encoder = encoder
+        self.stand_for(encoder)
+
+    @override
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Return outputs, of the input's shape (batch, length, features) or as ``batch_first`` says."""
+        y = self.encoder(src, mask, src_key_padding_mask, is_causal)
+        if self.nests and mask is None and src_key_padding_mask is not None and src.dim() == 3:
+            hidden = src_key_padding_mask.bool()  # of floats, which are added, all but zeros hide
+            if not (hidden[:, :-1] & ~hidden[:, 1:]).any():
+                y = y.masked_fill(hidden[..., None], 0)
+        return y if self.norm is None else self.norm(y)
+
+
+def with_sparse_encoders(root: nn.Module) -> nn.Module:
+    """Let encoders take sparse layers: put :class:`SparseEncoder` in their place. Returns the module."""
+    for name, part in list(root.named_modules()):
+        if type(part) is nn.TransformerEncoder:
+            if not name:
+                return SparseEncoder(part)
+            root.set_submodule(name, SparseEncoder(part))
+    return root

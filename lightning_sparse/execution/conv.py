@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sparse.execution.formats import pack
+from lightning_sparse.execution.inputs import refuse_gradients, refuse_unreadable
 from lightning_sparse.execution.kernels import Planes, default_kernels, planes
 from lightning_sparse.execution.kernels.steps import ConvStep, PlaneStep
-from lightning_sparse.execution.linear import SparseLinear, linear_step, refuse_gradients
+from lightning_sparse.execution.linear import SparseLinear, linear_step
 from lightning_sparse.execution.standing_in import StandIn
 
 __all__ = ["SparseConv2d", "SparsePlanes", "conv_step", "why_dense"]
@@ -125,7 +126,12 @@ class SparsePlanes(nn.Module):
                     f"Sparse convolutions in {self.dtype} on the CPU were given {tuple(x.shape)} in {x.dtype} on"
                     f" {x.device}. Give images (N, C, H, W) of that type and device."
                 )
-        results = self.network(*(x.contiguous() for x in images))
+        try:
+            results = self.network(*(x.contiguous() for x in images))
+        except RuntimeError:
+            for x in images:
+                refuse_unreadable(x)
+            raise
         return results[0] if len(results) == 1 else tuple(results)
 
     @override

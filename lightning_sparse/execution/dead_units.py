@@ -20,7 +20,7 @@ def can_shrink() -> bool:
 
 
 def shrunk(module: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
-    """Return a copy without dead units, or one as it was where none can be removed; nothing is told.
+    """Return a frozen copy without dead units, or one as it was where none can be removed; nothing is told.
 
     Args:
         module: In evaluation mode.
@@ -28,4 +28,5 @@ def shrunk(module: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(MODULE).shrink(module, arguments[0] if len(arguments) == 1 else arguments)
+        small = importlib.import_module(MODULE).shrink(module, arguments[0] if len(arguments) == 1 else arguments)
+        return small.requires_grad_(False)

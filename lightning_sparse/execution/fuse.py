@@ -64,15 +64,17 @@ def _parts(graph_module: fx.GraphModule, wanted: Wanted) -> list[list[fx.Node]]:
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
+        if parts[-1] and not _on_planes(node, wanted, parts[-1]):
+            parts.append([])
         if _on_planes(node, wanted, parts[-1]):
             parts[-1].append(node)
-        elif parts[-1]:
-            parts.append([])
     return [part for part in parts if part]
 
 
 def _on_planes(node: fx.Node, wanted: Wanted, part: list[fx.Node]) -> bool:
     """Whether a node may be computed on planes, if it comes after those of a part."""
+    if any(_is_mean(argument) for argument in node.all_input_nodes if argument in part):
+        return False  # a mean leaves the planes
     module = module_of(node)
     if isinstance(module, nn.Conv2d):
         return type(module) is nn.Conv2d and len(shape_of(node) or ()) == 4 and wanted(str(node.target))

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.execution.attention import SparseSelfAttention, why_dense_attention, zeros_of_attention
+from lightning_sparse.execution.attention import SparseSelfAttention, why_dense_attention
 from lightning_sparse.execution.conv import SparseConv2d, SparsePlanes, why_dense
 from lightning_sparse.execution.kernels import KernelsUnavailableError
 from lightning_sparse.execution.linear import SparseLinear
@@ -96,15 +96,14 @@ def input_specs(module: nn.Module, call: Any) -> dict[str, InputSpec]:
 
 
 def layers_with_zeros(module: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
-    """Yield linear layers and convolutions: name, layer, fraction of zeros."""
+    """Yield linear layers and convolutions, and what else has zeros in matrices: name, layer, fraction of zeros."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.MultiheadAttention) and _weight_of(layer) is not None:
-            yield name, layer, zeros_of_attention(layer)
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             continue  # the last matrix of attention, which counts with it
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and isinstance(weight, Tensor):
-            yield name, layer, _share_of_zeros(weight)
+        weights = _weights_of(layer)
+        share = _share_of_zeros(weights)
+        if weights and (share or isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))):
+            yield name, layer, share
 
 
 def unread_layers(module: nn.Module) -> list[str]:
@@ -124,12 +123,27 @@ def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
 
 
-def _share_of_zeros(weight: Tensor) -> float:
-    """The fraction of zeros of a plain dense tensor; none of those of other kinds, as quantisation makes them."""
-    if not _is_plain(weight) or weight.device.type == "meta" or not weight.numel():
-        return 0.0
-    eight_bits = weight.dtype.is_floating_point and weight.dtype.itemsize == 1  # torch counts no float8
-    return 1 - int(torch.count_nonzero(weight.float() if eight_bits else weight)) / weight.numel()
+def _weights_of(layer: nn.Module) -> list[Tensor]:
+    """The matrices of a layer, the one that names its size first; none of a network's own, as positions and tokens."""
+    weight = getattr(layer, "weight", None)  # which a parametrized layer computes
+    if isinstance(weight, Tensor):
+        return [weight] if weight.dim() > 1 else []
+    if not type(layer).__module__.startswith("torch.nn."):
+        return []
+    held = [w for w in layer.parameters(recurse=False) if not nn.parameter.is_lazy(w) and w.dim() > 1]
+    return [*held, layer.out_proj.weight] if isinstance(layer, nn.MultiheadAttention) else held
+
+
+def _share_of_zeros(weights: list[Tensor]) -> float:
+    """The fraction of zeros of plain dense tensors; none of those of other kinds, as quantisation makes them."""
+    plain = [w for w in weights if _is_plain(w) and w.device.type != "meta"]
+    active = sum(int(torch.count_nonzero(w.float() if _is_float8(w) else w)) for w in plain)
+    return 1 - active / total if (total := sum(w.numel() for w in plain)) else 0.0
+
+
+def _is_float8(weight: Tensor) -> bool:
+    """Whether a tensor is of eight-bit floats, of which torch counts no zeros."""
+    return weight.dtype.is_floating_point and weight.dtype.itemsize == 1
 
 
 def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
@@ -141,7 +155,7 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
         >>> reason_to_stay_dense(nn.Linear(4, 3, dtype=torch.bfloat16), "llvm")
         'its weight is torch.bfloat16; sparse kernels compute in float32 and float64'
     """
-    weight = _weight_of(layer)
+    weight = _weights_of(layer)[0]
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
     if has_hooks(layer):
@@ -158,10 +172,6 @@ def reason_to_stay_dense(layer: nn.Module, kernels: str) -> str | None:
     if isinstance(layer, nn.MultiheadAttention):
         return why_dense_attention(layer)
     return why_dense(layer, kernels) if isinstance(layer, nn.Conv2d) else None
-
-
-def _weight_of(layer: nn.Module) -> Any:
-    return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
 
 
 def sparse_layer(layer: nn.Module, kernels: str, threads: int) -> nn.Module:
@@ -190,7 +200,7 @@ def time_layer(
         threads: How many threads compute.
         inside: Whether the network is a graph, in which its neighbours may be sparse too and images stay laid out.
     """
-    shape = tuple(_weight_of(layer).shape)
+    shape = tuple(_weights_of(layer)[0].shape)
     reason = reason_to_stay_dense(layer, kernels) or (None if spec else "the example input does not reach it")
     if reason or spec is None:
         return LayerChoice(name, shape, sparsity, sparse=False, reason=reason or "")

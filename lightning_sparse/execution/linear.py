@@ -11,20 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_sparse.execution.formats import pack
+from lightning_sparse.execution.inputs import refuse_gradients, refuse_unreadable
 from lightning_sparse.execution.kernels import Chain, chain, default_kernels
 from lightning_sparse.execution.kernels.steps import LinearStep
 from lightning_sparse.execution.standing_in import StandIn
 
-__all__ = ["SparseLinear", "linear_step", "refuse_gradients"]
-
-
-def refuse_gradients(x: Tensor) -> None:
-    """Raise where a gradient is asked for, which sparse kernels do not compute."""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "The input requires a gradient, and sparse layers compute none. Call the module under torch.no_grad(), or"
-            " train the original module."
-        )
+__all__ = ["SparseLinear", "linear_step"]
 
 
 def linear_step(weight: Tensor, bias: Tensor | None, low: float = -math.inf, high: float = math.inf) -> LinearStep:
@@ -120,12 +112,16 @@ class SparseLinear(StandIn):
             refuse_gradients(x)
         if x.dtype is not self.dtype or not x.is_cpu:
             self._refuse(x)
-        rows = x.flatten(1) if self.flatten and x.dim() > 2 else x
-        if rows.dim() == 2 and rows.shape[1] == self.in_features:  # the quick way, for small networks
-            return self._chain(rows)
-        if rows.shape[-1:] != (self.in_features,):
-            self._refuse(x)
-        return self._chain(rows.reshape(-1, self.in_features)).reshape(*rows.shape[:-1], self.out_features)
+        try:
+            rows = x.flatten(1) if self.flatten and x.dim() > 2 else x
+            if rows.dim() == 2 and rows.shape[1] == self.in_features:  # the quick way, for small networks
+                return self._chain(rows)
+            if rows.shape[-1:] != (self.in_features,):
+                self._refuse(x)
+            return self._chain(rows.reshape(-1, self.in_features)).reshape(*rows.shape[:-1], self.out_features)
+        except RuntimeError:
+            refuse_unreadable(x)
+            raise
 
     @override
     def extra_repr(self) -> str:

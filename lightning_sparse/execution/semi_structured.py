@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.execution.copying import frozen_copy
+from lightning_sparse.execution.copying import copied, frozen_copy
 
 __all__ = [
     "LayerProjection",
@@ -129,7 +129,7 @@ def project_to_2_4(module: nn.Module) -> Projection:
         >>> projection.module.weight.tolist(), projection.layers[0].removed
         ([[0.0, -4.0, 3.0, 0.0]], 1)
     """
-    own = frozen_copy(module, evaluation=False)
+    own = copied(module)
     linears = [(name, layer) for name, layer in own.named_modules() if isinstance(layer, nn.Linear)]
     if not linears:
         raise ValueError(f"{type(module).__name__} has no linear layer, and 2:4 is for those.")

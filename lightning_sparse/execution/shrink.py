@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_sparse.execution.copying import copied
+from lightning_sparse.execution.examples import arguments_of, unfit
 from lightning_sparse.execution.shrinking.analysis import needed_units
 from lightning_sparse.execution.shrinking.layers import Layer
-from lightning_sparse.execution.shrinking.tracing import NotTraceableError, arguments_of, trace
+from lightning_sparse.execution.shrinking.tracing import NotTraceableError, trace
 
 __all__ = ["LayerUnits", "Shrinkage", "dead_units", "shrink"]
 
@@ -113,7 +114,7 @@ def shrink(module: _Module, example: Any) -> _Module:
         _tell(
             module, "gives other outputs when it is shrunk, so some of its code depends on sizes or on random numbers"
         )
-        return _copied(module)
+        return copied(module).eval()
     return plan.module
 
 
@@ -161,12 +162,12 @@ def _plan(module: nn.Module, example: Any) -> _Plan:
             f"shrink takes a module and an example of its input, as in shrink(model, torch.zeros(1, 3, 32, 32)); the"
             f" module is a {type(module).__name__}."
         )
-    copied = _copied(module)
+    own = copied(module).eval()
     try:
-        return _Plan(copied, *needed_units(copied, trace(copied, example)))
+        return _Plan(own, *needed_units(own, trace(own, example)))
     except NotTraceableError as error:
-        _refuse_unfit(copied, example)
-        return _Plan(copied, (), np.zeros(0, dtype=bool), str(error))
+        _refuse_unfit(own, example)
+        return _Plan(own, (), np.zeros(0, dtype=bool), str(error))
 
 
 def _refuse_unfit(module: nn.Module, example: Any) -> None:
@@ -174,21 +175,7 @@ def _refuse_unfit(module: nn.Module, example: Any) -> None:
     try:
         _run(module, example)
     except Exception as error:  # whatever the user's module raises when its input does not fit
-        raise ValueError(
-            f"{type(module).__name__} does not take the example: {str(error).rstrip('. ')}. Give one tensor, a tuple of"
-            " arguments, or a dictionary of them by name, as the module is called."
-        ) from error
-
-
-def _copied(module: _Module) -> _Module:
-    try:
-        return copy.deepcopy(module).eval()
-    except Exception as error:  # whatever a module holds may refuse to be copied
-        raise ValueError(
-            f"{type(module).__name__} cannot be copied ({str(error).splitlines()[0]}), and shrink leaves the module"
-            " itself alone. Give a module that copy.deepcopy takes; where torch.nn.utils.prune has pruned it, remove"
-            " its masks with prune.remove before."
-        ) from error
+        raise unfit(module, example, error) from error
 
 
 def _remove(plan: _Plan) -> None:

@@ -209,5 +209,13 @@ def _fusion(layer: nn.Module | None, norm: Any, shape: tuple[int, ...] | None) -
     if type(layer) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d):
         return lambda: fuse_conv_bn_eval(layer, norm)
     if type(layer) is nn.Linear and isinstance(norm, nn.BatchNorm1d) and shape is not None and len(shape) == 2:
-        return lambda: fuse_linear_bn_eval(layer, norm)
+        return lambda: fuse_linear_bn_eval(layer, _affine(norm))
     return None
+
+
+def _affine(norm: Any) -> Any:
+    """Give a BatchNorm that does not scale a scale of one, without which torch folds none into a linear layer."""
+    if norm.weight is None:
+        norm.weight = nn.Parameter(torch.ones_like(norm.running_var), requires_grad=False)
+        norm.bias = nn.Parameter(torch.zeros_like(norm.running_var), requires_grad=False)
+    return norm

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_sparse.execution.examples import arguments_of, unfit
 from lightning_sparse.execution.files import SparseFileError, is_sparse_file, load_sparse
 from lightning_sparse.execution.shrink import Shrinkage, dead_units
 from lightning_sparse.functional.masks import count_true
@@ -282,8 +283,7 @@ def _layer(candidate: Candidate, dense_flops: int | None) -> LayerSparsity:
 
 
 def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:
-    arguments = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
-    named = dict(example) if isinstance(example, Mapping) else {}
+    arguments, named = arguments_of(example)
     parameters = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -292,10 +292,7 @@ def _count_flops(module: nn.Module, example: Any) -> ForwardFLOPs:
         with torch.enable_grad(), ForwardFLOPs(parameters) as counter:
             module(*arguments, **named)
     except Exception as error:
-        raise ValueError(
-            f"{type(module).__name__} does not take the example: {str(error).rstrip('. ')}. Give one tensor, a tuple of"
-            " arguments, or a dictionary of them, as its forward takes them."
-        ) from error
+        raise unfit(module, example, error) from error
     finally:
         for part, mode in modes.items():
             part.training = mode

@@ -237,6 +237,16 @@ class TestTheModuleReturned:
         assert wrong == [False] * 60
 
 
+def test_a_network_without_its_dead_units_takes_no_gradients_either() -> None:
+    network = sparsify(residual_network())
+    network[8].weight.data[:, :4] = 0
+    x = torch.randn(2, 3, 32, 32)
+    recipe = Recipe(frozenset({"8"}), True, available_kernels()[0], 1, (InputSpec.of(x),), {}, shrink=True)
+    fast = recipe.make(network)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert_close(fast(x), in_float64(network, x))
+
+
 def test_tied_weights_are_packed_for_each_layer() -> None:
     network = sparsify(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)))
     network[2].weight = network[0].weight
@@ -481,7 +491,7 @@ def test_masks_of_torch_prune_are_to_be_made_permanent_first() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"example_input": torch.randn(2, 15)}, r"does not take example_input, of shapes \(2, 15\)"),
+        ({"example_input": torch.randn(2, 15)}, r"does not take the example, of shapes \(2, 15\)"),
         ({"example_input": "cat"}, "give a tensor"),
         ({"example_input": {}}, "give a tensor"),
         ({"example_input": torch.randn(0, 16)}, "empty"),

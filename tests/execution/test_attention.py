@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
@@ -52,6 +52,45 @@ def test_encoder_layers_of_torch_call_their_sparse_layers(activation: str) -> No
     recipe = Recipe(frozenset({"self_attn", "linear1", "linear2"}), False, available_kernels()[0], 1, (), {})
     x = torch.randn(3, 7, 256)
     assert_close(recipe.make(layer)(x), in_float64(layer, x))
+
+
+def encoder(norm: nn.Module | None = None) -> nn.TransformerEncoder:
+    """Two layers with zeros."""
+    layer = nn.TransformerEncoderLayer(256, 4, 512, batch_first=True)
+    return sparsify(nn.TransformerEncoder(layer, 2, norm), 0.98)
+
+
+PADDED = torch.arange(7) >= torch.tensor([[7], [4], [1]])
+SCATTERED = PADDED.flip(1)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(256)], ids=["no norm", "a norm"])
+@pytest.mark.parametrize("hidden", [PADDED, SCATTERED, None], ids=["padded", "scattered", "nothing"])
+def test_encoders_hide_what_torch_hides(hidden: Tensor | None, norm: nn.Module | None) -> None:
+    network, x = encoder(norm), torch.randn(3, 7, 256)
+    if network.norm is not None:
+        network.norm.bias.data.fill_(3)
+    layers = {f"layers.{number}.{part}" for number in range(2) for part in ("self_attn", "linear1", "linear2")}
+    fast = Recipe(frozenset(layers), False, available_kernels()[0], 1, (), {}).make(network)
+    masks = [hidden] if hidden is None else [hidden, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)]
+    for mask in masks:
+        with torch.no_grad():
+            assert_close(fast(x, src_key_padding_mask=mask), network(x, src_key_padding_mask=mask))
+    assert network.use_nested_tensor
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_example_may_have_padding() -> None:
+    x = torch.randn(3, 7, 256)
+    fast = accelerate(encoder(), {"src": x, "src_key_padding_mask": PADDED}, threads=1, seconds=0.02)
+    assert not any("variant" in note for note in fast.report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_example_is_refused() -> None:
+    with pytest.raises(ValueError, match="example_input is nested; give a plain tensor"):
+        accelerate(encoder(), torch.nested.as_nested_tensor(torch.randn(3, 7, 256)))
 
 
 @pytest.mark.parametrize("settings", [{"kdim": 4}, {"add_zero_attn": True}, {"add_bias_kv": True}], ids=str)

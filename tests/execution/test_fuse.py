@@ -149,6 +149,33 @@ def test_batch_norm_is_folded_into_linear_layers_too() -> None:
     assert_close(fused(network, x)(x), in_float64(network, x))
 
 
+def test_batch_norm_without_a_scale_is_folded_too() -> None:
+    network = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32, affine=False), nn.ReLU(), nn.Linear(32, 5))
+    assert len(list(check(network, (4, 16)).children())) == 1
+
+
+class Excites(nn.Module):
+    """Weighs channels by what the mean of all pixels says, as squeeze-and-excitation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, 8, 3)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.after = nn.Conv2d(8, 5, 3)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        weights = self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        return self.after(x * torch.sigmoid(weights))
+
+
+@pytest.mark.skipif("llvm" not in available_kernels(), reason="llvmlite is not installed")
+def test_what_comes_after_a_mean_is_another_part() -> None:
+    graph = check(Excites(), (2, 3, 9, 9))
+    assert sum(isinstance(part, SparsePlanes) for part in graph.modules()) == 3
+
+
 class ChangesInPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()

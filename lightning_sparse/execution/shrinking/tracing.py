@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-__all__ = ["NotTraceableError", "Shapes", "arguments_of", "shape_of", "trace"]
+from lightning_sparse.execution.examples import arguments_of
+
+__all__ = ["NotTraceableError", "Shapes", "shape_of", "trace"]
 
 
 class NotTraceableError(ValueError):
     """A module's operations depend on more than torch.fx can follow; the message goes on after "cannot be traced: "."""
-
-
-def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments by place and by name.
-
-    Args:
-        example: One tensor, a tuple of arguments, or a dictionary of them by name.
-
-    Example:
-        >>> arguments_of({"x": 1})
-        ((), {'x': 1})
-    """
-    if isinstance(example, Mapping):
-        return (), dict(cast("Mapping[str, Any]", example))
-    return (tuple(cast("tuple[Any, ...]", example)) if isinstance(example, tuple) else (example,)), {}
 
 
 def trace(module: nn.Module, example: Any) -> fx.Graph:
@@ -37,7 +23,7 @@ def trace(module: nn.Module, example: Any) -> fx.Graph:
 
     Args:
         module: A module in evaluation mode; the graph refers to its submodules by name.
-        example: See :func:`arguments_of`.
+        example: One tensor, a tuple of arguments, or a dictionary of them by name.
 
     Raises:
         NotTraceableError: It depends on values, or does what torch.fx cannot record.

@@ -18,7 +18,7 @@ from lightning_sparse.execution.kernels.llvm.geometry import Geometry, Shape, ge
 from lightning_sparse.execution.kernels.llvm.layouts import PAD, PHASES, UNPAD
 from lightning_sparse.execution.kernels.llvm.offsets import OFFSETS, TILE_VECTORS
 from lightning_sparse.execution.kernels.llvm.pooling import LARGEST, MEAN
-from lightning_sparse.execution.kernels.llvm.program import Program, aligned, bits_of
+from lightning_sparse.execution.kernels.llvm.program import Program, address_of, aligned, bits_of
 from lightning_sparse.execution.kernels.steps import ConvStep, MeanStep, PlaneStep, PoolStep
 
 __all__ = ["PlaneNetwork"]
@@ -58,6 +58,8 @@ class PlaneNetwork:
         """Return the outputs for contiguous images (N, C, H, W)."""
         sizes: tuple[Shape, ...] = tuple((t.shape[1], t.shape[2], t.shape[3]) for t in tensors)
         images = tensors[0].shape[0]
+        for x in tensors:
+            address_of(x, images)  # there must be one
         with self._lock:
             whole = self._plan(sizes, 1)
             results = [torch.empty(images, *whole.shapes[name], dtype=tensors[0].dtype) for name in self.outputs]

@@ -14,6 +14,7 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_sparse.execution.kernels.llvm.compiler import Library
 from lightning_sparse.execution.kernels.llvm.driver import (
@@ -25,7 +26,7 @@ from lightning_sparse.execution.kernels.llvm.driver import (
 )
 from lightning_sparse.execution.kernels.llvm.emitter import Kernel
 
-__all__ = ["Program", "Team", "aligned", "bits_of", "team"]
+__all__ = ["Program", "Team", "address_of", "aligned", "bits_of", "team"]
 
 IDLE_SPINS = 4000
 """Looks for another job before a worker sleeps: some 100 microseconds, in which most networks call again."""
@@ -39,6 +40,22 @@ def bits_of(number: float) -> int:
         (0, True)
     """
     return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def address_of(x: Tensor, size: Any) -> int:
+    """Return where the numbers of a tensor begin.
+
+    Args:
+        x: Contiguous.
+        size: One of its sizes, which is a tensor where ``torch.jit.trace`` follows.
+
+    Raises:
+        RuntimeError: It has none: it is a symbol of a tracer.
+    """
+    address = x.data_ptr()
+    if type(size) is not int or (address == 0 and x.numel()):
+        raise RuntimeError("The tensor has no numbers in memory.")
+    return address
 
 
 @final

@@ -14,7 +14,7 @@ from lightning_sparse.execution.kernels.llvm.compiler import Library
 from lightning_sparse.execution.kernels.llvm.emitter import LANES_OF_A_LINE
 from lightning_sparse.execution.kernels.llvm.layouts import TRANSPOSE
 from lightning_sparse.execution.kernels.llvm.offsets import OFFSETS, TILE_VECTORS
-from lightning_sparse.execution.kernels.llvm.program import Program, aligned, bits_of
+from lightning_sparse.execution.kernels.llvm.program import Program, address_of, aligned, bits_of
 from lightning_sparse.execution.kernels.llvm.vectors import VECTORS_16, VECTORS_32
 from lightning_sparse.execution.kernels.steps import LinearStep
 
@@ -145,12 +145,13 @@ class RowChain:
         count = x.shape[0]
         if not x.is_contiguous():
             x = x.contiguous()
+        source = address_of(x, count)
         y = x.new_empty(count, self.out_features)
         with self._lock:
             if count == 1:
-                (self._single or self._make_single()).run(x.data_ptr(), y.data_ptr())
+                (self._single or self._make_single()).run(source, y.data_ptr())
             elif self.out_features:
-                self._run_panels(x.data_ptr(), y.data_ptr(), count, x.element_size())
+                self._run_panels(source, y.data_ptr(), count, x.element_size())
         return y
 
     def _run_panels(self, source: int, target: int, count: int, size: int) -> None:
