@@ -16,7 +16,8 @@ from contextvars import ContextVar
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -27,13 +28,16 @@ __all__ = [
     "Block",
     "Layout",
     "Whole",
+    "by_fsdp",
     "count_of_whole",
+    "inner_product",
     "is_sharded",
     "laid_like",
     "layout_of",
     "local_part",
     "obstacle_of_shards",
     "saved_everywhere",
+    "total",
 ]
 
 
@@ -244,7 +248,7 @@ class Block(Layout):
 
     def whole(self, local: Tensor) -> Tensor:  # noqa: D102
         bits = local.view(torch.uint8) if local.dtype == torch.bool else local
-        gathered = self._as_dtensor(bits.contiguous()).full_tensor()
+        gathered = self.as_dtensor(bits.contiguous()).full_tensor()
         return gathered.view(torch.bool) if local.dtype == torch.bool else gathered
 
     def sum(self, counts: Tensor) -> Tensor:  # noqa: D102
@@ -281,7 +285,8 @@ class Block(Layout):
         pairs = enumerate(zip(self._sizes, self._placements, strict=True))
         return [number for number, (size, each) in pairs if size > 1 and _dim(each) >= leading]
 
-    def _as_dtensor(self, local: Tensor) -> DTensor:
+    def as_dtensor(self, local: Tensor) -> DTensor:
+        """The whole, of which each process has its part."""
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=stride)
 
@@ -332,6 +337,33 @@ def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(other, DTensor) and tensor.placements != other.placements:
         return tensor.redistribute(other.device_mesh, other.placements)
     return tensor
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of all entries of the whole, differentiable; a collective where a tensor is sharded."""
+    its = tensor.sum()
+    return its.full_tensor() if isinstance(its, DTensor) else its
+
+
+def inner_product(local: Tensor, tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The sum of products of two tensors that lie as a parameter does, differentiable in the second.
+
+    A collective where the parameter is sharded.
+
+    Args:
+        local: What this process holds of one.
+        tensor: The other, such as a gradient of the parameter.
+        parameter: Tells how they lie.
+    """
+    layout = layout_of(parameter)
+    one = layout.as_dtensor(local) if isinstance(layout, Block) else local
+    return total(one * laid_like(tensor, parameter))
+
+
+def by_fsdp(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters that FSDP2 shards, in a module and what is in it."""
+    wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]
+    return {parameter for child in wrapped for parameter in child.parameters() if is_sharded(parameter)}
 
 
 def obstacle_of_shards(tensor: Tensor) -> str:

@@ -13,8 +13,8 @@ from tests.sharded.processes import MESHES, ONE, Mesh, assert_same, fit, forked,
 
 # One of each family, and those that rank, count or sum in ways of their own; `make test-all` trains them all.
 OFTEN = ("fggp-global", "rigl", "dst-sparsity", "srigl")
-# What differentiates the module as FSDP2 cannot.
-REFUSED = ("grasp", "synflow")
+# What differentiates twice, as FSDP2 cannot.
+NOT_IN_FSDP = ("grasp",)
 # What needs whole rows, or all channels of an activation, which the toy's tensor parallelism divides.
 NOT_IN_TENSOR_PARALLEL = ("srigl", "east")
 
@@ -37,7 +37,7 @@ PAIRS = [
     pytest.param(case.name, mesh, marks=[] if case.name in OFTEN else [pytest.mark.slow])
     for case in CASES
     for mesh in MESHES
-    if case.name not in REFUSED and not (mesh[1] > 1 and case.name in NOT_IN_TENSOR_PARALLEL)
+    if not (mesh[0] > 1 and case.name in NOT_IN_FSDP) and not (mesh[1] > 1 and case.name in NOT_IN_TENSOR_PARALLEL)
 ]
 
 

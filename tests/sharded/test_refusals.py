@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_sparse import DST, GMP, RigL, SynFlow, prune
+from lightning_sparse import DST, GMP, GraSP, RigL, prune
 from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
 from lightning_sparse.methods.requirements import refuse_strategy
@@ -115,7 +115,7 @@ def test_thresholds_of_outputs_that_no_process_holds() -> None:
 
 
 def test_second_derivatives() -> None:
-    refused("cannot mask any weight .* SynFlow differentiates the module .* take SNIP", (2, 1), partial(SynFlow, 0.5))
+    refused("FSDP2 lets nobody differentiate twice: .* tensor parallelism alone", (2, 1), partial(GraSP, 0.5))
 
 
 def test_patterns_that_parts_would_cut() -> None:
