@@ -1,9 +1,9 @@
 """Where the entries of a weight are: all of them in this process, or a part of them.
 
-With :mod:`~lightning_sparse.masks.sums` this is the only file that knows how a weight may be spread over processes: as
-a DTensor, by FSDP2 and tensor parallelism. Everything else asks a :class:`Layout`: for the entries that are here, for
-their places in the whole, and for sums over all processes that hold some. Where several processes hold the same entry,
-one of them owns it, and counts it.
+With :mod:`~lightning_sparse.masks.sums` and :mod:`~lightning_sparse.masks.derivatives` this is the only file that knows
+how a weight may be spread over processes: as a DTensor, by FSDP2 and tensor parallelism. Everything else asks a
+:class:`Layout`: for the entries that are here, for their places in the whole, and for sums over all processes that hold
+some. Where several processes hold the same entry, one of them owns it, and counts it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from contextvars import ContextVar
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -28,16 +27,13 @@ __all__ = [
     "Block",
     "Layout",
     "Whole",
-    "by_fsdp",
     "count_of_whole",
-    "inner_product",
     "is_sharded",
     "laid_like",
     "layout_of",
     "local_part",
     "obstacle_of_shards",
     "saved_everywhere",
-    "total",
 ]
 
 
@@ -337,33 +333,6 @@ def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) and isinstance(other, DTensor) and tensor.placements != other.placements:
         return tensor.redistribute(other.device_mesh, other.placements)
     return tensor
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The sum of all entries of the whole, differentiable; a collective where a tensor is sharded."""
-    its = tensor.sum()
-    return its.full_tensor() if isinstance(its, DTensor) else its
-
-
-def inner_product(local: Tensor, tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The sum of products of two tensors that lie as a parameter does, differentiable in the second.
-
-    A collective where the parameter is sharded.
-
-    Args:
-        local: What this process holds of one.
-        tensor: The other, such as a gradient of the parameter.
-        parameter: Tells how they lie.
-    """
-    layout = layout_of(parameter)
-    one = layout.as_dtensor(local) if isinstance(layout, Block) else local
-    return total(one * laid_like(tensor, parameter))
-
-
-def by_fsdp(module: nn.Module) -> set[nn.Parameter]:
-    """The parameters that FSDP2 shards, in a module and what is in it."""
-    wrapped = [child for child in module.modules() if isinstance(child, FSDPModule)]
-    return {parameter for child in wrapped for parameter in child.parameters() if is_sharded(parameter)}
 
 
 def obstacle_of_shards(tensor: Tensor) -> str:

@@ -21,9 +21,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.masks.derivatives import by_fsdp, differentiates_twice, inner_product
 from lightning_sparse.masks.distributed import mean_
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.layout import by_fsdp, inner_product, laid_like, local_part
+from lightning_sparse.masks.layout import laid_like, local_part
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
@@ -85,6 +86,13 @@ class GraSP(AtInitialization):
                 " weights outside the graph of autograd, and takes their gradients out of it. Divide the layers by"
                 " tensor parallelism alone (parallelize_module), or take SNIP or SynFlow, which need first derivatives."
             )
+        with torch.enable_grad():
+            if not all(differentiates_twice(weight.parameter) for weight in self.weights):
+                raise MisconfigurationException(
+                    f"GraSP needs the second derivative of the loss, and torch {torch.__version__} loses it where"
+                    " layers are divided by tensor parallelism. Take a newer torch (2.14 has it), or SNIP or SynFlow,"
+                    " which need first derivatives."
+                )
 
     @property
     @override

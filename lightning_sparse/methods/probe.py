@@ -12,7 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_sparse.masks.layout import is_sharded, laid_like, local_part, total
+from lightning_sparse.masks.derivatives import first_gradients, total
+from lightning_sparse.masks.layout import local_part
 from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["evaluating", "inputs_of", "synaptic_flow", "untouched"]
@@ -53,7 +54,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
             with torch.enable_grad(), torch.autocast(numbers.device.type, enabled=False):
                 outputs = _call(module, ones)
                 sums = [total(out) for out in tree_flatten(outputs)[0] if _is_number(out)]
-                flows = _gradients(torch.stack(sums).sum(), parameters)
+                flows = first_gradients(torch.stack(sums).sum(), parameters)
         except Exception as error:  # whatever a user's code may raise
             raise MisconfigurationException(
                 f"SynFlow computes {type(module).__name__}.forward on ones, which raised {error!r}. Set"
@@ -104,14 +105,6 @@ def _without_gradients(module: nn.Module) -> Generator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-def _gradients(of: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-    """Gradients with respect to parameters that have none yet; None where one plays no part."""
-    if not any(map(is_sharded, parameters)):
-        return torch.autograd.grad(of, parameters, allow_unused=True)  # which DDP does not see
-    of.backward()  # FSDP2 brings gradients to parameters, and is asked for them in no other way
-    return [None if (grad := its.grad) is None else laid_like(grad, its) for its in parameters]
 
 
 def _call(module: nn.Module, inputs: Any) -> Any:
