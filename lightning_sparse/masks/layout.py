@@ -1,9 +1,9 @@
 """Where the entries of a weight are: all of them in this process, or a part of them.
 
-With :mod:`~lightning_sparse.masks.sums` this is the only file that knows how a weight may be spread over processes: as
-a DTensor, by FSDP2 and tensor parallelism. Everything else asks a :class:`Layout`: for the entries that are here, for
-their places in the whole, and for sums over all processes that hold some. Where several processes hold the same entry,
-one of them owns it, and counts it.
+With :mod:`~lightning_sparse.masks.sums` and :mod:`~lightning_sparse.masks.derivatives` this is the only file that knows
+how a weight may be spread over processes: as a DTensor, by FSDP2 and tensor parallelism. Everything else asks a
+:class:`Layout`: for the entries that are here, for their places in the whole, and for sums over all processes that hold
+some. Where several processes hold the same entry, one of them owns it, and counts it.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class Block(Layout):
 
     def whole(self, local: Tensor) -> Tensor:  # noqa: D102
         bits = local.view(torch.uint8) if local.dtype == torch.bool else local
-        gathered = self._as_dtensor(bits.contiguous()).full_tensor()
+        gathered = self.as_dtensor(bits.contiguous()).full_tensor()
         return gathered.view(torch.bool) if local.dtype == torch.bool else gathered
 
     def sum(self, counts: Tensor) -> Tensor:  # noqa: D102
@@ -281,7 +281,8 @@ class Block(Layout):
         pairs = enumerate(zip(self._sizes, self._placements, strict=True))
         return [number for number, (size, each) in pairs if size > 1 and _dim(each) >= leading]
 
-    def _as_dtensor(self, local: Tensor) -> DTensor:
+    def as_dtensor(self, local: Tensor) -> DTensor:
+        """The whole, of which each process has its part."""
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=stride)
 

@@ -21,10 +21,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.masks.candidate import Candidate
+from lightning_sparse.masks.derivatives import by_fsdp, differentiates_twice, inner_product
 from lightning_sparse.masks.distributed import mean_
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.layout import is_sharded
+from lightning_sparse.masks.layout import laid_like, local_part
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
@@ -77,10 +77,22 @@ class GraSP(AtInitialization):
     needs_dense_gradients: ClassVar[bool] = True
 
     @override
-    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
-        if is_sharded(candidate.parameter):
-            return "sharded: GraSP needs second derivatives, which FSDP2 cannot compute; take SNIP"
-        return super().refuses(candidate, is_last=is_last)
+    def prepare(self) -> None:
+        super().prepare()
+        module = self.run.module()
+        if module is not None and by_fsdp(module).intersection(weight.parameter for weight in self.weights):
+            raise MisconfigurationException(
+                "GraSP needs the second derivative of the loss, and FSDP2 lets nobody differentiate twice: it gathers"
+                " weights outside the graph of autograd, and takes their gradients out of it. Divide the layers by"
+                " tensor parallelism alone (parallelize_module), or take SNIP or SynFlow, which need first derivatives."
+            )
+        with torch.enable_grad():
+            if not all(differentiates_twice(weight.parameter) for weight in self.weights):
+                raise MisconfigurationException(
+                    f"GraSP needs the second derivative of the loss, and torch {torch.__version__} loses it where"
+                    " layers are divided by tensor parallelism. Take a newer torch (2.14 has it), or SNIP or SynFlow,"
+                    " which need first derivatives."
+                )
 
     @property
     @override
@@ -112,7 +124,7 @@ class GraSP(AtInitialization):
         try:
             first = _gradients(loss, weights, create_graph=True)
             pairs = zip(weights, first, strict=True)
-            slope = sum((self.memory(w, "gradient") * g).sum() for w, g in pairs if g is not None)
+            slope = sum(inner_product(self.memory(w, "gradient"), g, w.parameter) for w, g in pairs if g is not None)
             assert isinstance(slope, Tensor)
             second = _gradients(slope, group, create_graph=False)
         except RuntimeError as error:
@@ -124,11 +136,13 @@ class GraSP(AtInitialization):
             ) from error
         for weight, its in zip(group, second, strict=True):
             before = self.watched.tensors.get(weight.name, torch.zeros_like(weight.value))
-            self.watched.tensors[weight.name] = before if its is None else before + its.detach()
+            here = before if its is None else before + local_part(laid_like(its, weight.parameter))
+            self.watched.tensors[weight.name] = here
 
     @override
     def before_update(self, group: MaskGroup) -> None:
-        mean_([self.memory(weight, "product") for weight in group])
+        # Processes that share a layer see the same batches.
+        mean_([self.memory(weight, "product") for weight in group if weight.layout.is_whole])
 
     @override
     def drop_scores(self, weight: MaskedWeight) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_sparse.masks.derivatives import first_gradients, total
+from lightning_sparse.masks.layout import local_part
 from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["evaluating", "inputs_of", "synaptic_flow", "untouched"]
@@ -42,7 +44,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
     numbers = next(module.parameters())
     ones = tree_map(lambda part: _ones(part, numbers), inputs)
     parameters = [weight.parameter for weight in weights]
-    with untouched(module):
+    with untouched(module), _without_gradients(module):
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
                 tensor.detach().abs_()
@@ -51,9 +53,8 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
         try:
             with torch.enable_grad(), torch.autocast(numbers.device.type, enabled=False):
                 outputs = _call(module, ones)
-                total = cast("Tensor", sum(out.sum() for out in tree_flatten(outputs)[0] if _is_number(out)))
-                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-                flows = cast("Sequence[Tensor | None]", gradients)
+                sums = [total(out) for out in tree_flatten(outputs)[0] if _is_number(out)]
+                flows = first_gradients(torch.stack(sums).sum(), parameters)
         except Exception as error:  # whatever a user's code may raise
             raise MisconfigurationException(
                 f"SynFlow computes {type(module).__name__}.forward on ones, which raised {error!r}. Set"
@@ -61,7 +62,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
                 " return tensors."
             ) from error
         return {
-            weight.name: torch.zeros_like(weight.value) if flow is None else (weight.value * flow).abs_()
+            weight.name: torch.zeros_like(weight.value) if flow is None else (weight.value * local_part(flow)).abs_()
             for weight, flow in zip(weights, flows, strict=True)
         }
 
@@ -91,6 +92,19 @@ def evaluating(module: nn.Module) -> Generator[None]:
     finally:
         for child, mode in modes.items():
             child.training = mode
+
+
+@contextmanager
+def _without_gradients(module: nn.Module) -> Generator[None]:
+    """A module whose gradients are set aside, and are those of before in the end."""
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _call(module: nn.Module, inputs: Any) -> Any:

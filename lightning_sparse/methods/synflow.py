@@ -20,9 +20,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.masks.budgets import budget_of
-from lightning_sparse.masks.candidate import Candidate
+from lightning_sparse.masks.distributed import all_agree
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
 from lightning_sparse.methods.card import doc, method
@@ -89,12 +88,6 @@ class SynFlow(AtInitialization):
             raise ValueError(f"iterations is {self.iterations!r}; give an int of at least 1.")
 
     @override
-    def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
-        if is_sharded(candidate.parameter):
-            return "sharded: SynFlow differentiates the module beside its training, which FSDP2 cannot do; take SNIP"
-        return super().refuses(candidate, is_last=is_last)
-
-    @override
     def on_batch(self, batch: Any) -> None:
         self.watched.batch = batch if any(self.is_pending(group) for group in self.groups) else None
 
@@ -107,7 +100,8 @@ class SynFlow(AtInitialization):
         iterations = self.iterations if self.allocation == "global" else 1
         for iteration in range(1, iterations + 1):
             its = self.watched.tensors = synaptic_flow(module, inputs, self.weights)
-            if not all(bool(scores.isfinite().all()) for scores in its.values()):
+            finite = all(bool(scores.isfinite().all()) for scores in its.values())
+            if not all_agree(finite, group.mask.device):
                 raise MisconfigurationException(
                     "SynFlow's scores are inf or NaN: the sum of what flows through the magnitudes of"
                     f" {type(module).__name__}'s weights is too large for {group[0].value.dtype}. Normalise the"

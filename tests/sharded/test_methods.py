@@ -7,16 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch.distributed.tensor
 
 from tests.methods.cases import CASES, Case
 from tests.sharded.processes import MESHES, ONE, Mesh, assert_same, fit, forked, processes_of, recorded
 
 # One of each family, and those that rank, count or sum in ways of their own; `make test-all` trains them all.
 OFTEN = ("fggp-global", "rigl", "dst-sparsity", "srigl")
-# What differentiates the module as FSDP2 cannot.
-REFUSED = ("grasp", "synflow")
+# What differentiates twice, as FSDP2 cannot.
+NOT_IN_FSDP = ("grasp",)
 # What needs whole rows, or all channels of an activation, which the toy's tensor parallelism divides.
 NOT_IN_TENSOR_PARALLEL = ("srigl", "east")
+
+
+# What torch loses, GraSP refuses.
+KEEPS_SECOND_DERIVATIVES = hasattr(torch.distributed.tensor._redistribute, "NestedRedistribute")
 
 
 def train(mesh: Mesh, case: Case, root: Path) -> None:
@@ -37,7 +42,7 @@ PAIRS = [
     pytest.param(case.name, mesh, marks=[] if case.name in OFTEN else [pytest.mark.slow])
     for case in CASES
     for mesh in MESHES
-    if case.name not in REFUSED and not (mesh[1] > 1 and case.name in NOT_IN_TENSOR_PARALLEL)
+    if not (mesh[0] > 1 and case.name in NOT_IN_FSDP) and not (mesh[1] > 1 and case.name in NOT_IN_TENSOR_PARALLEL)
 ]
 
 
@@ -66,4 +71,6 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize(("case", "mesh"), PAIRS)
 def test_masks_are_those_of_one_process(case: str, mesh: Mesh, results: Results) -> None:
+    if case == "grasp" and not KEEPS_SECOND_DERIVATIVES:
+        pytest.skip(f"torch {torch.__version__} loses second derivatives, and GraSP refuses")
     assert_same(recorded(results(mesh, case)), recorded(results(ONE, case)))

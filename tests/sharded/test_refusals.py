@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_sparse import DST, GMP, RigL, SynFlow, prune
+from lightning_sparse import DST, GMP, GraSP, RigL, prune
 from lightning_sparse.masks import select_weights
-from lightning_sparse.methods import SparseMethod
+from lightning_sparse.methods import SparseMethod, grasp
 from lightning_sparse.methods.requirements import refuse_strategy
 from lightning_sparse.testing import OPTIMIZERS
 from tests.sharded.processes import Mesh, ShardedToy, forked, make_trainer
@@ -114,8 +114,13 @@ def test_thresholds_of_outputs_that_no_process_holds() -> None:
     )
 
 
-def test_second_derivatives() -> None:
-    refused("cannot mask any weight .* SynFlow differentiates the module .* take SNIP", (2, 1), partial(SynFlow, 0.5))
+def test_second_derivatives_under_fsdp() -> None:
+    refused("FSDP2 lets nobody differentiate twice: .* tensor parallelism alone", (2, 1), partial(GraSP, 0.5))
+
+
+def test_second_derivatives_that_torch_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grasp, "differentiates_twice", lambda parameter: parameter.shape[0] != 8)
+    refused("loses it where layers are divided by tensor parallelism", (1, 2), partial(GraSP, 0.5))
 
 
 def test_patterns_that_parts_would_cut() -> None:
