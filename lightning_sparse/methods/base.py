@@ -103,6 +103,8 @@ class SparseMethod(Method):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        if following.is_replaced(self):
+            following.follow_parameters(self, trainer, pl_module)
         following.take_in_thawed(self, trainer, optimizer)
         following.follow_optimizer(self, trainer, optimizer)
         steps.announced(self, trainer, optimizer)

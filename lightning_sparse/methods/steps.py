@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -146,10 +146,12 @@ def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
     _hook(method, trainer, group)
 
 
-def regroup(method: Method, group: MaskGroup, weights: Sequence[MaskedWeight]) -> MaskGroup | None:
-    """Put a group of ``weights``, which have masks already, in the place of ``group``; none where there are none."""
+def regroup(
+    method: Method, group: MaskGroup, by_optimizer: Mapping[Optimizer, Sequence[MaskedWeight]]
+) -> list[MaskGroup]:
+    """Put a group for each optimizer, of weights that have masks already, in the place of ``group``."""
     dissolve(method, group)
-    return form(method, weights, group.optimizer, like=group) if weights else None
+    return [form(method, weights, optimizer, like=group) for optimizer, weights in by_optimizer.items()]
 
 
 def dissolve(method: Method, group: MaskGroup) -> None:
