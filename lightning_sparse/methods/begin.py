@@ -223,6 +223,8 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
         checkpoints.resume_no_more(method)
         return
     steps.clip_again(method)
+    run.watch_no_more()
+    run.saved = None
     for group in run.groups:
         if group in run.steps.awaiting:  # an error between the gradients and the step
             method.step_skipped(group)

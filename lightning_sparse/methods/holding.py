@@ -79,7 +79,7 @@ def repair_written(method: Method) -> None:
         written = guard.written_weights()
         if written:
             _mend(method, group, written, "were written between two steps")
-        if guard.suspects:
+        if guard.suspects or guard.finds_some_awake():
             _look(method, group)
 
 
@@ -148,7 +148,7 @@ def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWei
 def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cause: str) -> None:
     if any(not weight.lies_as_its_mask for weight in group):
         group.lay_masks()
-        method.run.guards[group].masks_changed()
+        method.run.guards[group].laid_anew()
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
     trainer = method.run.trainer()
     if trainer is not None and trainer.evaluating:
@@ -162,7 +162,8 @@ def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cau
         if method.clears_gradients:  # else pruned weights are trained too
             forget_moments(group, awake)
         steps = method.run.steps
-        if group not in steps.had_gradients - steps.seen:  # of which it is said that masks do not hold at all
+        is_said = method.run.watched or group in steps.had_gradients - steps.seen  # that masks do not hold at all
+        if not is_said:
             _say(method, awake, cause)
 
 
