@@ -49,7 +49,7 @@ class Guard:
         self._some_pruned: Tensor | None = None
         self._before: list[_Mark] = []
         self._writes: list[int] = []
-        self._state = group.optimizer.state
+        self._state = _state_of(group)
         self.suspects = False
         self.note_weights()
 
@@ -63,6 +63,12 @@ class Guard:
         """The weights that someone else has written to or moved since."""
         marks = zip(self._group, self._weights, strict=True)
         return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
+
+    def has_moved(self) -> bool:
+        """Whether someone has laid a weight elsewhere in memory since."""
+        return any(
+            _mark(weight.parameter)[0] != noted[0] for weight, noted in zip(self._group, self._weights, strict=True)
+        )
 
     def finds_some_awake(self) -> bool:
         """Whether one of some entries of each weight is pruned and not zero; to be asked where nobody has written."""
@@ -81,7 +87,7 @@ class Guard:
 
     def moments_are_others(self) -> bool:
         """Whether the optimizer has another state than when last asked, as after its ``load_state_dict``."""
-        before, self._state = self._state, self._group.optimizer.state
+        before, self._state = self._state, _state_of(self._group)
         return self._state is not before
 
     def step_is_odd(self) -> bool:
@@ -142,6 +148,11 @@ class Guard:
 def count_awake(weights: Sequence[MaskedWeight]) -> list[int]:
     """How many pruned weights of each are not zero; reads them all, with one transfer from a device."""
     return counts_true([(weight.value != 0).logical_and_(~weight.mask) for weight in weights]) if weights else []
+
+
+def _state_of(group: MaskGroup) -> object:
+    """What its optimizer remembers; a wrapper of another may have no such attribute."""
+    return getattr(group.optimizer, "state", None)
 
 
 def _some_entries(weights: Sequence[MaskedWeight]) -> tuple[list[Tensor], list[Tensor]]:
