@@ -8,7 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["overlapping"]
+__all__ = ["SHARED", "overlapping"]
+
+SHARED = (
+    "The entries of {names} share their memory but are two parameters, which would have two masks. Make them one"
+    " parameter, as in decoder.weight = encoder.weight, or leave both out with exclude=."
+)
+"""Why two weights cannot both be masked, and what to do."""
 
 
 def overlapping(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -84,12 +84,12 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor
     moments (Adafactor's rows and columns) are shared by many weights and stay.
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer, or one that wraps another.
         parameter: One of its parameters.
         changed: ``bool``, the shape of the parameter, or of what this process holds of it.
     """
     unchanged = ~changed
-    for key, value in _like(parameter, optimizer.state.get(parameter, {})):
+    for key, value in _like(parameter, optimizer):
         if key == "step_size":  # Rprop's begin at the learning rate
             value.masked_fill_(changed, _learning_rate(optimizer, parameter))
         else:
@@ -134,7 +134,7 @@ def warm_moments(
         layout: Where the entries of the parameter are, where not all of them are here; the mean is that of the whole
             then, and comes by a collective.
     """
-    for key, value in _like(parameter, optimizer.state.get(parameter, {})):
+    for key, value in _like(parameter, optimizer):
         if is_second_moment(key):
             wide = value.to(torch.promote_types(value.dtype, torch.float32))
             mean = _mean(wide, survivors, layout)
@@ -143,10 +143,19 @@ def warm_moments(
             value.copy_(torch.where(grown, torch.maximum(own, mean), wide))
 
 
-def _like(parameter: nn.Parameter, state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+def _like(parameter: nn.Parameter, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     """What an optimizer keeps for each entry of a parameter, of those that this process holds."""
-    every = [(key, value) for key, value in state.items() if isinstance(value, Tensor)]
+    states = [getattr(its, "state", {}).get(parameter, {}) for its in _with_inner(optimizer)]
+    every = [(key, value) for state in states for key, value in state.items() if isinstance(value, Tensor)]
     return [(key, local_part(value)) for key, value in every if value.shape == parameter.shape]
+
+
+def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizer, and those that it wraps, as Lookahead does; their state may be theirs alone."""
+    yield optimizer
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            yield from _with_inner(value)
 
 
 def _mean(values: Tensor, among: Tensor, layout: Layout | None) -> Tensor:

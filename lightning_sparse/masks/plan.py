@@ -18,7 +18,7 @@ from torch import nn
 from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.layers import kind_of, recognise
 from lightning_sparse.masks.layout import is_sharded, obstacle_of_shards
-from lightning_sparse.masks.memory import overlapping
+from lightning_sparse.masks.memory import SHARED, overlapping
 from lightning_sparse.masks.places import canonical_name, places_of, printable
 from lightning_sparse.masks.remarks import enumerated, remarks_on
 from lightning_sparse.masks.selectors import NEVER, Choice, as_patterns, names_near
@@ -44,9 +44,7 @@ _REFUSALS = {
     " ModelParallelStrategy, with numbers of processes that divide these dimensions, or strategy='ddp'.",
     "sparse gradients": "The gradients of {names} are sparse, and masks need dense ones. Build {types} with"
     " sparse=False, or leave it out of include=.",
-    "shared memory": "The entries of {names} share their memory but are two parameters, which would have two masks."
-    " Make them one parameter, as in decoder.weight = encoder.weight, or leave both out with"
-    " exclude=.",
+    "shared memory": SHARED,
 }
 _OPEN = ("", "not included")  # what another use of the same weight may overrule
 _FINAL = NEVER | {"excluded"}  # what nothing overrules

@@ -8,6 +8,7 @@ are masked once training is seen to write to them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, final
@@ -36,43 +37,56 @@ class _Copy:
     """A module that holds copies of masked weights.
 
     Attributes:
-        parameters: The copies, by the name of the masked weight.
+        module: The module. Its parameters are asked for anew, for an average may put others in their place.
+        names: Its own name of each copy, by that of the masked weight.
         before: A hash of each when it was first seen; None once it is known to be an average.
         sample: A few entries of each at that time.
     """
 
-    parameters: Mapping[str, nn.Parameter]
+    module: nn.Module
+    names: Mapping[str, str]
     before: Mapping[str, int] | None
     sample: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, parameters: Mapping[str, nn.Parameter], known: bool) -> _Copy:
+    def of(cls, module: nn.Module, names: Mapping[str, str], known: bool) -> _Copy:
         """A copy that is seen for the first time, and whether it is known to be an average."""
-        before = None if known else {name: _hash(value) for name, value in parameters.items()}
-        return cls(
-            parameters, before, {} if known else {name: _some(value).clone() for name, value in parameters.items()}
-        )
+        copy = cls(module, names, None, {})
+        if not known:
+            copy.before = {name: _hash(value) for name, value in copy.parameters().items()}
+            copy.sample = {name: _some(value).clone() for name, value in copy.parameters().items()}
+        return copy
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The copies that are there now, by the name of the masked weight."""
+        found: dict[str, nn.Parameter] = {}
+        for name, own in self.names.items():
+            with suppress(AttributeError):  # it has been taken out since
+                found[name] = self.module.get_parameter(own)
+        return found
 
     def has_moved(self) -> bool:
         """Whether training writes to a copy that was not known to be an average: a quick look."""
         if self.before is None:
             return False
-        if all(torch.equal(_some(self.parameters[name]), its) for name, its in self.sample.items()):
+        if all(torch.equal(_some(value), self.sample[name]) for name, value in self.parameters().items()):
             return False
         self.before = None
         return True
 
     def is_average(self) -> bool:
         """Whether training writes to it."""
-        if self.before is not None and any(_hash(self.parameters[name]) != its for name, its in self.before.items()):
+        before = self.before
+        if before is not None and any(_hash(value) != before[name] for name, value in self.parameters().items()):
             self.before = None
         return self.before is None
 
     def apply_(self, weights: Sequence[MaskedWeight]) -> None:
         """Zero the pruned weights in it."""
+        parameters = self.parameters()
         for weight in weights:
-            value = self.parameters.get(weight.name)
-            if value is not None:
+            value = parameters.get(weight.name)
+            if value is not None and value.shape == weight.shape:
                 zero_pruned_(local_part(value), weight.mask.to(value.device))
 
 
@@ -109,12 +123,12 @@ class Averages:
         for copy, known in _modules_beside(trainer, module):
             if id(copy) in within or any(id(parameter) in stepped for parameter in copy.parameters()):
                 continue
-            parameters = _matching(copy, prefixes, names)
-            if parameters:
+            found = _matching(copy, prefixes, names)
+            if found:
                 within.update(map(id, copy.modules()))
                 earlier = self._copies.get(id(copy))
-                same = earlier is not None and earlier.parameters == parameters
-                copies[id(copy)] = earlier if earlier is not None and same else _Copy.of(parameters, known)
+                same = earlier is not None and earlier.names == found
+                copies[id(copy)] = earlier if earlier is not None and same else _Copy.of(copy, found, known)
         self._copies, self._beside = copies, _quickly_beside(trainer, module)
 
     @torch.no_grad()
@@ -184,18 +198,18 @@ def _prefixes(names: Mapping[str, MaskedWeight]) -> dict[str, list[str]]:
 
 def _matching(
     copy: nn.Module, prefixes: Mapping[str, Sequence[str]], names: Mapping[str, MaskedWeight]
-) -> dict[str, nn.Parameter]:
-    """The parameters of ``copy`` by the masked weights that they copy; empty where it is no copy of a part."""
-    own = {canonical_name(name): value for name, value in copy.named_parameters()}
+) -> dict[str, str]:
+    """The names in ``copy`` of its copies of masked weights; empty where it is no copy of a part."""
+    own = {canonical_name(name): (name, value) for name, value in copy.named_parameters()}
     for prefix, inside in prefixes.items() if own else ():
         pairs = {name: own.get(name.removeprefix(prefix)) for name in inside}
-        if all(_is_copy(value, names[name]) for name, value in pairs.items()):
-            return {name: value for name, value in pairs.items() if value is not None}
+        if all(pair is not None and _is_copy(pair[1], names[name]) for name, pair in pairs.items()):
+            return {name: pair[0] for name, pair in pairs.items() if pair is not None}
     return {}
 
 
-def _is_copy(value: nn.Parameter | None, weight: MaskedWeight) -> bool:
-    return value is not None and value.shape == weight.shape and value is not weight.parameter
+def _is_copy(value: nn.Parameter, weight: MaskedWeight) -> bool:
+    return value.shape == weight.shape and value is not weight.parameter
 
 
 def _hash(value: Tensor) -> int:

@@ -8,7 +8,7 @@ The training loop, with the points at which a method acts::
      │  ├ on_train_batch_start      → on_batch
      │  ├ optimizer's pre-hook      the guard: did anyone write weights?
      │  ├ forward
-     │  ├ on_before_backward        → on_loss       the loss, with its graph
+     │  ├ on_before_backward        → on_loss       the loss, with its graph; did anyone write before the forward?
      │  ├ backward · all-reduce · unscale
      │  ├ on_before_optimizer_step  → before_step   gradients are final and not yet clipped
      │  ├ clip · optimizer.step
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sparse.methods import begin, checkpoints, following, holding, steps
+from lightning_sparse.methods import begin, checkpoints, following, holding, steps, watching
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.requirements import refuse_optimizers, refuse_other_trainer, refuse_strategy
@@ -85,6 +85,7 @@ class SparseMethod(Method):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        checkpoints.look_at_saved(self)
         if batch_idx == 0 or following.is_replaced(self):
             following.follow_parameters(self, trainer, pl_module)
         holding.repair_written(self)
@@ -93,6 +94,7 @@ class SparseMethod(Method):
     @final
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        watching.notice_within(self)
         if type(self).on_loss is not Method.on_loss:
             for group in self.groups:
                 self.on_loss(group, loss)
@@ -103,6 +105,8 @@ class SparseMethod(Method):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        if following.is_replaced(self):
+            following.follow_parameters(self, trainer, pl_module)
         following.take_in_thawed(self, trainer, optimizer)
         following.follow_optimizer(self, trainer, optimizer)
         steps.announced(self, trainer, optimizer)
@@ -120,6 +124,7 @@ class SparseMethod(Method):
     @final
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        checkpoints.look_at_saved(self)
         holding.look_at_all(self, trainer, pl_module)
 
     @final
@@ -129,6 +134,20 @@ class SparseMethod(Method):
     ) -> None:
         if batch_idx == 0:  # the module's own hooks, in which averages are swapped in, come after ours
             holding.look_at_all(self, trainer, pl_module)
+        holding.repair_written(self)
+
+    @final
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        watching.notice_within(self)
         holding.repair_written(self)
 
     @final
@@ -157,6 +176,7 @@ class SparseMethod(Method):
     @final
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        checkpoints.look_at_saved(self)
         holding.look_at_all(self, trainer, pl_module)
         never_began = self.last_run is None or self.last_run.trainer() is not trainer
         if never_began and trainer.global_step == 0:  # a training that is resumed may be at its end
@@ -180,6 +200,7 @@ class SparseMethod(Method):
     ) -> None:
         # in place: the weights that are about to be written are the same tensors
         holding.look_at_all(self, trainer, pl_module)
+        checkpoints.hold_saved(self, checkpoint)
 
     @final
     @override

@@ -16,6 +16,7 @@ from lightning_sparse.masks.layout import is_sharded
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import Plan, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import checkpoints, steps
 from lightning_sparse.methods.interface import Method
@@ -154,7 +155,7 @@ def _initialize(method: Method, run: Run) -> None:
     names = waking_zeros(run.groups, inherited)
     if names:
         method.warn_once(
-            f"{', '.join(names)} have zeros that look pruned, but no masks: the zeros will be trained again. To keep"
+            f"{enumerated(names)} have zeros that look pruned, but no masks: the zeros will be trained again. To keep"
             " them, call lightning_sparse.apply_masks(model, masks) before fit, with the model that fit is given,"
             " resume with ckpt_path, or train with FixedMask"
         )
@@ -184,7 +185,7 @@ def _warn_of_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: p
     unmasked = left.keys() - taken - frozen
     if unmasked:
         methods[-1].warn_once(
-            f"{', '.join(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over: their"
+            f"{enumerated(sorted(unmasked))} had masks until now, but no method of this Trainer takes them over: their"
             " zeros will be trained again. Widen include= or exclude=, or add FixedMask(include=...) for them"
         )
 
@@ -223,6 +224,8 @@ def leave(method: Method, pl_module: pl.LightningModule) -> None:
         checkpoints.resume_no_more(method)
         return
     steps.clip_again(method)
+    run.watch_no_more()
+    run.saved = None
     for group in run.groups:
         if group in run.steps.awaiting:  # an error between the gradients and the step
             method.step_skipped(group)

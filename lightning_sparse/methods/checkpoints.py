@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sparse.functional.masks import count_true
+from lightning_sparse.functional.masks import count_true, unpack
 from lightning_sparse.masks.checkpoint import CheckpointError, fault_of_seal, load_checkpoint, masks_by_method
-from lightning_sparse.masks.layout import saved_everywhere
+from lightning_sparse.masks.layout import is_sharded, saved_everywhere
 from lightning_sparse.masks.places import printable
-from lightning_sparse.masks.plan import judge_parameters
+from lightning_sparse.masks.plan import canonical_name, judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
+from lightning_sparse.masks.remarks import enumerated
+from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
 from lightning_sparse.methods.state import check_state, sealed
@@ -27,7 +30,9 @@ __all__ = [
     "beginning_of",
     "denser_checkpoints",
     "forget_stale",
+    "hold_saved",
     "inherited_by_all",
+    "look_at_saved",
     "resume_no_more",
     "state_of",
     "take",
@@ -44,11 +49,24 @@ def state_of(method: Method) -> dict[str, Any]:
     A collective where weights are sharded: process 0 then has all of it, and writes it.
     """
     run, loaded = method.last_run, method.loaded
-    if loaded is not None and loaded.state is not None and not (run is not None and run.active):
-        return dict(loaded.state)  # the weights are those of the checkpoint that was loaded since
+    state = None if loaded is None or (run is not None and run.active) else loaded.state
+    left = loaded.left if loaded is not None and state is not None else None if run is None else run.left
+    if run is not None and not run.active and _is_awake_since(left, run.module()):
+        method.warn_once(
+            "pruned weights were written after training, so that its masks are no longer those of the module and are"
+            " not saved. To keep them, call save_masks with this callback, or zero the weights with apply_masks"
+        )
+        return {}
+    if state is not None:
+        return dict(state)  # the weights are those of the checkpoint that was loaded since
     if run is None or (not run.groups and not run.plan.frozen):
         return {}  # the learning-rate finder asks before training begins
     return sealed(_state(method, run))
+
+
+def _is_awake_since(left: Left | None, module: pl.LightningModule | None) -> bool:
+    """Whether weights that were left pruned are not zero any more; where they are sharded, a collective."""
+    return left is not None and module is not None and bool(left.bits) and not left.masks_of(module)
 
 
 def _state(method: Method, run: Run) -> dict[str, Any]:
@@ -154,6 +172,63 @@ def _follow(method: Method, module: pl.LightningModule, state: Mapping[str, Any]
         method.last_run = None  # it is not of these weights
         return
     method.step = state["step"]
+
+
+@torch.no_grad()
+def hold_saved(method: Method, checkpoint: dict[str, Any]) -> None:
+    """Zero pruned weights in a checkpoint that is about to be written, where an earlier callback has put others in it.
+
+    What a later one puts there is looked at once it is written, by :func:`look_at_saved`.
+    """
+    run = method.last_run
+    if run is None or not run.active:
+        return
+    stored = _stored(checkpoint, method)
+    others = [(name, value, weight) for name, value, weight in stored if value.data_ptr() != weight.value.data_ptr()]
+    if others:
+        checkpoint["state_dict"] = copy(checkpoint["state_dict"])
+    for name, value, weight in others:
+        checkpoint["state_dict"][name] = value.masked_fill(~weight.mask.to(value.device), 0.0)
+    run.saved = checkpoint
+
+
+@torch.no_grad()
+def look_at_saved(method: Method) -> None:
+    """Warn where pruned weights are not zero in the checkpoint that was written last.
+
+    Most of its weights are the module's own tensors: what was written to them since cannot be told from what it holds.
+    """
+    run = method.last_run
+    if run is None or run.saved is None:
+        return
+    checkpoint, run.saved = run.saved, None
+    masks = (checkpoint.get("callbacks", {}).get(method.state_key) or {}).get("masks", {})
+    awake = [
+        weight.name
+        for _, value, weight in _stored(checkpoint, method)
+        if weight.name in masks and _is_awake(value, unpack(masks[weight.name]["bits"], weight.shape))
+    ]
+    if awake:
+        method.warn_once(
+            f"pruned weights of {enumerated(awake)} were written as or after a checkpoint was saved, which may hold"
+            " them: in on_save_checkpoint of a later callback or of the module, perhaps. List that callback before"
+            f" {type(method).__name__}, or write zeros"
+        )
+
+
+def _stored(checkpoint: Mapping[str, Any], method: Method) -> list[tuple[str, Tensor, MaskedWeight]]:
+    """The tensors of masked weights in a checkpoint, by their names there, where they are whole."""
+    weights = {weight.name: weight for weight in method.weights}
+    written = ((name, value, weights.get(canonical_name(name))) for name, value in checkpoint["state_dict"].items())
+    return [
+        (name, value, weight)
+        for name, value, weight in written
+        if weight is not None and isinstance(value, Tensor) and not is_sharded(value) and value.shape == weight.shape
+    ]
+
+
+def _is_awake(value: Tensor, mask: Tensor) -> bool:
+    return bool((value != 0).logical_and_(~mask.to(value.device)).any())
 
 
 def forget_stale(method: Method, module: pl.LightningModule) -> None:

@@ -32,6 +32,7 @@ from lightning_sparse.functional.thresholds import threshold_gradients_, thresho
 from lightning_sparse.masks.candidate import Candidate
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import Layout, is_sharded
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.schema import Check, any_of, mapping_of, names, record, refuse, whole, wrong_names
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
@@ -199,6 +200,7 @@ class DST(LatentMethod):
     @override
     def masks_renewed(self, group: MaskGroup) -> None:
         group.each(self._keep_alive)
+        self._tell_of_resets(ended=False)
         steering, total = self._own.steering, self.run.total_steps
         if steering and group is self.groups[-1]:
             steering.observe(self.actual_sparsity(), self.progress, 1.0 / total)
@@ -233,25 +235,38 @@ class DST(LatentMethod):
         if not weight.count_rows(self.thresholds[weight.name].detach() != 0):
             return  # nothing to undo: the weights themselves are zero
         if self.resets[weight.name] == 0:
-            self._name_collapsed(weight)
+            zeros = 1.0 - weight.count(self.latent(weight) != 0) / weight.numel
+            if zeros < self._resets_from(weight):
+                self._own.collapsed[weight.name] = weight.sparsity
+            else:
+                self._own.zeros[weight.name] = zeros
         self._own.resets[weight.name] += 1
         self.thresholds[weight.name].zero_()
         self.renew(weight)
 
-    def _name_collapsed(self, weight: MaskedWeight) -> None:
-        zeros, limit = 1.0 - weight.count(self.latent(weight) != 0) / weight.numel, self._resets_from(weight)
-        if zeros < limit:
+    def _tell_of_resets(self, *, ended: bool) -> None:
+        """Name the layers that were reset for the first time: the first of them at once, the others at the end."""
+        own = self._own
+        collapsed, zeros = own.collapsed, own.zeros
+        if collapsed and (ended or not own.is_told):
+            have = "has" if len(collapsed) == 1 else "have"
+            least = min(collapsed.values())
             rank_zero_warn(
-                f"DST: {weight.name} has collapsed to sparsity {weight.sparsity:.4f} at step {self.step}; its"
-                " thresholds are reset to 0. A lower alpha avoids this. Later resets are counted in"
-                " masks/threshold_resets."
+                f"DST: {enumerated(collapsed)} {have} collapsed to sparsity {least:.4f}{' and more' * (have != 'has')}"
+                f" {'by' if ended else 'at'} step {self.step}; thresholds are reset to 0. A lower alpha avoids this."
+                " Later resets are counted in masks/threshold_resets."
             )
-        else:
+            collapsed.clear()
+            own.is_told = True
+        if zeros:
+            shown = enumerated(f"{share:.4f} of {name}" for name, share in zeros.items())
+            limit = min(self._resets_from(weight) for weight in self.weights if weight.name in zeros)
             rank_zero_warn(
-                f"DST: {zeros:.4f} of {weight.name} is zero already, whatever its thresholds, so at reset_sparsity"
-                f" {limit:g} they are reset to 0 at every step and learn nothing; a lower alpha does not"
-                " help. Give a larger reset_sparsity, or leave the layer out with exclude= and give it to FixedMask."
+                f"DST: {shown} is zero already, whatever its thresholds, so at reset_sparsity {limit:g} they are reset"
+                " to 0 at every step and learn nothing; a lower alpha does not help. Give a larger reset_sparsity, or"
+                " leave the layer out with exclude= and give it to FixedMask."
             )
+            zeros.clear()
 
     @override
     def timetable(self, total_steps: float) -> None:
@@ -287,6 +302,7 @@ class DST(LatentMethod):
 
     @override
     def training_ended(self) -> None:
+        self._tell_of_resets(ended=True)
         actual = self.actual_sparsity()
         if self.sparsity is not None and abs(self.sparsity - actual) > _TOLERANCE:
             rank_zero_warn(
@@ -333,11 +349,17 @@ class _Own:
         steering: How alpha is steered.
         resets: How often the thresholds of each weight were reset.
         unmoved: Weights that have been all zero since training began; their thresholds wait.
+        collapsed: The sparsity at their first reset of those that are yet to be told of.
+        zeros: The share of zeros in those, yet to be told of, that are reset because of it.
+        is_told: Whether layers that have collapsed were told of before.
     """
 
     steering: Steering | None
     resets: dict[str, int] = field(default_factory=dict[str, int])
     unmoved: set[str] = field(default_factory=set[str])
+    collapsed: dict[str, float] = field(default_factory=dict[str, float])
+    zeros: dict[str, float] = field(default_factory=dict[str, float])
+    is_told: bool = False
 
 
 def _checked_alpha(alpha: Any) -> float:

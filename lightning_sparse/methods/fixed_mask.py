@@ -28,6 +28,7 @@ from lightning_sparse.masks.inheritance import looks_pruned
 from lightning_sparse.masks.layout import count_of_whole, is_sharded, layout_of, local_part
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import names_near
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.schema import Check, mapping_of, packed_mask, whole
 from lightning_sparse.masks.wrappers import as_named
 from lightning_sparse.methods.card import doc, method
@@ -208,7 +209,7 @@ class FixedMask(HardMaskMethod):
         dense = (weight.count(masks[weight.name]) == weight.numel for weight in self.weights)
         if not frozen and all([*dense, *(mask.all() for name, mask in masks.items() if name not in zeros)]):
             raise MisconfigurationException(
-                f"FixedMask found no zero in {', '.join(masks)}: the module is dense. Load sparse weights into it"
+                f"FixedMask found no zero in {enumerated(masks)}: the module is dense. Load sparse weights into it"
                 " before fit, resume a sparse training with ckpt_path, or give the masks: FixedMask(masks=PATH)."
             )
         return masks | frozen
@@ -224,7 +225,7 @@ class FixedMask(HardMaskMethod):
         }
         counts = {name: count for name, (count, numel) in zeros.items() if count < numel and looks_pruned(count, numel)}
         if counts:
-            shown = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+            shown = enumerated(f"{name} ({count:,})" for name, count in counts.items())
             self.warn_once(
                 f"zeros in weights that stay dense will be trained again: {shown}. Name them in include=, beside '*'"
                 " for the others, or give their masks"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_sparse.masks.distributed import broadcast_masks_
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.plan import Candidate, judge_parameters
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding, steps
 from lightning_sparse.methods.interface import Method
@@ -36,7 +37,7 @@ def follow_parameters(method: Method, trainer: pl.Trainer, pl_module: pl.Lightni
     for group in list(run.groups) if plan else ():
         gone = [weight for weight in group if _parameter_of(here.get(weight.name)) is not weight.parameter]
         if gone:
-            _follow(method, group, gone, here)
+            _follow(method, trainer, group, gone, here)
 
 
 def _moved(method: Method) -> bool:
@@ -59,40 +60,66 @@ def _parameter_of(candidate: Candidate | None) -> object:
     return None if candidate is None else candidate.parameter
 
 
-def _follow(method: Method, group: MaskGroup, gone: Sequence[MaskedWeight], here: dict[str, Candidate]) -> None:
-    stepped = _stepped_by(group.optimizer)
-    new = {c.name: c for w in gone if (c := here.get(w.name)) is not None and id(c.parameter) in stepped}
+def _follow(
+    method: Method, trainer: pl.Trainer, group: MaskGroup, gone: Sequence[MaskedWeight], here: Mapping[str, Candidate]
+) -> None:
+    steppers = _steppers(group, trainer)
+    others = {id(weight.parameter) for weight in method.registry.values() if weight not in gone}
+    found = {weight.name: candidate for weight in gone if (candidate := here.get(weight.name)) is not None}
+    tied = [name for name, candidate in found.items() if id(candidate.parameter) in others]
+    new = {name: c for name, c in found.items() if name not in tied and id(c.parameter) in steppers}
     followed = [weight for weight in gone if weight.name in new and new[weight.name].parameter.shape == weight.shape]
     lost = [weight for weight in gone if weight not in followed]
     for weight in followed:
         weight.follow(new[weight.name])
+    method.weights_written(followed)
     for weight in lost:
         method.registry.drop(weight.name)
     anew = [new[weight.name] for weight in lost if weight.name in new and not new[weight.name].reason]
-    added = [w for g in _claim(method, group, anew) for w in g] if method.masks_new_weights else []
+    added = _claim(method, steppers, anew) if method.masks_new_weights else []
     kept = [weight for weight in group if weight not in lost]
-    changed = steps.regroup(method, group, [*kept, *added])
-    if changed is not None and added:
-        method.weights_added(changed, added)
+    by_optimizer: dict[Optimizer, list[MaskedWeight]] = {}
+    for weight in (*kept, *added):
+        by_optimizer.setdefault(steppers.get(id(weight.parameter), group.optimizer), []).append(weight)
+    for changed in steps.regroup(method, group, by_optimizer):
+        if some := [weight for weight in changed if weight in added]:
+            method.weights_added(changed, some)
     if followed:
         method.warn_once(
             f"{_names(followed)} was replaced by another parameter of the same shape, which now has its mask"
         )
     if added:
         method.warn_once(f"{_names(added)} was replaced by a layer of another shape, which is masked anew")
-    dense = [weight for weight in lost if weight.name not in {one.name for one in added}]
+    if tied:
+        method.warn_once(f"{enumerated(tied)} is now tied to a weight that is masked already, and has the mask of that")
+    dense = [w for w in lost if w.name not in tied and w.name not in {one.name for one in added}]
     if dense:
         method.warn_once(
             f"{_names(dense)} was replaced, so it is no longer masked. Call fit again to mask its replacement"
         )
 
 
-def _claim(method: Method, group: MaskGroup, candidates: Sequence[Candidate]) -> list[MaskGroup]:
-    return method.registry.claim_more(method.state_key, candidates, [group.optimizer]) if candidates else []
+def _steppers(group: MaskGroup, trainer: pl.Trainer) -> dict[int, Optimizer]:
+    """The optimizer of each parameter, by its ``id``: that of ``group``, unless another has taken its place."""
+    live, own = trainer.optimizers, group.optimizer
+    ordered = [*live, own] if own in live else [own, *live]  # the last one counts
+    return {key: optimizer for optimizer in ordered for key in _stepped_by(optimizer)}
+
+
+def _claim(method: Method, steppers: Mapping[int, Optimizer], candidates: Sequence[Candidate]) -> list[MaskedWeight]:
+    optimizers = list(dict.fromkeys(steppers[id(candidate.parameter)] for candidate in candidates))
+    groups = [
+        group
+        for optimizer in optimizers
+        for group in method.registry.claim_more(
+            method.state_key, [c for c in candidates if steppers[id(c.parameter)] is optimizer], [optimizer]
+        )
+    ]
+    return [weight for group in groups for weight in group]
 
 
 def _names(weights: Sequence[MaskedWeight]) -> str:
-    return ", ".join(weight.name for weight in weights)
+    return enumerated(weight.name for weight in weights)
 
 
 def _stepped_by(optimizer: Optimizer) -> set[int]:

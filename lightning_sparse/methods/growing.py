@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_sparse.functional.allocation import share
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice
@@ -125,7 +126,7 @@ class GrowingMethod(ScoredMethod, ABC):
             if names:
                 scale = "" if self.initial_scale == "density" else ' give initial_scale="density",'
                 self.warn_once(
-                    f"hardly any gradient reaches {', '.join(names)} through layers this sparse, so they will hardly"
+                    f"hardly any gradient reaches {enumerated(names)} through layers this sparse, so they will hardly"
                     f" change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
                 )
 

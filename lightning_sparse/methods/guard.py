@@ -2,8 +2,9 @@
 
 Evidence is cheap and looked at in every step: the parameter that the module holds, its address, and autograd's counter
 of writes. In-place operations, ``load_state_dict`` and ``nn.init`` raise the counter; ``p.data = x`` and conversions
-move the address. What leaves neither (``p.data.add_()``, views of numpy) is found by :func:`count_awake`, which reads
-every weight and is therefore called now and then.
+move the address. What leaves neither (``p.data.add_()``, views of numpy) is found on a CPU by a look at some entries of
+each weight, in every step too; what writes to fewer, by :func:`count_awake`, which reads every weight and is therefore
+called now and then. On other devices, where a look would wait for what was sent there, that alone finds it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lightning_sparse.functional.masks import counts_true
@@ -21,6 +23,7 @@ from lightning_sparse.masks.weight import MaskedWeight
 __all__ = ["Guard", "count_awake"]
 
 _SAMPLE = 256  # pruned entries of a gradient that are looked at where clipping hides who wrote
+_SOME = 64  # entries of a weight that are looked at in every step, where no counter tells who wrote
 
 _Mark = tuple[int, ...]
 
@@ -41,20 +44,42 @@ class Guard:
         self._weights: list[_Mark] = []
         self._grads: list[_Mark] = []
         self._samples: list[Tensor] = []
+        self._some: list[Tensor] | None = None
+        self._some_masks: list[Tensor] = []
+        self._some_pruned: Tensor | None = None
         self._before: list[_Mark] = []
         self._writes: list[int] = []
-        self._state = group.optimizer.state
+        self._state = _state_of(group)
         self.suspects = False
         self.note_weights()
 
     def note_weights(self) -> None:
         """To be called when we are the last to have written to the weights."""
-        self._weights = [_mark(weight.parameter) for weight in self._group]
+        noted, self._weights = self._weights, [_mark(weight.parameter) for weight in self._group]
+        if any(mark[0] != its[0] for mark, its in zip(noted, self._weights, strict=False)):
+            self._some = None
 
     def written_weights(self) -> list[MaskedWeight]:
         """The weights that someone else has written to or moved since."""
         marks = zip(self._group, self._weights, strict=True)
         return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
+
+    def has_moved(self) -> bool:
+        """Whether someone has laid a weight elsewhere in memory since."""
+        return any(
+            _mark(weight.parameter)[0] != noted[0] for weight, noted in zip(self._group, self._weights, strict=True)
+        )
+
+    def finds_some_awake(self) -> bool:
+        """Whether one of some entries of each weight is pruned and not zero; to be asked where nobody has written."""
+        if self._some is None:
+            self._some, self._some_masks = _some_entries(self._group)
+            self._some_pruned = None
+        if not self._some:
+            return False
+        if self._some_pruned is None:
+            self._some_pruned = ~torch.cat(self._some_masks)
+        return bool(torch.cat(self._some).logical_and(self._some_pruned).any())
 
     def step_begins(self) -> None:
         """To be called when the optimizer is about to step."""
@@ -62,7 +87,7 @@ class Guard:
 
     def moments_are_others(self) -> bool:
         """Whether the optimizer has another state than when last asked, as after its ``load_state_dict``."""
-        before, self._state = self._state, self._group.optimizer.state
+        before, self._state = self._state, _state_of(self._group)
         return self._state is not before
 
     def step_is_odd(self) -> bool:
@@ -85,7 +110,11 @@ class Guard:
 
     def masks_changed(self) -> None:
         """To be called when the masks are others: other entries are looked at."""
-        self._samples = []
+        self._samples, self._some_pruned = [], None
+
+    def laid_anew(self) -> None:
+        """To be called when the weights, and with them the masks, lie elsewhere in memory."""
+        self._samples, self._some = [], None
 
     def written_gradients(self, *, clipped: bool) -> list[MaskedWeight]:
         """The weights whose gradients are no longer zero where they were pruned, since :meth:`note_gradients`.
@@ -119,6 +148,25 @@ class Guard:
 def count_awake(weights: Sequence[MaskedWeight]) -> list[int]:
     """How many pruned weights of each are not zero; reads them all, with one transfer from a device."""
     return counts_true([(weight.value != 0).logical_and_(~weight.mask) for weight in weights]) if weights else []
+
+
+def _state_of(group: MaskGroup) -> object:
+    """What its optimizer remembers; a wrapper of another may have no such attribute."""
+    return getattr(group.optimizer, "state", None)
+
+
+def _some_entries(weights: Sequence[MaskedWeight]) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of some entries of each weight on a CPU, and of their masks."""
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+    for weight in weights:
+        value = weight.value.detach()
+        flat = weight.flatten(value)
+        if value.device.type == "cpu" and flat.data_ptr() == value.data_ptr():  # else it is a copy
+            step = max(1, flat.numel() // _SOME)
+            values.append(flat[::step])
+            masks.append(weight.flatten(weight.mask)[::step])
+    return values, masks
 
 
 def _mark(tensor: Tensor) -> _Mark:

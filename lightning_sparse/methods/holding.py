@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_sparse.masks.distributed import check_weights_agree, masks_agree
 from lightning_sparse.masks.group import MaskGroup
+from lightning_sparse.masks.memory import SHARED, overlapping
 from lightning_sparse.masks.moments import clear_moments
 from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
@@ -79,7 +81,7 @@ def repair_written(method: Method) -> None:
         written = guard.written_weights()
         if written:
             _mend(method, group, written, "were written between two steps")
-        if guard.suspects:
+        if guard.suspects or guard.finds_some_awake():
             _look(method, group)
 
 
@@ -146,9 +148,11 @@ def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWei
 
 
 def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cause: str) -> None:
+    if method.run.guards[group].has_moved():
+        _refuse_shared_memory(method)
     if any(not weight.lies_as_its_mask for weight in group):
         group.lay_masks()
-        method.run.guards[group].masks_changed()
+        method.run.guards[group].laid_anew()
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
     trainer = method.run.trainer()
     if trainer is not None and trainer.evaluating:
@@ -162,8 +166,17 @@ def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cau
         if method.clears_gradients:  # else pruned weights are trained too
             forget_moments(group, awake)
         steps = method.run.steps
-        if group not in steps.had_gradients - steps.seen:  # of which it is said that masks do not hold at all
+        is_said = method.run.watched or group in steps.had_gradients - steps.seen  # that masks do not hold at all
+        if not is_said:
             _say(method, awake, cause)
+
+
+def _refuse_shared_memory(method: Method) -> None:
+    """Refuse two weights that were laid into one memory while a training runs, as in ``a.data = b.data.t()``."""
+    weights = list(method.registry.values())
+    shared = sorted({place for pair in overlapping([weight.value for weight in weights]) for place in pair})
+    if shared:
+        raise MisconfigurationException(SHARED.format(names=enumerated(weights[place].name for place in shared)))
 
 
 def _say(method: Method, weights: Sequence[MaskedWeight], cause: str) -> None:
@@ -184,7 +197,7 @@ def compare_processes(method: Method) -> None:
         differ = check_weights_agree(group)
         if differ:
             method.warn_once(
-                f"the weights of {', '.join(differ)} differ between the processes. Look for code that writes weights"
+                f"the weights of {enumerated(differ)} differ between the processes. Look for code that writes weights"
                 " on some processes only"
             )
 
@@ -208,6 +221,6 @@ def warn_of_thawed(method: Method) -> None:
     left_dense = [name for name in method.run.plan.thawed if name not in method.registry]
     if left_dense:
         method.warn_once(
-            f"trained now, but frozen when masks were made, so left dense: {', '.join(left_dense)}. To mask them,"
+            f"trained now, but frozen when masks were made, so left dense: {enumerated(left_dense)}. To mask them,"
             " let them be trainable when fit begins"
         )

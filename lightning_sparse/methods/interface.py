@@ -20,6 +20,7 @@ from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
 from lightning_sparse.masks.plan import Candidate, as_patterns
 from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.schema import Check
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
@@ -257,7 +258,7 @@ class Method(TrainerCallback, ABC):
         if group.not_finite_for >= _PATIENCE:
             names = [weight.name for weight in group if not all_finite([weight.grad])]
             raise RuntimeError(
-                f"The gradients of {', '.join(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
+                f"The gradients of {enumerated(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
                 " change on such gradients. Training has diverged: lower the learning rate, clip gradients"
                 " (gradient_clip_val), or look for the loss that is not finite with Trainer(detect_anomaly=True)."
             )

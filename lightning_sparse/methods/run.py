@@ -122,6 +122,8 @@ class Run:
         steps: Which steps are awaited.
         guards: Whether zeros hold, by group.
         averages: Copies of the weights that someone averages.
+        watched: The hooks before forwards, where somebody was caught who writes there.
+        saved: The checkpoint that is being written, until it has been looked at.
         active: Whether the training runs now.
         left: What it has left in the module when it ended.
         warned: What was said once.
@@ -142,6 +144,8 @@ class Run:
     steps: StepWatch = field(default_factory=StepWatch)
     guards: dict[MaskGroup, Guard] = field(default_factory=dict[MaskGroup, Guard])
     averages: Averages = field(default_factory=Averages)
+    watched: list[RemovableHandle] = field(default_factory=list["RemovableHandle"])
+    saved: Mapping[str, Any] | None = None
     active: bool = False
     left: Left | None = None
     warned: set[str] = field(default_factory=set[str])
@@ -157,7 +161,13 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         # Hooks and references cannot go to another process, and what watches a training ends with it.
         gone = {"trainer": _nothing, "module": _nothing, "steps": StepWatch(), "guards": {}, "averages": Averages()}
-        return self.__dict__ | gone | {"active": False}
+        return self.__dict__ | gone | {"active": False, "watched": [], "saved": None}
+
+    def watch_no_more(self) -> None:
+        """Take the hooks off the module."""
+        for handle in self.watched:
+            handle.remove()
+        self.watched.clear()
 
 
 def _nothing() -> None:

@@ -23,6 +23,7 @@ from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.randomness import random_scores
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
@@ -329,7 +330,7 @@ class ScoredMethod(HardMaskMethod, ABC):
         ]
         if starved:
             self.warn_once(
-                f"pruned like all other layers, {', '.join(starved)} will have less than one weight to {_STARVED}"
+                f"pruned like all other layers, {enumerated(starved)} will have less than one weight to {_STARVED}"
                 " outputs, and let hardly anything through. Give allocation='erk', or leave it dense with exclude="
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -146,10 +146,12 @@ def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
     _hook(method, trainer, group)
 
 
-def regroup(method: Method, group: MaskGroup, weights: Sequence[MaskedWeight]) -> MaskGroup | None:
-    """Put a group of ``weights``, which have masks already, in the place of ``group``; none where there are none."""
+def regroup(
+    method: Method, group: MaskGroup, by_optimizer: Mapping[Optimizer, Sequence[MaskedWeight]]
+) -> list[MaskGroup]:
+    """Put a group for each optimizer, of weights that have masks already, in the place of ``group``."""
     dissolve(method, group)
-    return form(method, weights, group.optimizer, like=group) if weights else None
+    return [form(method, weights, optimizer, like=group) for optimizer, weights in by_optimizer.items()]
 
 
 def dissolve(method: Method, group: MaskGroup) -> None:
@@ -198,10 +200,11 @@ def _before_step(method: Method) -> Callable[..., None]:
 
 def _after_step(method: Method, group: MaskGroup, *, clipped: bool) -> Callable[..., None]:
     @torch.no_grad()
-    def finish(optimizer: Optimizer, *_: Any) -> None:
+    def finish(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         steps = method.run.steps
         if group not in steps.seen:
-            raise MisconfigurationException(_unseen(method, optimizer))
+            closure = args[0] if args else kwargs.get("closure")
+            raise MisconfigurationException(_unseen(method, optimizer, ignores=closure is not None))
         if group in steps.awaiting:  # an optimizer whose step calls super().step() comes here twice
             steps.awaiting.discard(group)
             _stepped(method, group, clipped=clipped)
@@ -214,17 +217,17 @@ def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
     return cast("Callable[..., None]", torch.compiler.disable(hook))
 
 
-def _unseen(method: Method, optimizer: Optimizer) -> str:
-    module = method.run.module()
-    if module is not None and module.automatic_optimization:
+def _unseen(method: Method, optimizer: Optimizer, *, ignores: bool) -> str:
+    """Why a step was never announced: its closure was ignored, by which it is, or it had none."""
+    kind, name = type(optimizer).__name__, type(method).__name__
+    if ignores:
         return (
-            f"{type(optimizer).__name__}.step() does not call the closure that Lightning gives it, so no training_step"
-            f" ran and {type(method).__name__} never saw gradients. Let step(closure) call closure(), or use manual"
-            " optimization."
+            f"{kind}.step() does not call the closure that Lightning gives it, so {name} never saw gradients. Let"
+            " step(closure=None) begin with loss = closure() if closure else None, in a subclass if need be."
         )
     return (
-        f"{type(optimizer).__name__} stepped without Lightning, so {type(method).__name__} never saw its gradients. In"
-        " manual optimization, take the optimizer from self.optimizers() and call its step()."
+        f"{kind} stepped without Lightning, so {name} never saw its gradients. In manual optimization, take the"
+        " optimizer from self.optimizers() and call its step()."
     )
 
 

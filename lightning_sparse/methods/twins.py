@@ -49,7 +49,7 @@ def twin_optimizer(
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(
             f"{name} steps its thresholds, which are vectors or numbers, with an optimizer like that of the weights,"
-            f" but {kind.__name__} does not take them: {error} Give the masked weights to SGD or Adam, for example."
+            f" but {kind.__name__} does not take them ({error}). Give the masked weights to SGD or Adam, for example."
         ) from error
 
 

@@ -145,6 +145,25 @@ def test_clearing_zeroes_the_changed_entries_of_every_moment_and_no_other(kind: 
         assert torch.equal(new, old.where(MASK, fresh) if old.shape == parameter.shape else old), key
 
 
+class Wrapper(Optimizer):
+    """Steps another optimizer, as Lookahead does; that one's state is its own."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.inner.step(closure)
+
+
+def test_moments_of_an_optimizer_that_is_wrapped_are_cleared() -> None:
+    inner, parameter = stepped(torch.optim.Adam)
+    clear_moments(Wrapper(Wrapper(inner)), parameter, ~MASK)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert inner.state[parameter][key][~MASK].count_nonzero() == 0
+        assert inner.state[parameter][key][MASK].count_nonzero() > 0
+
+
 @pytest.mark.parametrize("kind", DENSE)
 def test_clearing_nothing_changes_nothing(kind: type[Optimizer]) -> None:
     optimizer, parameter = stepped(kind, momentum=0.9)

@@ -374,3 +374,51 @@ def test_the_best_checkpoint_of_fewer_layers_is_compared_by_what_both_have(tmp_p
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*the best checkpoint")
         again.fit(frozen_toy(), ckpt_path=tmp_path / "thawed.ckpt")
+
+
+class OwnLinear(nn.Module):
+    """A class of somebody's own that holds a weight, which no rule knows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight.t()
+
+
+class OwnLayers(ToyModel):
+    @staticmethod
+    def build() -> nn.Sequential:
+        return nn.Sequential(OwnLinear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), OwnLinear(8, 3))
+
+
+def own_masks() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: value for name, value in OwnLayers().named_parameters() if value.dim() > 1}
+    return {name: torch.rand(value.shape, generator=generator) < 0.2 for name, value in weights.items()}
+
+
+@pytest.mark.filterwarnings("ignore:FixedMask at step 0. .* entries of matrices .* stay dense")
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("are_zero", [False, True])
+def test_masks_that_are_given_of_unknown_modules_are_held(as_file: bool, are_zero: bool, tmp_path: Path) -> None:
+    masks, model = own_masks(), OwnLayers()
+    if are_zero:
+        zero(model, masks)
+    save_masks(tmp_path / "own.masks", masks)
+    method = FixedMask(tmp_path / "own.masks" if as_file else masks)
+    fit(method, tmp_path, model)
+    assert {weight.name for weight in method.weights} == masks.keys()
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name
+
+
+@pytest.mark.filterwarnings("ignore:FixedMask at step 0. .* entries of matrices .* stay dense")
+def test_zeros_of_unknown_modules_without_masks_are_told_with_counts(tmp_path: Path) -> None:
+    masks, model = own_masks(), OwnLayers()
+    zero(model, masks)
+    zeros = int((~masks["network.0.weight"]).sum())
+    sentence = rf"zeros in weights that stay dense will be trained again: network\.0\.weight \({zeros}\)"
+    with pytest.warns(UserWarning, match=sentence):
+        fit(FixedMask(), tmp_path, model)

@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 from torch import nn
 
-from lightning_sparse import DST, FGGP, GMP, SNIP, GraSP, RigL, SparseMethod
-from lightning_sparse.testing import ToyModel, fit_two_processes
+from lightning_sparse import DST, FGGP, GMP, SNIP, FixedMask, GraSP, RigL, SparseMethod
+from lightning_sparse.testing import ToyModel, fit_two_processes, random_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,3 +111,22 @@ def test_gradients_that_one_process_lacks_are_an_error_that_names_them(
 def test_a_latent_method_finds_them_by_masks_that_differ(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"The masks of network\.2\.weight differ between the processes"):
         fit_two_processes(ToyModel(), tmp_path, [NoGradientOnRank1("network.2.weight"), DST(0.03)])
+
+
+def test_fixed_masks_find_them_by_weights_that_differ(tmp_path: Path) -> None:
+    """No mask depends on a gradient here, so nobody votes: weights are compared as each epoch ends."""
+    fixed = FixedMask(random_masks(ToyModel()))
+    with pytest.raises(Exception, match=r"the weights of network\.2\.weight differ between the processes"):  # a warning
+        fit_two_processes(ToyModel(), tmp_path, [NoGradientOnRank1("network.2.weight"), fixed])
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_fixed_masks_that_differ_are_an_error(freezes: bool, tmp_path: Path) -> None:
+    """Those of frozen layers too, which no update of masks makes equal."""
+    model = ToyModel()
+    masks, others = random_masks(model), random_masks(model)
+    others["network.0.weight"] = ~others["network.0.weight"]
+    model.network[0].requires_grad_(not freezes)
+    method = FixedMask(masks)
+    with pytest.raises(Exception, match=r"The processes differ in the arguments of FixedMask"):
+        fit_two_processes(model, tmp_path, [OtherwiseOnRank1(method, FixedMask(others)), method])
