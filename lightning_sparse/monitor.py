@@ -26,6 +26,7 @@ from lightning_sparse.metrics.registry import dead_neurons, history_of, is_sprea
 from lightning_sparse.metrics.saved import check_monitor
 from lightning_sparse.metrics.spent import SpentFLOPs
 from lightning_sparse.metrics.timeline import SparsityTimeline
+from lightning_sparse.modules.dyrelu import phased_relus
 from lightning_sparse.trainer import (
     TrainerCallback,
     batches_stepped,
@@ -278,6 +279,8 @@ class SparsityMonitor(TrainerCallback):
             self._flops.add(step - self._step, _dense_gradients(trainer, self._flops, updated=updated))
             if updated:  # a layer of a resumed training that is frozen now keeps the sparsity that it had
                 self._flops.sparsity |= {name: weight.sparsity for name, weight in self._registry.items()}
+            if self._flops.dynamic and not _dynamic_relus(trainer):
+                self._flops.dynamic = 0
         self._step, self._counted = step, self._registry.num_updates
         self._follow_registry()
 
@@ -313,7 +316,8 @@ class SparsityMonitor(TrainerCallback):
             return
         sparsity = {name: weight.sparsity for name, weight in self._registry.items()}
         past = self._flops or SpentFLOPs(0, {}, {})
-        self._flops = SpentFLOPs(counter.total, layers, sparsity, past.spent, past.steps)
+        dynamic = sum(counter.by_parameter.get(name, 0) for name in _dynamic_relus(trainer))
+        self._flops = SpentFLOPs(counter.total - dynamic, layers, sparsity, past.spent, past.steps, dynamic)
         self._write(trainer, {"flops/inference": self._flops.inference})
 
     # What is written.
@@ -359,6 +363,13 @@ class SparsityMonitor(TrainerCallback):
 
 def _methods(trainer: pl.Trainer) -> list[SparseMethod]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, SparseMethod)]
+
+
+def _dynamic_relus(trainer: pl.Trainer) -> set[str]:
+    """The parameters of the Dynamic ReLUs that are not phased out, by name."""
+    sites = phased_relus(trainer.lightning_module).items()
+    at_work = [(name, site) for name, site in sites if not site.is_phased_out]
+    return {canonical_name(f"{name}.{own}") for name, site in at_work for own, _ in site.named_parameters()}
 
 
 def _dense_gradients(trainer: pl.Trainer, flops: SpentFLOPs, *, updated: bool) -> float:

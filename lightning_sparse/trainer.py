@@ -22,6 +22,7 @@ __all__ = [
     "count_dense_peak",
     "is_a",
     "refuse_twins",
+    "set_callbacks",
     "steps_between_records",
     "steps_of_training",
     "steps_taken",
@@ -68,6 +69,11 @@ def batches_stepped(trainer: pl.Trainer) -> int:
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """The callbacks of ``trainer``, in the order in which it calls them: the list itself, which no stub declares."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """Give ``trainer`` other callbacks; a loop over those of before goes on."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def check_in_optimizer(

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from lightning_sparse import DST, FGGP, GMP, FixedMask, MaskRegistry
+from lightning_sparse import DST, FGGP, GMP, DyReLUPhasing, FixedMask, MaskRegistry
 from lightning_sparse.functional.masks import unpack
 from lightning_sparse.functional.topology import exploration_rate, mask_change
 from lightning_sparse.monitor import SparsityMonitor
 from lightning_sparse.schedules import Polynomial
+from lightning_sparse.testing import random_masks
 from tests.helpers import ConvToy, ToyModel, fit_two_processes, make_trainer
 
 
@@ -339,6 +340,19 @@ class TestFLOPs:
         steps = [inference[0]] * 5 + [inference[5]] * 4 + [inference[9]] * 4 + [inference[13]] * 3
         extra = [(1 - steps[step]) / 3 if step in (4, 8, 12) else 0 for step in range(16)]
         assert logger.curves["flops/training"][16] == pytest.approx((sum(steps) + sum(extra)) / 16)
+
+    @pytest.mark.parametrize("monitor_first", [False, True])
+    def test_dynamic_relus_count_until_they_are_phased_out(self, monitor_first: bool, tmp_path: Path) -> None:
+        callbacks: list[L.Callback] = [FixedMask(masks=random_masks(ToyModel())), DyReLUPhasing(2, 8)]
+        monitor = SparsityMonitor()
+        callbacks.insert(0 if monitor_first else 2, monitor)
+        logger, _ = fit(tmp_path, *callbacks)
+        inference, density = logger.curves["flops/inference"], 1 - logger.curves["sparsity"][16]
+        extra = (16 * 4 + 4 * 64) / 344  # 16 channels, reduced to 4, and four coefficients of each
+        assert inference[0] == pytest.approx(density + extra)
+        assert inference[16] == pytest.approx(density)
+        with_them = 9 if monitor_first else 8  # a monitor before it sees the phase-out one step later
+        assert logger.curves["flops/training"][16] == pytest.approx(density + extra * with_them / 16)
 
     def test_a_latent_method_needs_dense_gradients_at_every_step(self, tmp_path: Path) -> None:
         logger, _ = fit(tmp_path, DST(alpha=0.1), SparsityMonitor())

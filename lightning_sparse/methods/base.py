@@ -42,7 +42,7 @@ from lightning_sparse.methods import begin, checkpoints, following, holding, ste
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.requirements import refuse_optimizers, refuse_other_trainer, refuse_strategy
-from lightning_sparse.trainer import callbacks_of
+from lightning_sparse.trainer import callbacks_of, set_callbacks
 
 __all__ = ["SparseMethod", "methods_of", "total_target_sparsity"]
 
@@ -60,9 +60,9 @@ class SparseMethod(Method):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_other_trainer(self, trainer)
         callbacks = callbacks_of(trainer)
-        for companion in reversed(self.companions()):
-            if companion not in callbacks:  # Lightning comes to it next in this very loop
-                callbacks.insert(callbacks.index(self) + 1, companion)
+        self.brought = [companion for companion in self.companions() if companion not in callbacks]
+        for companion in reversed(self.brought):  # Lightning comes to it next in this very loop
+            callbacks.insert(callbacks.index(self) + 1, companion)
         if stage == "fit":
             checkpoints.forget_stale(self, pl_module)
             refuse_strategy(type(self).__name__, trainer)
@@ -79,6 +79,8 @@ class SparseMethod(Method):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self is methods_of(trainer)[0]:
             begin.begin_together(methods_of(trainer), trainer, pl_module)
+            for method in methods_of(trainer):
+                method.brought = []
 
     @final
     @override
@@ -190,6 +192,9 @@ class SparseMethod(Method):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         begin.leave(self, pl_module)
+        if self.brought:  # training has not begun: leave the Trainer as it was; Lightning still calls those of before
+            set_callbacks(trainer, [each for each in callbacks_of(trainer) if each not in self.brought])
+            self.brought = []
 
     # Checkpoints.
 

@@ -51,6 +51,7 @@ class Method(TrainerCallback, ABC):
         step: Optimizer steps taken so far.
         last_run: The training that is running, or the last one.
         loaded: What a checkpoint has brought since.
+        brought: The :meth:`companions` that it has put into the Trainer, until training begins.
     """
 
     include: Sequence[str] | None = field(
@@ -74,6 +75,7 @@ class Method(TrainerCallback, ABC):
         self.step = 0
         self.last_run: Run | None = None
         self.loaded: Loaded | None = None
+        self.brought: list[pl.Callback] = []
 
     # What a method implements.
 

@@ -17,7 +17,9 @@ _FLOPS = {
     "sparsity": mapping_of(number(0.0, 1.0)),
     "spent": number(0.0),
     "steps": whole(),
+    "dynamic": whole(high=1 << 62),
 }
+_OLD_FLOPS = {name: check for name, check in _FLOPS.items() if name != "dynamic"}  # until 0.2
 
 
 def check_monitor(state: Any) -> None:
@@ -28,7 +30,7 @@ def check_monitor(state: Any) -> None:
     """
     whose = "The checkpoint's state of SparsityMonitor"
     parts = {"history": record(HISTORY_FIELDS), "timeline": record(TIMELINE_FIELDS, closed=False)}
-    check_fields(state, {**_COUNTS, **parts, "flops": any_of(nothing, record(_FLOPS))}, whose)
+    check_fields(state, {**_COUNTS, **parts, "flops": any_of(nothing, record(_FLOPS), record(_OLD_FLOPS))}, whose)
     timeline, flops = state["timeline"], state["flops"]
     widths = {len(timeline["layers"])} ^ {len(column) for column in timeline["sparsity"]}
     if len(timeline["steps"]) != len(timeline["sparsity"]) or (timeline["steps"] and widths):

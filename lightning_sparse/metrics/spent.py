@@ -14,11 +14,12 @@ class SpentFLOPs:
     """The operations of a forward pass, and of training so far.
 
     Attributes:
-        total: Those of the dense network.
+        total: Those of the dense network, without Dynamic ReLUs.
         layers: Those of each masked weight, dense.
         sparsity: Of the masks with which the coming step computes.
         spent: Those of training so far, in steps of dense training.
         steps: Steps of training so far.
+        dynamic: Those of Dynamic ReLUs, while the network has some.
     """
 
     total: int
@@ -26,6 +27,7 @@ class SpentFLOPs:
     sparsity: dict[str, float]
     spent: float = 0.0
     steps: int = 0
+    dynamic: int = 0
 
     @property
     def _arguments(self) -> tuple[list[int], list[float], int]:
@@ -35,7 +37,7 @@ class SpentFLOPs:
     @property
     def inference(self) -> float:
         """Operations of a forward pass, over those of the dense network."""
-        return inference_flops(*self._arguments)
+        return inference_flops(*self._arguments) + self.dynamic / self.total
 
     @property
     def values(self) -> dict[str, float]:
@@ -46,5 +48,6 @@ class SpentFLOPs:
     def add(self, steps: int, dense_gradients: float) -> None:
         """Count ``steps`` of training, the last of which spent ``dense_gradients`` on those of pruned weights."""
         if steps:  # none, while batches accumulate
-            self.spent += steps * training_flops(sparse_flops(*self._arguments), self.total, dense_gradients)
+            forward = sparse_flops(*self._arguments) + self.dynamic
+            self.spent += steps * training_flops(forward, self.total, dense_gradients)
             self.steps += steps

@@ -18,6 +18,7 @@ from lightning_sparse import EAST, GMP, SET, DyReLUPhasing, RigL, WeightSharing
 from lightning_sparse.functional import erdos_renyi_kernel, num_active
 from lightning_sparse.masks import select_weights
 from lightning_sparse.modules import share_weights
+from lightning_sparse.modules.dyrelu import phased_relus
 from lightning_sparse.schedules import Constant, Cyclic, Linear, as_schedule
 from lightning_sparse.zoo import ResNet34, ResNet50
 from tests.helpers import ConvToy, ToyModel, make_trainer
@@ -339,6 +340,21 @@ def test_east_brings_its_parts_into_the_trainer_once(tmp_path: Path) -> None:
         trainer.fit(ToyModel())
         assert [type(callback).__name__ for callback in trainer.callbacks[:2]] == ["EAST", "DyReLUPhasing"]  # type: ignore[attr-defined]
         assert sum(isinstance(callback, DyReLUPhasing) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]
+
+
+def test_a_refused_fit_leaves_no_part_of_east_in_the_trainer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[EAST(0.8, sharing=False, include=["nothing.like.this"])])
+    before = list(trainer.callbacks)  # type: ignore[attr-defined]
+    model = ToyModel()
+    with pytest.raises(MisconfigurationException, match=r"nothing\.like\.this"):
+        trainer.fit(model)
+    assert trainer.callbacks == before  # type: ignore[attr-defined]
+    assert not phased_relus(model)
+    before[0] = GMP(0.8, update_every=2, stop=8)
+    trainer.callbacks = before  # type: ignore[attr-defined]
+    trainer.fit(model)
+    assert not any(isinstance(callback, DyReLUPhasing) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    assert before[0].registry.sparsity == pytest.approx(0.8, abs=0.01)
 
 
 def test_the_parts_of_east_can_be_chosen() -> None:
