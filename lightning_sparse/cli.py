@@ -26,8 +26,16 @@ import lightning_sparse
 from lightning_sparse.consolidate import consolidate
 from lightning_sparse.masks import CheckpointError, read_masks, save_masks
 from lightning_sparse.masks.places import printable
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.reporting import compare_masks, overlap_table, report, sparsity_table, width_of
-from lightning_sparse.trained import CommandError, add_export_command, add_model_options, add_speed_command, trained
+from lightning_sparse.trained import (
+    CommandError,
+    add_export_command,
+    add_model_options,
+    add_speed_command,
+    loaded,
+    no_example,
+)
 from lightning_sparse.zoo import MissingDataError, list_recipes, recipe_path
 
 if TYPE_CHECKING:
@@ -178,7 +186,9 @@ def _look_for_classes_here() -> None:
 
 def _report(options: argparse.Namespace) -> None:
     for checkpoint in options.checkpoints:
-        source, example = (checkpoint, None) if options.model is None else trained(options, checkpoint)
+        source, example = (checkpoint, None) if options.model is None else loaded(options, checkpoint)
+        if options.model is not None and example is None:
+            print(printable(f"For dead units and FLOPs too: {no_example(options.model)}"))
         result = report(source, example, all_tensors=options.all)
         _print_table(sparsity_table(result.layers, title=checkpoint))
         if result.gains is not None:
@@ -202,7 +212,7 @@ def _extract_masks(options: argparse.Namespace) -> None:
         save_masks(options.file, masks)
     except OSError as error:
         raise CommandError(str(error)) from error
-    print(printable(f"{options.file}: the masks of {', '.join(masks)}."))
+    print(printable(f"{options.file}: the masks of {len(masks)} weights, {enumerated(masks)}."))
 
 
 def _compare_masks(options: argparse.Namespace) -> None:

@@ -38,8 +38,7 @@ from lightning_sparse.trainer import (
 
 __all__ = ["SparsityMonitor"]
 
-# Batches in which operations are looked for: the first may be one that training_step skips.
-_PATIENCE = 10
+_PATIENCE = 10  # batches in which operations are looked for: the first may be one that training_step skips
 
 
 @final
@@ -52,7 +51,7 @@ class SparsityMonitor(TrainerCallback):
 
     ============================== =====================================================================================
     ``sparsity``                   fraction of zeros among the weights that have a mask
-    ``sparsity_target``            the sparsity that the methods' schedules ask for
+    ``sparsity_target``            what the methods' schedules ask for now; masks follow at the next update
     ``sparsity_layer/<name>``      sparsity of one weight
     ``sparsity_layer_target/<n>``  the sparsity that its method asks for
     ``masks/changed_since_update`` share of mask entries that have changed since the last update
@@ -72,8 +71,8 @@ class SparsityMonitor(TrainerCallback):
     :class:`~lightning_sparse.metrics.ForwardFLOPs`. They are theoretical: those of an ideal sparse kernel. See
     :mod:`lightning_sparse.functional.flops`.
 
-    Weights that get their masks later, such as those of a backbone that is unfrozen, are included from then on, and
-    FLOPs are counted again. In the heat map, their cells are blank before that.
+    Weights that get their masks later, as when a backbone is unfrozen, count from then on, and FLOPs are counted again.
+    In the heat map, their cells are blank before that.
 
     The monitor also sets ``using_sparse_model=False`` in Lightning's ``ThroughputMonitor``, unless you have set it, in
     releases whose ``Throughput`` takes it. Training uses dense kernels, so utilisation (MFU) refers to the GPU's dense
@@ -107,6 +106,8 @@ class SparsityMonitor(TrainerCallback):
         >>> {name: round(monitor.values[name], 3) for name in ("sparsity", "masks/ever_active", "flops/inference")}
         {'sparsity': 0.5, 'masks/ever_active': 1.0, 'flops/inference': 0.5}
     """
+
+    writes_sparsity = True  # so methods do not
 
     def __init__(
         self, *, per_layer: bool = True, histograms: bool = True, heatmap: bool = True, progress_bar: bool = False
@@ -373,13 +374,7 @@ def _dynamic_relus(trainer: pl.Trainer) -> set[str]:
 
 
 def _dense_gradients(trainer: pl.Trainer, flops: SpentFLOPs, *, updated: bool) -> float:
-    """What the last step has spent on the gradients of pruned weights, where methods need them.
-
-    Args:
-        trainer: Has the methods.
-        flops: The operations of each layer.
-        updated: Whether masks have changed at that step.
-    """
+    """What the last step, which ``updated`` masks or not, spent on gradients of pruned weights that methods need."""
     return sum(
         flops.layers[weight.name] * flops.sparsity[weight.name]
         for method in _methods(trainer)

@@ -23,13 +23,26 @@ from lightning_sparse.masks.checkpoint import CheckpointError, load_checkpoint, 
 from lightning_sparse.reporting import read_state
 from lightning_sparse.zoo import recipe_path
 
-__all__ = ["CommandError", "add_export_command", "add_model_options", "add_speed_command", "trained", "trained_module"]
+__all__ = [
+    "CommandError",
+    "add_export_command",
+    "add_model_options",
+    "add_speed_command",
+    "loaded",
+    "no_example",
+    "trained",
+    "trained_module",
+]
 
 _MODEL = (
     "what was trained: a recipe, a YAML file such as the config.yaml that fit leaves beside its checkpoints, or a class"
     " by its path, such as mynet.LitCNN"
 )
-_INPUT = "sizes of one input without the batch, such as 3x32x32; by default those of the model's example_input_array"
+_INPUT = (
+    "sizes of one input without the batch, such as 3x32x32, and its type if it is not float32: 128:int64 for a sequence"
+    " of tokens; by default those of the model's example_input_array"
+)
+_SIZES = "Give the sizes of one input with --input, such as 3x32x32, or 128:int64 for a sequence of tokens."
 
 
 class CommandError(ValueError):
@@ -80,10 +93,24 @@ def trained(options: argparse.Namespace, checkpoint: str) -> tuple[nn.Module, Te
         CommandError: There is no such model, the weights are not its own, or it does not take such an input.
         CheckpointError: The checkpoint cannot be read.
     """
+    module, inputs = loaded(options, checkpoint)
+    if inputs is None:
+        raise CommandError(no_example(options.model))
+    return module, inputs
+
+
+def loaded(options: argparse.Namespace, checkpoint: str) -> tuple[nn.Module, Tensor | None]:
+    """The network of :func:`trained`, and an input, or ``None`` if neither options nor network say what it takes."""
     module = trained_module(options.model, checkpoint)
     inputs = _example(module, options)
-    _call(module, inputs, options)
+    if inputs is not None:
+        _call(module, inputs, options)
     return module, inputs
+
+
+def no_example(model: str) -> str:
+    """The sentence for a network that does not say what it takes."""
+    return f"{model} does not say what it takes: it has no tensor example_input_array. {_SIZES}"
 
 
 def trained_module(model: str, checkpoint: str | Path) -> nn.Module:
@@ -126,7 +153,8 @@ def _export(options: argparse.Namespace) -> None:
         raise CommandError(f"{out} exists already. Remove it, or give another file with --out.")
     nbytes = _EXPORTS[options.to](options, out)
     size = out.stat().st_size
-    print(f"{out}: {size:,} bytes for {nbytes:,} bytes of tensors, {nbytes / max(1, size):.1f} times smaller.")
+    smaller = f", {nbytes / size:.1f} times smaller" if size and nbytes > 1.05 * size else ""
+    print(f"{out}: {size:,} bytes for {nbytes:,} bytes of tensors{smaller}.")
 
 
 def _export_sparse(options: argparse.Namespace, out: Path) -> int:
@@ -172,8 +200,8 @@ def _call(module: nn.Module, inputs: Tensor, options: argparse.Namespace) -> Non
     except Exception as error:  # whatever the code of a module does with a wrong input
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CommandError(
-            f"{options.model} does not take an input of shape {tuple(inputs.shape)} ({reason}). Give the sizes of one"
-            " with --input, such as 3x32x32."
+            f"{options.model} does not take an input of shape {tuple(inputs.shape)} and type"
+            f" {str(inputs.dtype).removeprefix('torch.')} ({reason}). {_SIZES}"
         ) from error
 
 
@@ -181,19 +209,23 @@ def _nbytes(state: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
-def _example(module: nn.Module, options: argparse.Namespace) -> Tensor:
+def _example(module: nn.Module, options: argparse.Namespace) -> Tensor | None:
     if options.batch < 1:
         raise CommandError(f"--batch is {options.batch}; it takes 1 or more.")
     if options.input is not None:
-        if not re.fullmatch(r"[1-9]\d*([x×,][1-9]\d*)*", options.input):
-            raise CommandError(f"--input is {options.input!r}; it takes sizes without the batch, such as 3x32x32.")
-        return torch.randn(options.batch, *map(int, re.split("[x×,]", options.input)))
+        sizes, _, name = options.input.partition(":")
+        dtype = getattr(torch, name or "float32", None)
+        if not re.fullmatch(r"[1-9]\d*([x×,][1-9]\d*)*", sizes) or not isinstance(dtype, torch.dtype):
+            raise CommandError(
+                f"--input is {options.input!r}; it takes sizes without the batch, such as 3x32x32, and a type of torch,"
+                " as in 128:int64."
+            )
+        shape = (options.batch, *map(int, re.split("[x×,]", sizes)))
+        # Every vocabulary has the tokens 0 and 1.
+        return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(2, shape).to(dtype)
     example = getattr(module, "example_input_array", None)
     if not isinstance(example, Tensor) or not example.ndim:
-        raise CommandError(
-            f"{options.model} does not say what it takes: it has no tensor example_input_array. Give the sizes of one"
-            " input with --input, such as 3x32x32."
-        )
+        return None
     return example[:1].repeat(options.batch, *[1] * (example.ndim - 1))
 
 

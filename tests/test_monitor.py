@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -246,10 +247,17 @@ class TestCurves:
         logger, _ = fit(tmp_path, gmp(), SparsityMonitor(per_layer=False))
         assert not [name for name in logger.curves if name.startswith("sparsity_layer")]
 
-    def test_agree_with_what_the_method_logs_itself(self, tmp_path: Path) -> None:
-        logger, _ = fit(tmp_path, gmp(), SparsityMonitor())
+    def test_are_written_once_and_agree_with_what_the_method_logs_alone(self, tmp_path: Path) -> None:
+        alone, _ = fit(tmp_path, gmp())
+        logger, module = fit(tmp_path, gmp(), SparsityMonitor())
         for name in ("sparsity", "sparsity_target"):
-            assert logger.curves[name][7] == pytest.approx(logger.curves[name][8])  # Lightning's step and ours
+            assert list(alone.curves[name]) == [7, 15]  # Lightning's steps; ours count from 1
+            assert list(logger.curves[name]) == [0, 5, 8, 9, 13, 16]
+            assert alone.curves[name][7] == pytest.approx(logger.curves[name][8])
+            assert module.trainer.callback_metrics[name] == pytest.approx(logger.curves[name][16])
+
+    def test_a_monitor_can_be_pickled_as_spawned_processes_need_it(self) -> None:
+        assert pickle.loads(pickle.dumps(SparsityMonitor(per_layer=False))).per_layer is False
 
     def test_describe_masks_as_the_functions_do(self, tmp_path: Path) -> None:
         masks = KeepMasks()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import lightning_sparse.reporting.gains as gains_module
 from lightning_sparse import GMP, report, save_masks, save_sparse
 from lightning_sparse.reporting import (
     CheckpointError,
@@ -408,19 +409,24 @@ def test_groups_of_two_in_four_are_along_the_inputs() -> None:
     assert gain.two_of_four == 0.75
 
 
-def test_the_file_is_about_as_large_as_is_said(tmp_path: Path) -> None:
+def test_the_file_is_about_as_large_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1))
     for parameter in network.parameters():
         parameter.data.masked_fill_(torch.rand_like(parameter) < 0.9, 0.0)
     save_sparse(network, tmp_path / "file.sparse")
     size = (tmp_path / "file.sparse").stat().st_size
+    pointwise = int((network.get_parameter("3.weight") == 0).sum())
     for source in (network, saved(tmp_path, network.state_dict()), tmp_path / "file.sparse"):
         gains = report(source).gains
         assert gains is not None
         assert gains.sparse_nbytes == pytest.approx(size, rel=0.25)
         assert gains.nbytes == sum(tensor.nbytes for tensor in network.state_dict().values())
-        assert gains.pointwise_zeros == int((network.get_parameter("3.weight") == 0).sum())
-        assert "zeros are in 1 × 1 convolutions" in str(report(source))
+        spatial = int((network.get_parameter("0.weight") == 0).sum())
+        assert gains.compiled_zeros == spatial
+        for is_installed in (True, False):
+            monkeypatch.setattr(gains_module, "find_spec", lambda _, known=is_installed: known or None)
+            said = f"{spatial:,} of {spatial + pointwise:,} zeros are in convolutions larger than 1 × 1"
+            assert (said in str(report(source))) != is_installed
 
 
 @pytest.mark.parametrize("example", [(4,), "four", torch.ones(1, 5)])
@@ -450,8 +456,9 @@ def test_allocations_are_compared_by_the_operations_of_as_many_weights() -> None
     gains = report(network, torch.ones(1, 1, 8, 8)).gains
     assert gains is not None
     assert (gains.uniform_flops, gains.erk_flops) == (2 * (36 * 3 + 333), 2 * (36 * 20 + 316))
-    assert "882 FLOPs uniform and 2,072 by ERK: uniform would be the faster, 2.35 times." in str(
-        report(network, torch.ones(1, 1, 8, 8))
+    assert (
+        "882 FLOPs with allocation='uniform' and 2,072 with allocation='erk': 'uniform' needs 2.35 times fewer."
+        in str(report(network, torch.ones(1, 1, 8, 8)))
     )
 
 

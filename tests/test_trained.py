@@ -36,6 +36,10 @@ class Lit(L.LightningModule):
     def forward(self, inputs):
         return self.net(inputs)
 
+class Tokens(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Embedding(2, 6), Net())
+
 class Needy(Net):
     def __init__(self, width, depth):
         super().__init__(width)
@@ -187,6 +191,26 @@ def test_the_report_of_a_network_counts_dead_units_and_operations(capsys: pytest
     assert "shrink removes 200 dead units of 410" in shown  # every second one has no inputs; the ten outputs stay
 
 
+def test_a_report_without_an_input_has_what_is_known_and_says_what_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsenet import Net  # pyright: ignore
+
+    torch.save(half_zero(Net()).state_dict(), "last.ckpt")
+    assert main(["report", "last.ckpt", "--model", "sparsenet.Net"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sparsenet.Net does not say what it takes" in shown
+    assert "dead rows" in shown
+    assert "FLOPs │" not in shown
+
+
+def test_inputs_may_be_tokens(asked: list[Any]) -> None:
+    from sparsenet import Tokens  # pyright: ignore
+
+    torch.save(half_zero(Tokens()).state_dict(), "last.ckpt")
+    assert main(["speed", "last.ckpt", "--model", "sparsenet.Tokens", "--input", "5:int64", "--batch", "2"]) == 0
+    ((_, example, _),) = asked
+    assert (example.shape, example.dtype) == ((2, 5), torch.int64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -199,7 +223,8 @@ def test_the_report_of_a_network_counts_dead_units_and_operations(capsys: pytest
         (["--model", "sparsenet.Needy"], "sparsenet.Needy cannot be built"),
         (["--model", "fggp-digits"], "last.ckpt is not of fggp-digits: it lacks network.fc1.bias"),
         (["--model", "sparsenet.Net"], "it has no tensor example_input_array. Give the sizes"),
-        (["--model", "sparsenet.Net", "--input", "7"], "does not take an input of shape (1, 7)"),
+        (["--model", "sparsenet.Net", "--input", "7"], "does not take an input of shape (1, 7) and type float32"),
+        (["--model", "sparsenet.Net", "--input", "6:words"], "--input is '6:words'; it takes sizes"),
         (["--model", "sparsenet.Net", "--input", "6,-1"], "--input is '6,-1'; it takes sizes"),
         (["--model", "sparsenet.Net", "--input", "6", "--batch", "0"], "--batch is 0; it takes 1 or more"),
         (["--model", "torch.nn.Identity", "--input", "6"], "last.ckpt is not of torch.nn.Identity: it has besides"),

@@ -125,7 +125,11 @@ class Plan(Sequence[Candidate]):
             f" {self.coverage:.0%} of its matrices"
         )
         reasons = Counter(kind_of(candidate.reason) for candidate in self if candidate.reason)
-        parts = [f"{count} {reason}" for reason, count in reasons.most_common()]
+        named = {kind_of(candidate.reason): printable(candidate.name) for candidate in self}
+        parts = [
+            f"{count} {reason}" + (f" ({named[reason]})" if count == 1 and reason.startswith("unknown") else "")
+            for reason, count in reasons.most_common()
+        ]
         for shown in range(len(parts), -1, -1):
             rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(shown))
             others = [f"{rest} for other reasons"] if rest else []

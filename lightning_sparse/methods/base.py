@@ -163,7 +163,9 @@ class SparseMethod(Method):
         values = {"sparsity": self.registry.sparsity, "sparsity_target": total_target_sparsity(trainer)}
         values |= _numbered(self, trainer)
         _tell_of_others(self, trainer, values)
-        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
+        # Loggers get them once, from a monitor if there is one, which writes them at the steps of updates.
+        written = any(getattr(callback, "writes_sparsity", False) for callback in callbacks_of(trainer))
+        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, logger=False if written else None)
 
     @final
     @override

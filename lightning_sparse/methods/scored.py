@@ -371,12 +371,16 @@ class ScoredMethod(HardMaskMethod, ABC):
         for group in self.groups:
             budget = budget_of(group, last)
             if group.num_active > budget or (exact and group.num_active != budget):
-                rank_zero_warn(
-                    f"{type(self).__name__}: training ended at step {self.step} with sparsity"
-                    f" {self.registry.sparsity:.4f} instead of {last:.4f}. Train to the last update, or give an earlier"
-                    " stop."
-                )
-                return
+                advice = "Train to the last update, resume from a checkpoint to do so, or give an earlier stop."
+            elif group.num_active < budget and not self._shaped:
+                advice = "It began with more zeros, and what is pruned stays pruned; a method that grows lets them go."
+            else:
+                continue
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {self.step} with sparsity"
+                f" {self.registry.sparsity:.4f} instead of {last:.4f}. {advice}"
+            )
+            return
 
 
 def _check_never_falls(schedule: Schedule) -> None:

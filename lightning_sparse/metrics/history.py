@@ -48,7 +48,7 @@ class MaskHistory:
     """
 
     def __init__(self, masks: Mapping[str, Tensor], sum_: Sum | None = None) -> None:
-        self._sum = sum_ or (lambda counts: list(counts.values()))
+        self._sum = sum_ or _of_this_process
         self._sizes = {name: mask.numel() for name, mask in masks.items()}
         self._initial: PackedMasks = {name: pack(mask) for name, mask in masks.items()}
         self._latest: PackedMasks = self._initial
@@ -111,3 +111,7 @@ class MaskHistory:
     def _share(self, packed: PackedMasks) -> float:
         counts = {name: count_bits(bits) for name, bits in packed.items()}
         return sum(self._sum(counts)) / sum(self._sum(self._sizes))
+
+
+def _of_this_process(counts: Mapping[str, int]) -> Sequence[int]:
+    return [*counts.values()]

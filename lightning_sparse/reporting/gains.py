@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple, final
 
 from rich.markup import escape
@@ -49,7 +50,7 @@ class LayerGain:
             is 1, the sparse tensor cores of GPUs can use the weight without further pruning.
         nbytes: Bytes of the dense weight.
         sparse_nbytes: Approximate bytes of the weight in a sparse file.
-        is_pointwise: Whether it is a convolution of kernel size 1, which torch's own sparse product can compute.
+        needs_compiler: Whether it is a convolution larger than 1 × 1, which torch's own sparse product cannot do.
         num_zeros: Number of weights that are zero.
     """
 
@@ -57,16 +58,17 @@ class LayerGain:
     two_of_four: float
     nbytes: int
     sparse_nbytes: int
-    is_pointwise: bool
+    needs_compiler: bool
     num_zeros: int
 
     @classmethod
     def of(cls, name: str, layer: Layer) -> LayerGain:
         """Look at a weight."""
         value = layer.value
-        is_pointwise = value.ndim > 2 and math.prod(value.shape[2:]) == 1
+        needs_compiler = math.prod(value.shape[2:]) > 1
         num_zeros = value.numel() - count_true(value != 0)
-        return cls(name, _share_of_two_of_four(layer.rows), value.nbytes, sparse_nbytes(value), is_pointwise, num_zeros)
+        share = _share_of_two_of_four(layer.rows)
+        return cls(name, share, value.nbytes, sparse_nbytes(value), needs_compiler, num_zeros)
 
     def cells(self) -> tuple[str, str, str]:
         """What is told of it, under the headers of ``GAINS``."""
@@ -110,9 +112,9 @@ class Gains:
         return cls(gains, nbytes, sparse, units, *_flops_by_allocation([*layers.values()]))
 
     @property
-    def pointwise_zeros(self) -> int:
-        """Zeros in convolutions of kernel size 1."""
-        return sum(gain.num_zeros for gain in self.layers if gain.is_pointwise)
+    def compiled_zeros(self) -> int:
+        """Zeros that torch's own sparse product cannot use: those in convolutions larger than 1 × 1."""
+        return sum(gain.num_zeros for gain in self.layers if gain.needs_compiler)
 
     def sentences(self) -> Iterator[str]:
         """What can be said of the whole network, one sentence each."""
@@ -121,8 +123,11 @@ class Gains:
             f" ({self.nbytes / max(1, self.sparse_nbytes):.1f} times smaller)."
         )
         zeros = sum(gain.num_zeros for gain in self.layers)
-        if self.pointwise_zeros:
-            yield f"{self.pointwise_zeros:,} of {zeros:,} zeros are in 1 × 1 convolutions: torch alone can use them."
+        if self.compiled_zeros and find_spec("llvmlite") is None:
+            yield (
+                f"{self.compiled_zeros:,} of {zeros:,} zeros are in convolutions larger than 1 × 1, and accelerate can"
+                " use those only with llvmlite: pip install 'lightning_sparse[fast]'."
+            )
         if self.units is not None and self.units.obstacle:
             yield f"shrink cannot remove dead units: the module cannot be traced ({printable(self.units.obstacle)})."
         elif self.units is not None:
@@ -132,11 +137,11 @@ class Gains:
             )
         if self.uniform_flops and self.erk_flops:
             fewer, more = sorted((self.uniform_flops, self.erk_flops))
-            name = "uniform" if fewer == self.uniform_flops else "ERK"
+            faster = "uniform" if fewer == self.uniform_flops else "erk"
             if more > 1.01 * fewer:
                 yield (
-                    f"Shared out anew, as many weights would take {self.uniform_flops:,} FLOPs uniform and"
-                    f" {self.erk_flops:,} by ERK: {name} would be the faster, {more / fewer:.2f} times."
+                    f"As many weights take {self.uniform_flops:,} FLOPs with allocation='uniform' and"
+                    f" {self.erk_flops:,} with allocation='erk': {faster!r} needs {more / fewer:.2f} times fewer."
                 )
 
     def table(self) -> Table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -118,16 +120,18 @@ class SparsityReport:
         if self.flops is not None and self.dense_flops is not None:
             rest = self.flops - sum(layer.flops or 0 for layer in self.layers)
             table.caption = (
-                f"{self.flops:,} of {self.dense_flops:,} dense FLOPs, {rest:,} of them in what is not listed;"
-                " theoretical: dense kernels carry out all"
+                f"{self.flops:,} of {self.dense_flops:,} dense FLOPs for the whole example, {rest:,} of them in what is"
+                " not listed; theoretical: dense kernels carry out all"
             )
         if self.gains is None:
             return [table]
         return [table, *([] if joined else [self.gains.table()]), *self.gains.sentences()]
 
     def __str__(self) -> str:
-        parts = self._parts(joined=True)  # a row for each layer: a text may be as wide as it needs to be
+        parts = self._parts(joined=True)  # a row for each layer, as wide as it needs to be, unless a terminal breaks it
         width = max(width_of(part) for part in parts if isinstance(part, Table))
+        if sys.stdout.isatty() and (columns := shutil.get_terminal_size().columns) < width:
+            parts, width = self._parts(), columns
         console = Console(width=width, no_color=True, force_terminal=False, force_jupyter=False, highlight=False)
         with console.capture() as capture:
             console.print(*parts, sep="\n", soft_wrap=False)
