@@ -488,3 +488,9 @@ def test_a_small_file_of_terabytes_is_refused(tmp_path: Path) -> None:
     assert path.stat().st_size < 10_000
     with pytest.raises(CheckpointError, match="claims 1,000,000,000,000 entries and stores 1"):
         report(path)
+
+
+def test_an_exported_module_is_counted_like_any_other() -> None:
+    x = torch.randn(2, 4)
+    exported = torch.export.export(nn.Sequential(nn.Linear(4, 3)), (x,)).module()
+    assert [layer.shape for layer in report(exported, x).layers] == [(3, 4)]
