@@ -490,6 +490,7 @@ def test_a_small_file_of_terabytes_is_refused(tmp_path: Path) -> None:
         report(path)
 
 
-def test_an_exported_module_is_counted_like_any_other() -> None:
+def test_an_exported_module_has_layers_of_no_kind_and_is_told_so() -> None:
     exported = torch.export.export(nn.Sequential(nn.Linear(4, 3)), (torch.randn(2, 4),)).module()
-    assert [layer.shape for layer in report(exported).layers] == [(3, 4)]
+    with pytest.raises(ValueError, match=r"0\.weight +Module +\(3, 4\) +unknown module"):
+        report(exported)
