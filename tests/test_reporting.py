@@ -495,3 +495,9 @@ def test_a_small_file_of_terabytes_is_refused(tmp_path: Path) -> None:
     assert path.stat().st_size < 10_000
     with pytest.raises(CheckpointError, match="claims 1,000,000,000,000 entries and stores 1"):
         report(path)
+
+
+def test_an_exported_module_has_layers_of_no_kind_and_is_told_so() -> None:
+    exported = torch.export.export(nn.Sequential(nn.Linear(4, 3)), (torch.randn(2, 4),)).module()
+    with pytest.raises(ValueError, match=r"0\.weight +Module +\(3, 4\) +unknown module"):
+        report(exported)

@@ -112,8 +112,9 @@ class AcceleratedModule(nn.Module):
     """A module for inference with the same outputs as another module, executed in the fastest measured way.
 
     It holds the original module and copies of its weights. ``state_dict`` is that of the original; copying and pickling
-    keep both. If the original's weights are written later, a call raises :class:`StaleWeightsError` until
-    ``refresh`` is called.
+    keep both. If the original's weights are written or replaced later, a call raises :class:`StaleWeightsError` until
+    ``refresh`` is called. Writes past autograd are not noticed: those through ``.data``, as in ``weight.data.mul_(2)``,
+    through NumPy arrays, and by other processes. Call ``refresh`` after them, or write under ``torch.no_grad()``.
 
     Args:
         module: The original module. It is not changed.
@@ -256,8 +257,9 @@ class AcceleratedModule(nn.Module):
         self._executed = (module,)
         # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
         ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
-        self._call: Callable[..., Any] = module.forward if ours else module
-        self._direct: Callable[..., Any] = module if self.recipe is None else self.forward
+        # Methods, since a module would become a submodule.
+        self._call: Callable[..., Any] = module.forward if ours else module.__call__
+        self._direct: Callable[..., Any] = self._call if self.recipe is None else self.forward
         # A graph has one way, that of the example, and a sparse layer takes one tensor: other calls are looked at.
         one_way = self.recipe is not None and (self.recipe.traced or isinstance(module, (SparseLinear, SparseConv2d)))
         self._arity = self._plain_arity() if one_way else None

@@ -109,6 +109,7 @@ class SparseEncoder(StandIn):
         encoder: In evaluation mode. It is changed.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 1).eval()
         >>> hidden = torch.tensor([[False, False, True]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_sparse.execution.tracing import has_hooks
@@ -18,14 +19,14 @@ def copied(module: M) -> M:
     """Return a deep copy.
 
     Raises:
-        ValueError: The module is spread over processes, wrapped, or holds what cannot be copied.
+        ValueError: The module is sharded, a wrapper, compiled by TorchScript, or holds what cannot be copied.
 
     Example:
         >>> copied(nn.DataParallel(nn.Linear(2, 2)))
         Traceback (most recent call last):
         ValueError: DataParallel is a wrapper; give the module inside, as in model.module.
     """
-    _refuse_spread(module)
+    _refuse_others(module)
     try:
         return copy.deepcopy(module)
     except Exception as error:  # whatever a module's own parts raise
@@ -50,12 +51,13 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copied(module).eval().requires_grad_(False)
 
 
-def _refuse_spread(module: nn.Module) -> None:
-    """Raise where a module is one process's part of what several hold, or a wrapper that speaks to the others."""
+def _refuse_others(module: nn.Module) -> None:
+    """Raise where a module is a wrapper, code of TorchScript, or one process's part of what several hold."""
     name = type(module).__name__
-    wrapper = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if wrapper:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"{name} is a wrapper; give the module inside, as in model.module.")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise ValueError(f"{name} is code of TorchScript, wholly or in part; give the module that it was made of.")
     kinds = {kind.__name__ for part in module.modules() for kind in type(part).__mro__}
     kinds |= {kind.__name__ for parameter in module.parameters() for kind in type(parameter).__mro__}
     if kinds & {"FSDPModule", "FullyShardedDataParallel", "DTensor", "ShardedTensor"}:

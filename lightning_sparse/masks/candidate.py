@@ -135,4 +135,5 @@ class Candidate:
 def _kinds(owner: nn.Module) -> list[type[nn.Module]]:
     """The class of a module and those that it comes from, below ``nn.Module``; without what FSDP2 makes of it."""
     kinds = [kind for kind in type(owner).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
-    return kinds[1:] if len(kinds) > 1 and isinstance(owner, FSDPModule) else kinds
+    kinds = kinds[1:] if len(kinds) > 1 and isinstance(owner, FSDPModule) else kinds
+    return kinds or [nn.Module]  # as torch.export makes them

@@ -125,6 +125,7 @@ def test_a_module_without_zeros_is_returned_as_it_is() -> None:
         fast = accelerate(network, torch.randn(2, 16))
     assert not fast.report.accelerated
     assert fast.executed is network
+    assert list(fast.children()) == []
     assert fast.report.gain == 1
 
 

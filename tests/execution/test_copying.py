@@ -68,6 +68,14 @@ def test_a_wrapper_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> No
         make(nn.DataParallel(nn.Linear(4, 3)), torch.randn(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to")
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_code_of_torchscript_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> None:
+    network = nn.Sequential(torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4)), nn.ReLU())
+    with pytest.raises(ValueError, match="is code of TorchScript, wholly or in part; give the module"):
+        make(network, torch.randn(2, 4))
+
+
 @pytest.fixture
 def alone(tmp_path: Any) -> Any:
     """A group of this one process."""
