@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sparse.functional.masks import zero_pruned_
+from lightning_sparse.functional.masks import on_cpu, zero_pruned_
 from lightning_sparse.masks.layout import Layout, is_sharded, layout_of, local_part
 from lightning_sparse.masks.sums import sum_over_processes
 from lightning_sparse.trainer import clips_gradients
@@ -160,11 +161,18 @@ def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 def _mean(values: Tensor, among: Tensor, layout: Layout | None) -> Tensor:
     """The mean of some of the values of a whole weight; 0 where there are none."""
-    total, number = torch.where(among, values, 0.0).sum(), among.sum()
+    total, number = _sum(values, among), among.count_nonzero()
     if layout is not None and not layout.is_whole:
         sums = layout.sum(torch.stack([total.double(), number.double()]))
-        total, number = sums[0].to(values.dtype), sums[1]
+        total, number = sums[0], sums[1]
     return (total / number.clamp(min=1)).to(values.dtype)
+
+
+def _sum(values: Tensor, among: Tensor) -> Tensor:
+    """The sum of some values, in double precision: parts are added in another order than the whole, and none shows."""
+    if on_cpu(values):
+        return torch.tensor(values.numpy()[among.numpy()].sum(dtype=np.float64))
+    return torch.where(among, values, 0.0).sum(dtype=values.dtype if values.is_mps else torch.float64)
 
 
 def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
@@ -216,7 +224,8 @@ def as_stepped_on(trainer: pl.Trainer, optimizer: Optimizer) -> Callable[[Tensor
     stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if any(map(is_sharded, stepped)):
         squares = [local_part(p.grad).double().square().sum() * layout_of(p).owned for p in stepped]
-        norm = sum_over_processes(torch.stack(squares).sum()).sqrt().float()
+        widest = torch.promote_types(stepped[0].grad.dtype, torch.float32)
+        norm = sum_over_processes(torch.stack(squares).sum()).sqrt().to(widest)
     else:
         norm = torch.stack([p.grad.norm() for p in stepped]).norm()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_sparse import (
     DST,
@@ -157,13 +157,6 @@ class HalfPrecision(ShardedToy):
 
     def shard(self, network: Any, data: Any, tensor: Any) -> None:
         fully_shard(network, mesh=data, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-
-
-class Offloaded(ShardedToy):
-    """Its shards lie on the CPU, which they do here anyway."""
-
-    def shard(self, network: Any, data: Any, tensor: Any) -> None:
-        fully_shard(network, mesh=data, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
 @pytest.mark.parametrize("model", [Meta, HalfPrecision])
