@@ -1,8 +1,9 @@
 """What the guard and the digests cost: processor time of each look, on networks of several sizes.
 
-Processor time, not the clock's: other work on the machine does not count. The looks at evidence come in every step; the
-count of every pruned weight after each update, every hundred steps, at validation and at epoch ends; the digest when a
-checkpoint is written or read, and hashes of weights and masks at epoch ends, where there are several processes.
+Processor time, not the clock's: other work on the machine does not count. The looks at evidence, and at some entries of
+each weight, come in every step; the count of every pruned weight after each update, every hundred steps, at validation
+and at epoch ends; the digest when a checkpoint is written or read, and hashes of weights and masks at epoch ends, where
+there are several processes.
 
     python -m benchmarks.guard
 """
@@ -72,6 +73,7 @@ def row(name: str) -> dict[str, Any]:
         "millions": group.numel / 1e6,
         "evidence, µs a step": spent,
         "µs a weight": spent / len(group),
+        "some entries, µs a step": 2 * of(guard.finds_some_awake),  # as a batch and as its step begins
         "count, ms": of(lambda: count_awake(group)) / 1e3,
         "digest, ms": of(lambda: digest(state)) / 1e3,
         "hash, ms": of(lambda: [content_hash(weight.value) for weight in group]) / 1e3,

@@ -9,7 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sparse import DST, EAST, FGGP, GMP, MEST, SET, DyReLUPhasing, RigL, SparsityMonitor, WeightSharing
+from lightning_sparse import (
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    MEST,
+    SET,
+    DyReLUPhasing,
+    FixedMask,
+    RigL,
+    SparsityMonitor,
+    WeightSharing,
+    apply_masks,
+    load_masks,
+    prune,
+    report,
+    save_masks,
+)
 from lightning_sparse.masks.patterns import NofM
 from lightning_sparse.modules import DyReLU, share_weights
 from lightning_sparse.schedules import Cyclic, UpdateTimes
@@ -102,3 +119,19 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert DyReLUPhasing(small, ten, reduction=small).reduction == 2
     assert WeightSharing(own=small).own == 2
     assert NofM(small, ten) == NofM(2, 10)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: load_masks(b"x"),  # type: ignore[arg-type]
+        lambda: apply_masks(3, {}),  # type: ignore[arg-type]
+        lambda: prune(3, 0.5),  # type: ignore[arg-type]
+        lambda: report(3),  # type: ignore[call-overload]
+        lambda: FixedMask(b"x"),  # type: ignore[arg-type]
+        lambda: save_masks(3, {}),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_neither_module_nor_path_is_told_in_a_sentence(call: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^[A-Za-z_]+ .{20,}\.$"):
+        call()

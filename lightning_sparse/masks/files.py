@@ -33,7 +33,7 @@ from lightning_sparse.masks.checkpoint import (
 from lightning_sparse.masks.layout import is_sharded, layout_of, local_part
 from lightning_sparse.masks.places import canonical_name, printable
 from lightning_sparse.masks.plan import judge_parameters
-from lightning_sparse.masks.reading import is_archive, metadata_of
+from lightning_sparse.masks.reading import as_path, is_archive, metadata_of
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.sums import rank
 from lightning_sparse.masks.weight import MaskedWeight
@@ -124,7 +124,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         >>> load_masks("fc.masks")
         {'fc.weight': tensor([[ True, False]])}
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise CheckpointError(
             f"{path} is a folder; give the file itself." if path.is_dir() else f"There is no file {path}."

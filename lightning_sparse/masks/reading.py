@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightning_sparse.masks.places import printable
 
-__all__ = ["CheckpointError", "is_archive", "load_checkpoint", "looks_like_safetensors", "metadata_of"]
+__all__ = ["CheckpointError", "as_path", "is_archive", "load_checkpoint", "looks_like_safetensors", "metadata_of"]
 
 _AT_ONCE = 1 << 20
 _LONGEST_HEADER = 100_000_000  # safetensors reads none that is longer
@@ -92,7 +93,7 @@ def looks_like_safetensors(path: str | Path) -> bool:
         >>> looks_like_safetensors("eye.pt")
         False
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -118,8 +119,23 @@ def metadata_of(path: str | Path) -> dict[str, str] | None:
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else None
 
 
+def as_path(path: object) -> Path:
+    """The path that a user has given.
+
+    Raises:
+        TypeError: It is none.
+
+    Example:
+        >>> as_path("run.ckpt").suffix
+        '.ckpt'
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"The path of a file is a str or a pathlib.Path; it is a {type(path).__name__}.")
+    return Path(path)
+
+
 def _existing(path: str | Path) -> Path:
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise CheckpointError(f"There is no file {path}.")
     if path.is_dir():

@@ -28,11 +28,16 @@ _PREFIX = "module."
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, Fabric, DDP, DataParallel or AveragedModel have put around it.
 
+    Raises:
+        TypeError: It is no module.
+
     Example:
         >>> from torch.optim.swa_utils import AveragedModel
         >>> unwrapped(AveragedModel(nn.DataParallel(nn.Linear(2, 2))))
         Linear(in_features=2, out_features=2, bias=True)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"What has weights is a torch.nn.Module; this is a {type(module).__name__}.")
     while held := _held_as(module):
         module = getattr(module, held)
     return module

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.methods import begin, checkpoints, following, holding, steps, watching
 from lightning_sparse.methods.card import method
 from lightning_sparse.methods.interface import Method
@@ -245,6 +246,11 @@ def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[s
         method.warn_once(
             f"the module logs {', '.join(same)} too, and what this callback logs takes its place. Log yours under"
             " another name"
+        )
+    if folders := sorted(key for key in theirs if any(key.startswith(f"{ours}/") for ours in values)):
+        method.warn_once(
+            f"the module logs {enumerated(folders)}, as in a folder of what this callback logs, and loggers that keep a"
+            " file for each key, as MLflow's does, fail on that. Log yours under another name"
         )
 
 

@@ -59,6 +59,16 @@ def test_a_sparsity_of_the_users_own_is_told(tmp_path: Path) -> None:
     assert values["sparsity"] == pytest.approx(method.registry.sparsity)
 
 
+def test_a_key_of_the_users_own_in_a_folder_of_ours_is_told(tmp_path: Path) -> None:
+    class Own(ToyModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("sparsity/mine", 0.123, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match=r"the module logs sparsity/mine, as in a folder.*MLflow.*another name"):
+        logged([GMP(0.8, **OFTEN)], tmp_path, Own())
+
+
 class Depthwise(ToyModel):
     """Sixteen channels, each with a filter of four weights."""
 
