@@ -52,6 +52,10 @@ class SynFlow(AtInitialization):
     It is computed in evaluation mode and leaves nothing behind: weights, buffers, statistics of BatchNorm and random
     generators are as before. No step is taken on the first batch, which gives nothing but its shape.
 
+    Measured with LeNet-300-100 on MNIST at 95 % (4 epochs, one seed): it loses to one-shot magnitude pruning with
+    fine-tuning at 95 %, by 1.1 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 SynFlow`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
         MisconfigurationException: The module does not compute on its ``example_input_array`` or first batch, or scores
