@@ -366,10 +366,15 @@ class ScoredMethod(HardMaskMethod, ABC):
         for group in self.groups:
             budget = budget_of(group, last)
             if group.num_active > budget or (exact and group.num_active != budget):
+                remedy = "Train to the last update, or give an earlier stop."
+                if group.not_finite_for:
+                    remedy = (
+                        f"Gradients were inf or NaN at the last {group.not_finite_for} steps at which it looked, and"
+                        " masks never change on such: lower the learning rate, or clip gradients."
+                    )
                 rank_zero_warn(
                     f"{type(self).__name__}: training ended at step {self.step} with sparsity"
-                    f" {self.registry.sparsity:.4f} instead of {last:.4f}. Train to the last update, or give an earlier"
-                    " stop."
+                    f" {self.registry.sparsity:.4f} instead of {last:.4f}. {remedy}"
                 )
                 return
 

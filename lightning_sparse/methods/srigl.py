@@ -4,6 +4,7 @@ Paper:  Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2
 Code:   https://github.com/calgaryml/condensed-sparsity
 Differs from the authors' code:
     - Where a neuron has more kept weights than its fan-in, the largest stay; there those at the first places.
+    - Large gradients make weights salient that are not kept by magnitude; there, as far as is known, any weights.
     - A neuron that was ablated comes back once enough of the largest gradients are its own.
     - Masks begin with the same fan-in everywhere, at random, and weights as the module has initialized them; there
       weights are drawn anew for the sparse fan-in (see ``initial_scale``).
