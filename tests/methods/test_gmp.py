@@ -18,7 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sparse import DSR, FGGP, GMP, MEST, SNFS, SparseMethod, TopKAST
+from lightning_sparse import DSR, FGGP, GMP, MEST, SNFS, TopKAST
 from lightning_sparse.functional import erdos_renyi, erdos_renyi_kernel, num_active, uniform
 from lightning_sparse.masks import MaskedWeight, MaskGroup, MaskRegistry, select_weights
 from lightning_sparse.methods.card import method
@@ -432,9 +432,7 @@ def test_where_no_layer_is_starved_none_is_named(settings: dict[str, Any], tmp_p
 @pytest.mark.filterwarnings("ignore:.*(without an|no) active")
 @pytest.mark.filterwarnings("ignore:.*hardly any gradient")
 @pytest.mark.parametrize("kind", [MEST, DSR, SNFS, TopKAST])
-def test_where_training_begins_with_one_random_weight_to_an_output_this_is_said(
-    kind: type[SparseMethod], tmp_path: Path
-) -> None:
+def test_where_training_begins_with_one_random_weight_to_an_output_this_is_said(kind: Any, tmp_path: Path) -> None:
     names = r"network\.0\.weight \(9 of 192\).*network\.4\.weight \(2 of 48\) will have no more than"
     with pytest.warns(UserWarning, match=names + r" one weight to an output, at random.*Give allocation='erk'"):
         make_trainer(tmp_path, callbacks=[kind(0.95)]).fit(Small())
