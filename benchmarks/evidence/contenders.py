@@ -103,12 +103,27 @@ METHODS: Mapping[str, Make] = {
 }
 
 VARIANTS: Mapping[str, Make] = {
+    "DSR(erk)": _with(DSR, allocation="erk"),
     "GMP(erk)": _with(GMP, allocation="erk"),
     "GMP(global)": _with(GMP, allocation="global"),
+    "MEST(soft,erk)": _with(MEST, soft=True, allocation="erk"),
     "RigL(density)": _with(RigL, initial_scale="density"),
+    "RigL(uniform)": _with(RigL, allocation="uniform"),
     "SET(density)": _with(SET, initial_scale="density"),
+    "SET(uniform)": _with(SET, allocation="uniform"),
+    "SRSTE(last dense)": lambda sparsity, network, name: _srste(sparsity, network, name)[:-1],
+    "TopKAST(erk)": _with(TopKAST, allocation="erk"),
 }
-"""What a user may set otherwise: GMP's allocation; kept weights scaled by 1/√density as training begins."""
+"""What a user may set otherwise: how the budget is shared; kept weights scaled by 1/√density as training begins."""
 
-ONLY_ON: Mapping[str, tuple[str, ...]] = {"RigL(density)": ("cnn",), "SET(density)": ("cnn",)}
+ONLY_ON: Mapping[str, tuple[str, ...]] = {
+    "DSR(erk)": ("lenet300",),
+    "MEST(soft,erk)": ("lenet300",),
+    "RigL(density)": ("cnn",),
+    "RigL(uniform)": ("lenet300",),
+    "SET(density)": ("cnn",),
+    "SET(uniform)": ("lenet300",),
+    "SRSTE(last dense)": ("lenet300",),
+    "TopKAST(erk)": ("lenet300",),
+}
 """The networks of what does not run on all: with BatchNorm the scale makes no difference."""

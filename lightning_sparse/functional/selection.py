@@ -139,7 +139,12 @@ def largest(scores: Scores, k: int, among: Tensor, key: Key | None = None) -> Te
         >>> largest(torch.tensor([4.0, 1.0, 2.0, 1.0]), 2, among=torch.ones(4, dtype=torch.bool))
         tensor([ True, False,  True, False])
     """
-    return smallest(scores, k, among, key=lambda part: (part if key is None else key(part)).neg())
+    return smallest(scores, k, among, key=negated(key))
+
+
+def negated(key: Key | None) -> Key:
+    """The key by which the largest come first; ``key`` gives a tensor of its own, which is negated in place."""
+    return torch.neg if key is None else lambda part: key(part).neg_()
 
 
 def in_pieces(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -180,8 +185,9 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
         return None
     if num_eligible * _FEW <= len(among):
         return _smallest_of_few(pieces, k, among, key)
-    low, high = _bracket(pieces, k / num_eligible, among, key)
-    if k * _FEW <= num_eligible:
+    few = k * _FEW <= num_eligible
+    low, high = _bracket(pieces, k / num_eligible, among, key, one_of=512 if few else 128)
+    if few:
         return _few_smallest(parts, high, k, among)
     return _smallest_between(parts, low, high, k, among)
 
@@ -261,9 +267,14 @@ def keys_of(part: Tensor, key: Key | None) -> np.ndarray[Any, Any]:
     return (keys.float() if keys.element_size() < _FLOAT else keys).numpy()  # exact; numpy knows no bfloat16
 
 
-def _bracket(pieces: Sequence[Tensor], fraction: float, among: Tensor, key: Key | None) -> tuple[float, float]:
-    """Keys between which the one at ``fraction`` of the eligible most probably is: five standard deviations around."""
-    size = min(_SAMPLE, max(_SAMPLE // 8, len(among) >> 7))
+def _bracket(
+    pieces: Sequence[Tensor], fraction: float, among: Tensor, key: Key | None, one_of: int
+) -> tuple[float, float]:
+    """Keys between which the one at ``fraction`` of the eligible most probably is: five standard deviations around.
+
+    One of ``one_of`` entries is looked at, of large tensors fewer. At the ends few are enough.
+    """
+    size = min(_SAMPLE, max(_SAMPLE // 8, len(among) // one_of))
     where = torch.randint(len(among), (size,), generator=torch.Generator().manual_seed(0))
     sample = np.sort(keys_of(_take(pieces, np.sort(where[among[where]].numpy())), key))
     sample = sample[~np.isnan(sample)]

@@ -19,10 +19,20 @@ from lightning_sparse.masks.patterns import AnyPattern, Pattern
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.weight import MaskedWeight
 
-__all__ = ["LayerAllocation", "budget_of", "check_budget", "check_met", "feasible_budgets", "layer_budgets"]
+__all__ = [
+    "LayerAllocation",
+    "budget_of",
+    "check_budget",
+    "check_met",
+    "feasible_budgets",
+    "layer_budgets",
+    "told_of_starved",
+]
 
 LayerAllocation = Literal["uniform", "er", "erk"]
 """The proportions in which layers share a budget: alike, Erdős–Rényi, Erdős–Rényi–Kernel."""
+
+_STARVED = 8  # outputs to one weight, from which on a layer is named
 
 _SHARES: dict[LayerAllocation, Callable[..., list[int]]] = {
     "uniform": uniform,
@@ -94,6 +104,34 @@ def check_budget(group: MaskPool, sparsity: float, min_active: int, pattern: Pat
             f" {least} must stay active (min_active={min_active}{and_pattern} in each of {len(group)} layers). The"
             f" largest feasible sparsity is {largest_feasible_sparsity(least, group.unshared_numel)}."
         )
+
+
+def told_of_starved(group: MaskPool, budgets: Sequence[int], *, at_random: bool) -> str:
+    """A sentence on the small layers that the same sparsity as all others leaves hardly a weight; empty if none.
+
+    Args:
+        group: The weights.
+        budgets: What each layer holds.
+        at_random: Whether training begins with so few, at places that nothing has chosen: one to an output is too few
+            then, as a third of the outputs gets none.
+    """
+    per_output = 1.0 if at_random else 1.0 / _STARVED
+    names = [
+        f"{weight.name} ({budget} of {weight.numel})"
+        for weight, budget in zip(group, budgets, strict=True)
+        if 0 < budget < weight.numel and (budget - at_random) * weight.candidate.fan_in < per_output * weight.numel
+    ]
+    if not names:
+        return ""
+    few = (
+        "no more than one weight to an output, at random"
+        if at_random
+        else f"less than one weight to {_STARVED} outputs"
+    )
+    remedy = "Give allocation='erk', or leave it dense with exclude="
+    return (
+        f"pruned like all other layers, {', '.join(names)} will have {few}, and let hardly anything through. {remedy}"
+    )
 
 
 def check_met(group: MaskPool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +23,7 @@ __all__ = [
     "as_stepped_on",
     "clear_moments",
     "gradient_scale",
+    "has_second_moments",
     "is_second_moment",
     "keeps_zeros",
     "scaler_of_step",
@@ -105,6 +106,12 @@ def is_second_moment(key: str) -> bool:
         [False, True, False, True]
     """
     return _SECOND_MOMENT.search(key) is not None
+
+
+def has_second_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether ``optimizer`` has stepped some of these, and keeps a second moment of each of their entries."""
+    states = [(parameter, optimizer.state.get(parameter, {})) for parameter in parameters]
+    return any(is_second_moment(key) for parameter, state in states for key, _ in _like(parameter, state))
 
 
 @torch.no_grad()

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.functional.masks import on_cpu
 from lightning_sparse.functional.selection import Key
 from lightning_sparse.masks.layout import layout_of
 from lightning_sparse.masks.plan import Candidate
@@ -196,6 +198,10 @@ class ConstantFanIn(Pattern):
             keys = keys.masked_fill(~eligible, -torch.inf)
         # A partition finds the last of each row; those that equal it are taken in the order of their places.
         last = keys.topk(fan_in, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        if on_cpu(keys):  # as a rule no others equal it
+            chosen = (keys >= last).logical_and_(eligible)
+            if int(np.count_nonzero(chosen.numpy(), axis=1).max(initial=0)) <= fan_in:
+                return weight.from_rows(chosen)
         above, ties = keys > last, keys == last
         missing = fan_in - above.sum(dim=1, keepdim=True, dtype=torch.int32)
         chosen = above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= missing))

@@ -6,7 +6,7 @@ import hashlib
 
 from torch import Tensor
 
-from lightning_sparse.functional.randomness import uniform_by_place
+from lightning_sparse.functional.randomness import uniform_by_place, uniform_in_order
 from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = ["random_scores"]
@@ -22,4 +22,7 @@ def random_scores(weight: MaskedWeight, seed: int, step: int) -> Tensor:
         float32, the shape of ``weight.value``, on its device.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{weight.name}".encode(), digest_size=8).digest()
-    return uniform_by_place(int.from_bytes(digest, "little"), weight.layout.places(weight.mask.device))
+    key, device = int.from_bytes(digest, "little"), weight.mask.device
+    if weight.layout.is_whole:
+        return uniform_in_order(key, weight.numel, device).view(weight.shape)
+    return uniform_by_place(key, weight.layout.places(device))

@@ -138,7 +138,7 @@ class MaskedWeight:
 
     def largest(self, scores: Scores, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
         """The mask of the ``k`` largest scores; see :meth:`smallest`."""
-        return self.smallest(scores, k, among, key=lambda part: (part if key is None else key(part)).neg())
+        return self.smallest(scores, k, among, key=selection.negated(key))
 
     def count(self, mask: Tensor) -> int:
         """The number of ``True`` of the whole, of a mask shaped like :attr:`value`. A collective if sharded."""

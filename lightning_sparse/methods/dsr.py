@@ -54,6 +54,12 @@ class DSR(GrowingMethod):
 
     :math:`p` is ``drop_fraction``, and :math:`H` begins at ``threshold``.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to random masks (ERK) at 95
+    and 99 %, and to one-shot magnitude pruning with fine-tuning and to a dense network of as many weights at all
+    three. At 99 % it collapses to 20.5 %: the last layer begins with ten random weights for ten classes, and a layer
+    grows only as much as it has kept. ``allocation="erk"`` reaches 87.2 % there (``"DSR(erk)"``).
+    ``python -m benchmarks.evidence --only lenet300 DSR`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
 
@@ -110,7 +116,7 @@ class DSR(GrowingMethod):
     @override
     def budgets(self, group: MaskGroup) -> list[int]:
         its, budget = self._adaptive, budget_of(group, self.sparsity_now)
-        large = [weight.mask & (weight.value.abs() >= its.threshold) for weight in group]
+        large = [(weight.value.abs() >= its.threshold).logical_and_(weight.mask) for weight in group]
         least = [min(self.min_active, weight.num_active) for weight in group]
         left = its.survivors = [max(*pair) for pair in zip(group.counts(large), least, strict=True)]
         if budget <= sum(left):  # a schedule that rises asks for more than the threshold prunes

@@ -39,6 +39,10 @@ class GMP(ScoredMethod):
     with ``"uniform"``, 90 % with ``"erk"`` and 93 % with ``"global"``. To prune whole filters or N:M, give a
     ``pattern``.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): with its default it ends where
+    one-shot magnitude pruning with fine-tuning does at 90 and 95 %, and beats it at 99 %.
+    ``python -m benchmarks.evidence --only lenet300 GMP`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
 

@@ -48,6 +48,10 @@ class GraSP(AtInitialization):
     batches, and :math:`H g` from as many more; the optimizer takes no step on them. :math:`H g` is the gradient of
     :math:`\langle \nabla L,\, g \rangle` with :math:`g` held fixed, a second derivative of the loss.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude
+    pruning with fine-tuning at all three, by 1.1 to 4.2 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 GraSP`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
         MisconfigurationException: The loss has no second derivative.

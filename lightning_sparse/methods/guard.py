@@ -136,7 +136,7 @@ class Guard:
             samples = self._sampled()
             awake = [int((weight.grad.reshape(-1)[samples[index]] != 0).any()) for index, weight in written]
         else:
-            awake = counts_true([(weight.grad != 0).logical_and_(~weight.mask) for _, weight in written])
+            awake = counts_true([(weight.grad != 0).gt(weight.mask) for _, weight in written])
         return [weight for (_, weight), count in zip(written, awake, strict=True) if count]
 
     def _sampled(self) -> list[Tensor]:
@@ -147,7 +147,7 @@ class Guard:
 
 def count_awake(weights: Sequence[MaskedWeight]) -> list[int]:
     """How many pruned weights of each are not zero; reads them all, with one transfer from a device."""
-    return counts_true([(weight.value != 0).logical_and_(~weight.mask) for weight in weights]) if weights else []
+    return counts_true([(weight.value != 0).gt(weight.mask) for weight in weights]) if weights else []
 
 
 def _state_of(group: MaskGroup) -> object:

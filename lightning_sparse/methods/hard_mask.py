@@ -16,7 +16,14 @@ from typing_extensions import override
 
 from lightning_sparse.masks.distributed import broadcast_masks_, vote
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.moments import all_finite, as_stepped_on, clear_moments, keeps_zeros, warm_moments
+from lightning_sparse.masks.moments import (
+    all_finite,
+    as_stepped_on,
+    clear_moments,
+    has_second_moments,
+    keeps_zeros,
+    warm_moments,
+)
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.schema import Check, any_of, mapping_of, nothing, refuse, tensor, whole
 from lightning_sparse.masks.weight import MaskedWeight
@@ -244,6 +251,8 @@ class HardMaskMethod(SparseMethod):
 
 def _warm(trainer: pl.Trainer, group: MaskGroup, before: Tensor) -> None:
     """Warm the moments of what was pruned ``before`` and is active now; gradients are masked already."""
+    if not has_second_moments(group.optimizer, [weight.parameter for weight in group]):
+        return
     seen = as_stepped_on(trainer, group.optimizer)
 
     def warm(weight: MaskedWeight, was: Tensor) -> None:

@@ -6,6 +6,7 @@ Code:   https://github.com/boone891214/MEST
 Differs from the paper and the authors' code:
     - The commands that the authors published rank by magnitude alone (λ = 0), as ``gradient_weight=0.0`` does. The 0.01
       here is from memory of the paper, whose text was not at hand.
+    - Every layer is masked; the authors' ResNet-32 leaves the first convolution and the classifier dense.
     - The exchange is a fraction of the active weights, so that it suits every sparsity. The authors give it for 90 %,
       as differences of sparsity: 0.02, 0.01 and 0 (EM), and 0.05, 0.025 and 0 (EM&S). The fractions here equal these.
     - The paper's data efficiency, which leaves out forgettable samples, is not included.
@@ -46,6 +47,12 @@ class MEST(GrowingMethod):
     than the result. With the soft memory bound (EM&S, ``soft=True``), the layer is pruned to :math:`b` and grown to
     :math:`(1 + r_t)\, b`, so training is denser until :math:`r_t` is 0. :math:`\lambda` is ``gradient_weight`` and
     :math:`r_t` is ``drop_fraction``, which falls in steps.
+
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to random masks (ERK), to
+    one-shot magnitude pruning with fine-tuning and to a dense network of as many weights at all three. At 99 % it
+    collapses to 20.4 %: the last layer has ten random weights for ten classes. The authors leave it and the first
+    dense; ``exclude=["@first", "@last"]`` does that, or ``soft=True, allocation="erk"``, which reaches 86.2 % there
+    (``"MEST(soft,erk)"``). ``python -m benchmarks.evidence --only lenet300 MEST`` trains it.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -47,6 +47,10 @@ class RigL(GrowingMethod):
     Frequent updates hurt transformers: in trials with a small ViT, RigL was worse than SET. Networks without
     normalisation hardly train at 98 % and above; ``initial_scale="density"`` helps.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude
+    pruning with fine-tuning at all three, by 0.9 to 4.0 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 RigL`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
 

@@ -16,14 +16,20 @@ from typing_extensions import override
 
 from lightning_sparse.arguments import check_whole
 from lightning_sparse.functional.selection import Scores
-from lightning_sparse.masks.budgets import budget_of, check_budget, check_met, feasible_budgets, layer_budgets
+from lightning_sparse.masks.budgets import (
+    budget_of,
+    check_budget,
+    check_met,
+    feasible_budgets,
+    layer_budgets,
+    told_of_starved,
+)
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.inheritance import inherit_
 from lightning_sparse.masks.patterns import AnyPattern, Pattern, as_pattern
 from lightning_sparse.masks.plan import Candidate
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.randomness import random_scores
-from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.checks import check_choice, check_count
@@ -40,8 +46,6 @@ from lightning_sparse.schedules import (
 )
 
 __all__ = ["Allocation", "ScoredMethod"]
-
-_STARVED = 8  # outputs per weight, from which on a layer causes a warning
 
 Allocation = Literal["global", "uniform", "er", "erk"]
 """How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
@@ -244,7 +248,7 @@ class ScoredMethod(HardMaskMethod, ABC):
             return active
         if n == group.numel - sum(active):
             return [weight.numel for weight in group]
-        grown = group.smallest(group.flat(self.grow_scores), n, ~group.mask, key=lambda part: part.abs().neg())
+        grown = group.smallest(group.flat(self.grow_scores), n, ~group.mask, key=lambda part: part.abs().neg_())
         return [sum(pair) for pair in zip(active, group.counts(group.split(grown)), strict=True)]
 
     def _prunable(self, group: MaskGroup) -> Tensor:
@@ -297,10 +301,15 @@ class ScoredMethod(HardMaskMethod, ABC):
         assert isinstance(self.sparsity, Schedule)
         for percent in range(101) if self.grows else (100,):  # refuse at the start what could not be done later
             check_budget(group, self.sparsity(percent / 100), self.min_active, self.shape)
+        first = self.sparsity(0.0)
         if self.allocation == "uniform" and not self._shaped:
             last = layer_budgets(group, self.sparsity(1.0), "uniform", self.min_active, grow=True)
-            self._warn_of_starved(group, last)
-        first = self.sparsity(0.0)
+            told = told_of_starved(group, last, at_random=False)
+            if first > 0.0 and not self.inherited:
+                drawn = layer_budgets(group, first, "uniform", self.min_active)
+                told = told_of_starved(group, drawn, at_random=True) or told
+            if told:
+                self.warn_once(told)
         # What never grows begins with what it inherits; its first update prunes the rest.
         if first > 0.0 and (self.grows or not self.inherited):
             self._draw(group, first)
@@ -320,19 +329,6 @@ class ScoredMethod(HardMaskMethod, ABC):
                 " grows weights."
             )
         weight.mask.copy_(mask)
-
-    def _warn_of_starved(self, group: MaskGroup, budgets: Sequence[int]) -> None:
-        """Warn of small layers that the same sparsity as all others leaves hardly a weight."""
-        starved = [
-            f"{weight.name} ({budget} of {weight.numel})"
-            for weight, budget in zip(group, budgets, strict=True)
-            if 0 < budget * _STARVED < weight.numel // weight.candidate.fan_in
-        ]
-        if starved:
-            self.warn_once(
-                f"pruned like all other layers, {enumerated(starved)} will have less than one weight to {_STARVED}"
-                " outputs, and let hardly anything through. Give allocation='erk', or leave it dense with exclude="
-            )
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
         """Random masks of a sparsity."""
@@ -372,6 +368,11 @@ class ScoredMethod(HardMaskMethod, ABC):
             budget = budget_of(group, last)
             if group.num_active > budget or (exact and group.num_active != budget):
                 advice = "Train to the last update, resume from a checkpoint to do so, or give an earlier stop."
+                if group.not_finite_for:
+                    advice = (
+                        f"Gradients were inf or NaN at the last {group.not_finite_for} updates, and such gradients never"
+                        " change masks: lower the learning rate, or clip gradients."
+                    )
             elif group.num_active < budget and not self._shaped:
                 advice = "It began with more zeros, and what is pruned stays pruned; a method that grows lets them go."
             else:

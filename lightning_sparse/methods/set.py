@@ -31,6 +31,10 @@ class SET(GrowingMethod):
     smallest :math:`|w|`, and grows :math:`k` random inactive weights, which start at zero. :math:`\zeta_t` is
     ``drop_fraction``, :math:`\zeta` in the paper.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude
+    pruning with fine-tuning at all three, by 0.9 to 5.3 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 SET`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
 

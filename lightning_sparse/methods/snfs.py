@@ -48,6 +48,10 @@ class SNFS(GrowingMethod):
     :math:`p` is ``drop_fraction`` and :math:`\beta` is ``momentum``. The layers' budgets thus change during training;
     their sum stays exact.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude
+    pruning with fine-tuning at all three, by 0.8 to 2.3 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 SNFS`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
 

@@ -38,6 +38,10 @@ class SNIP(AtInitialization):
     in all layers together are pruned until :math:`\lfloor (1 - s) N \rfloor` are left; then training begins. The
     optimizer takes no step on these batches.
 
+    Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude
+    pruning with fine-tuning at all three, by 0.4 to 2.7 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 SNIP`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
 

@@ -4,6 +4,7 @@ Paper:  Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2
 Code:   https://github.com/calgaryml/condensed-sparsity
 Differs from the authors' code:
     - If a neuron has more salient weights than its fan-in, the largest stay; there those with the lowest indices.
+    - Weights that magnitude does not keep are salient if their gradients are large; there, as far as is known, any are.
     - An ablated neuron comes back once it has enough of the largest gradients.
     - Masks begin random with a constant fan-in, and weights are as the module initialized them; there weights are
       initialized again for the sparse fan-in (see ``initial_scale``).
@@ -13,7 +14,7 @@ Differs from the authors' code:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import ClassVar, cast, final
 
 import torch
@@ -51,6 +52,10 @@ class SRigL(GrowingMethod):
     :math:`\gamma` is ``ablation``. Such layers can be stored and computed as dense matrices of
     :math:`\text{neurons} \times F` weights with the indices of their inputs. A budget that is not a multiple of the
     number of neurons is rounded down.
+
+    Measured with LeNet-300-100 on MNIST at 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude pruning
+    with fine-tuning and, at 95 %, to a dense network of as many weights, and is level with random masks (ERK) at 95 %,
+    below them at 99 %. ``python -m benchmarks.evidence --only lenet300 SRigL`` trains it.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -98,27 +103,26 @@ class SRigL(GrowingMethod):
             raise ValueError("allocation is 'global', but fan-ins are those of a layer. Give 'uniform', 'er' or 'erk'.")
 
     @property
-    def _alive(self) -> dict[str, Tensor]:
-        """The weights of the neurons that this update leaves, as a mask, by name."""
-        return cast("dict[str, Tensor]", self.run.own)
+    def _own(self) -> _Own:
+        return cast("_Own", self.run.own)
 
     @override
     def prepare(self) -> None:
-        self.run.own = {}
+        self.run.own = _Own()
 
     @override
     def budgets(self, group: MaskGroup) -> list[int]:
         budgets = layer_budgets(group, self.sparsity_now, self.allocation, self.min_active, grow=True)  # type: ignore[arg-type]
 
         def leave(weight: MaskedWeight, budget: int) -> None:
-            self._alive[weight.name] = self._neurons_left(weight, budget)
+            self._own.alive[weight.name] = self._neurons_left(weight, budget)
 
         group.each(leave, budgets)
         return budgets
 
     @override
     def allowed(self, weight: MaskedWeight) -> Tensor:
-        return self._alive[weight.name]
+        return self._own.alive[weight.name]
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
@@ -133,11 +137,14 @@ class SRigL(GrowingMethod):
 
     @override
     def pruned_to(self, weight: MaskedWeight, keep: int) -> Tensor:
-        return weight.largest(weight.value, keep, weight.mask, key=torch.abs) & self._alive[weight.name]
+        ranked, top = self._own.largest.pop(weight.name, (-1, weight.mask))
+        if ranked != keep:
+            top = weight.largest(weight.value, keep, weight.mask, key=torch.abs)
+        return top & self._own.alive[weight.name]
 
     @override
     def free(self, weight: MaskedWeight, kept: Tensor) -> Tensor:
-        return self._alive[weight.name] & ~kept
+        return self._own.alive[weight.name] & ~kept
 
     @override
     def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
@@ -158,6 +165,7 @@ class SRigL(GrowingMethod):
             return every
         k = self.exchanged(weight, weight.num_active)
         top = weight.largest(weight.value, weight.num_active - k, weight.mask, key=torch.abs)
+        self._own.largest[weight.name] = (weight.num_active - k, top)  # as a rule what is kept: pruned_to takes it
         wanted = weight.largest(weight.grad, k, ~top, key=torch.abs)
         salient = weight.rows(top | wanted).sum(dim=1)
         fan_in = weight.num_active / max(1, weight.count_rows(weight.rows(weight.mask).any(dim=1)))
@@ -167,6 +175,19 @@ class SRigL(GrowingMethod):
         if weight.count_rows(alive) < needed:
             alive = weight.largest_rows(salient.double(), needed, torch.ones_like(alive))
         return weight.from_rows(alive.unsqueeze(1).expand_as(row).contiguous())
+
+
+@dataclass
+class _Own:
+    """What SRigL keeps for one update.
+
+    Attributes:
+        alive: The weights of the neurons that it leaves, as a mask, by name.
+        largest: How many of the largest weights were looked for, and their mask, by name.
+    """
+
+    alive: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    largest: dict[str, tuple[int, Tensor]] = field(default_factory=dict[str, tuple[int, Tensor]])
 
 
 def _to_one(weight: MaskedWeight, scores: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ class SRSTE(LatentMethod):
 
     The authors train ResNet-50 on ImageNet at 2:4 for 120 epochs with a weight decay of 5e-5.
 
+    Measured with LeNet-300-100 on MNIST at 95 and 99 % (4 epochs, one seed): with one N of M for each layer it loses
+    to no baseline at 95 %. At 99 % it loses to all: one of a hundred leaves each class one input of the last layer,
+    and accuracy is 39 %. The authors go no further than 1:16; with ``exclude=`` for the last layer it reaches 91 %.
+    ``python -m benchmarks.evidence --only lenet300 SRSTE`` trains it.
+
     Raises:
         ValueError: The pattern is not N:M, or decay is negative.
 

@@ -51,6 +51,10 @@ class SynFlow(AtInitialization):
     Scores are computed in evaluation mode without side effects: weights, buffers, statistics of BatchNorm and random
     generators stay as they are. Only the shape of the first batch is used; the optimizer takes no step on it.
 
+    Measured with LeNet-300-100 on MNIST at 95 % (4 epochs, one seed): it loses to one-shot magnitude pruning with
+    fine-tuning at 95 %, by 1.1 points; random masks (ERK) it beats.
+    ``python -m benchmarks.evidence --only lenet300 SynFlow`` trains it.
+
     Raises:
         ValueError: An argument is out of its range.
         MisconfigurationException: The module does not compute on its ``example_input_array`` or first batch, or scores

@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_sparse.functional.masks import pack, unpack, zero_pruned_
-from lightning_sparse.masks.budgets import LayerAllocation, check_budget, layer_budgets
+from lightning_sparse.masks.budgets import LayerAllocation, check_budget, layer_budgets, told_of_starved
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import clear_moments, warm_moments
 from lightning_sparse.masks.weight import MaskedWeight
@@ -49,6 +49,11 @@ class TopKAST(LatentMethod):
     where the gradient of the first term, with respect to :math:`\theta_A`, is used for all of B. Weights of B outside A
     decay faster; those that do not grow into A fall out of B, and others take their places. :math:`1 - D` is
     ``sparsity``, :math:`1 - D - M` is ``backward_sparsity``, :math:`\lambda` is ``decay``.
+
+    Measured with LeNet-300-100 on MNIST at 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude pruning
+    with fine-tuning at 95 %. At 99 % it loses to all, with 63 %: the last layer uses ten weights for ten classes.
+    ``allocation="erk"`` reaches 92.3 % there (``"TopKAST(erk)"``).
+    ``python -m benchmarks.evidence --only lenet300 TopKAST`` trains it.
 
     Raises:
         ValueError: An argument is out of its range, or backward_sparsity is above sparsity.
@@ -134,6 +139,8 @@ class TopKAST(LatentMethod):
         check_budget(group, self.sparsity, self.min_active)
         used = layer_budgets(group, self.sparsity, self.allocation, self.min_active, grow=True)
         trained = layer_budgets(group, self.backward_sparsity, self.allocation, self.min_active, grow=True)
+        if self.allocation == "uniform" and (told := told_of_starved(group, used, at_random=True)):
+            self.warn_once(told)
 
         def choose(weight: MaskedWeight, a: int, b: int) -> None:
             own.used[weight.name] = a

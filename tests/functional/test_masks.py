@@ -119,7 +119,7 @@ def test_many_tensors_of_all_sizes_are_ranked_as_one(eligible: float) -> None:
 
 
 def test_a_sample_that_misleads_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selecting, "_bracket", lambda *_: (5.0, 6.0))
+    monkeypatch.setattr(selecting, "_bracket", lambda *_, **__: (5.0, 6.0))
     scores = torch.arange(400_000.0)
     assert torch.equal(smallest(scores, 1000, scores >= 0), scores < 1000)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sparse.functional.hashing import content_hash
-from lightning_sparse.functional.randomness import uniform_by_place
+from lightning_sparse.functional.randomness import uniform_by_place, uniform_in_order
 
 _WORD = (1 << 64) - 1
 
@@ -29,6 +29,13 @@ def test_large_tensors_are_drawn_in_parts_alike() -> None:
     drawn = uniform_by_place(5, places)
     assert torch.equal(drawn[130_000:130_005], uniform_by_place(5, places[130_000:130_005]))
     assert torch.equal(places, torch.arange(200_003))
+
+
+@pytest.mark.parametrize("number", [0, 1, 1 << 15, 100_001])
+@pytest.mark.parametrize("key", [-3, 0, (1 << 64) - 1])
+def test_places_in_order_are_drawn_like_any_others(number: int, key: int) -> None:
+    drawn = uniform_in_order(key, number, torch.device("cpu"))
+    assert torch.equal(drawn, uniform_by_place(key, torch.arange(number)))
 
 
 def test_numbers_are_uniform_and_two_keys_have_nothing_in_common() -> None:

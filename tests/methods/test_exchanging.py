@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sparse import ACDC, DSR, MEST, SNFS, GraNet, SRigL
+from lightning_sparse import ACDC, DSR, MEST, SET, SNFS, GraNet, RigL, SRigL
 from lightning_sparse.functional.allocation import proportional, share
 from lightning_sparse.masks import MaskGroup, MaskRegistry, select_weights
+from lightning_sparse.masks.randomness import random_scores
 from lightning_sparse.schedules import Constant, Linear, Polynomial, Steps
 from tests.helpers import ConvToy, ToyModel, make_trainer
 from tests.methods.hand import Row, layers, prepared, updated
@@ -90,7 +91,40 @@ def test_granet_does_what_sorting_would(weights: tuple[Row, Row], grads: tuple[R
     assert updated(granet, group) == expected
 
 
+# RigL, SET and MEST
+
+
+@pytest.mark.parametrize("regrow", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "own"), [(RigL, {"update_replaces_step": False}), (SET, {}), (MEST, {"gradient_weight": 0.5})]
+)
+@given(TWO_ROWS, TWO_ROWS)
+def test_an_exchange_does_what_sorting_would(
+    kind: Any, own: dict[str, Any], regrow: bool, weights: tuple[Row, Row], grads: tuple[Row, Row]
+) -> None:
+    masks = [[1, 1, 0, 0], [0, 1, 0, 1]]
+    method, group = kind(**HALF, regrow=regrow, **own), layers(weights, masks, grads)
+    prepared(method, group)
+    expected = []
+    for row, grad, mask, weight in zip(weights, grads, masks, group, strict=True):
+        active = [i for i in range(4) if mask[i]]
+        scores = [abs(w) + 0.5 * abs(g) for w, g in zip(row, grad, strict=True)] if kind is MEST else row
+        kept = set(active) - smallest(scores, 1, active)
+        free = [i for i in range(4) if i not in kept and (regrow or not mask[i])]
+        kept |= largest(grad if kind is RigL else random_scores(weight, 0, 1).flatten().tolist(), 1, free)
+        expected.append([int(i in kept) for i in range(4)])
+    assert updated(method, group) == expected
+
+
 # AC/DC
+
+
+@given(TWO_ROWS)
+def test_acdc_compresses_as_sorting_would(weights: tuple[Row, Row]) -> None:
+    acdc, group = ACDC(0.5, update_every=1, start=0, last_dense=1, stop=3), layers(weights)
+    prepared(acdc, group, step=0, total_steps=10)
+    kept = set(range(8)) - smallest([*weights[0], *weights[1]], 4, list(range(8)))
+    assert updated(acdc, group) == [[int(4 * layer + i in kept) for i in range(4)] for layer in (0, 1)]
 
 
 def test_acdc_takes_the_largest_of_all_and_wakes_all() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sparse import FGGP, GMP
+from lightning_sparse import DSR, FGGP, GMP, MEST, SNFS, TopKAST
 from lightning_sparse.functional import erdos_renyi, erdos_renyi_kernel, num_active, uniform
 from lightning_sparse.masks import MaskedWeight, MaskGroup, MaskRegistry, select_weights
 from lightning_sparse.methods.card import method
@@ -236,6 +237,7 @@ def test_pruning_in_one_shot_works(tmp_path: Path) -> None:
     assert record.counts == 10 * [344] + 6 * [sum(uniform([(16, 12), (8, 16), (3, 8)], 34))]
 
 
+@pytest.mark.filterwarnings("ignore:.*no more than one weight to an output")
 def test_a_schedule_that_is_constant_keeps_its_random_masks(tmp_path: Path) -> None:
     record = fit(GMP(Constant(0.9)), tmp_path)
     assert record.counts == 16 * [34]
@@ -425,3 +427,15 @@ def test_a_small_layer_that_the_same_sparsity_starves_is_named(tmp_path: Path) -
 def test_where_no_layer_is_starved_none_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"sparsity": 0.992} | settings
     make_trainer(tmp_path, callbacks=[GMP(**arguments)]).fit(Small())  # a warning would be an error
+
+
+@pytest.mark.filterwarnings("ignore:.*(without an|no) active")
+@pytest.mark.filterwarnings("ignore:.*hardly any gradient")
+@pytest.mark.parametrize("kind", [MEST, DSR, SNFS, TopKAST])
+def test_where_training_begins_with_one_random_weight_to_an_output_this_is_said(kind: Any, tmp_path: Path) -> None:
+    names = r"network\.0\.weight \(9 of 192\).*network\.4\.weight \(2 of 48\) will have no more than"
+    with pytest.warns(UserWarning, match=names + r" one weight to an output, at random.*Give allocation='erk'"):
+        make_trainer(tmp_path, callbacks=[kind(0.95)]).fit(Small())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "pruned like")
+        make_trainer(tmp_path, callbacks=[kind(0.95, allocation="erk")]).fit(Small())
