@@ -30,13 +30,13 @@ def why_dense(conv: nn.Conv2d, kernels: str) -> str | None:
     if kernels != "llvm":
         pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
         pointwise = pointwise and conv.padding in ((0, 0), "same", "valid")
-        return None if pointwise else "torch alone executes 1 x 1 convolutions without stride and groups"
+        return None if pointwise else "without llvmlite, only 1 x 1 convolutions without stride and groups are sparse"
     if conv.stride not in ((1, 1), (2, 2)):
-        return "torch computes strides other than 1 and 2"
+        return "its stride is not 1 or 2, so only torch computes it"
     if conv.padding_mode != "zeros":
-        return f"padding with {conv.padding_mode} is computed by torch"
+        return f"its padding is {conv.padding_mode}, which only torch computes"
     if isinstance(conv.padding, str) and any(reach % 2 for reach in _reach(conv)) and conv.padding == "same":
-        return "'same' padding of an even window is computed by torch"
+        return "it has 'same' padding of an even window, which only torch computes"
     return None
 
 

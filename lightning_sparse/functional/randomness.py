@@ -1,8 +1,8 @@
-r"""Random numbers by place: what an entry draws depends on a key and on its place, and on nothing else.
+r"""Random numbers by index: an entry's number depends only on a key and on the entry's index.
 
-The generator is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), of
-which any output can be computed without those before it. Each process draws for the entries that it holds, and all
-processes together draw what one would.
+The generator is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). Any of
+its outputs can be computed without the earlier ones. Each process draws for the entries that it holds, and together
+they draw the same numbers as one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALL = (1 << 64) - 1
 
 
 def uniform_by_place(key: int, places: Tensor) -> Tensor:
-    """A number in [0, 1) for each place, uniform and the same on every device.
+    """A uniform number in [0, 1) for each place, the same on every device.
 
     Args:
         key: Any integer; its lowest 64 bits choose the sequence.

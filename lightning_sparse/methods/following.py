@@ -1,4 +1,4 @@
-"""What changes while a training runs: optimizers and parameters that are replaced, layers that thaw."""
+"""Changes during training: replaced optimizers and parameters, and layers that are unfrozen."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _follow(method: Method, group: MaskGroup, gone: Sequence[MaskedWeight], here
             f"{_names(followed)} was replaced by another parameter of the same shape, which now has its mask"
         )
     if added:
-        method.warn_once(f"{_names(added)} was replaced by a layer of another shape, which is masked anew")
+        method.warn_once(f"{_names(added)} was replaced by a layer of another shape, which has a new mask")
     dense = [weight for weight in lost if weight.name not in {one.name for one in added}]
     if dense:
         method.warn_once(

@@ -79,7 +79,7 @@ class GraSP(AtInitialization):
     @override
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
         if is_sharded(candidate.parameter):
-            return "sharded: GraSP needs second derivatives, which FSDP2 cannot compute; take SNIP"
+            return "sharded: GraSP needs second derivatives, which FSDP2 cannot compute; use SNIP"
         return super().refuses(candidate, is_last=is_last)
 
     @property
@@ -119,7 +119,7 @@ class GraSP(AtInitialization):
             raise MisconfigurationException(
                 "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
                 f" {str(error).splitlines()[0]} Compute attention without fused kernels"
-                " (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)) and do not compile the module, or take SNIP or"
+                " (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)) and do not compile the module, or use SNIP or"
                 " SynFlow, which need no second derivative."
             ) from error
         for weight, its in zip(group, second, strict=True):

@@ -1,9 +1,9 @@
-"""The guard: whether pruned weights are still zero, whoever wrote between our hooks.
+"""The guard: whether pruned weights are still zero, whatever code writes between our hooks.
 
-Evidence is cheap and looked at in every step: the parameter that the module holds, its address, and autograd's counter
-of writes. In-place operations, ``load_state_dict`` and ``nn.init`` raise the counter; ``p.data = x`` and conversions
-move the address. What leaves neither (``p.data.add_()``, views of numpy) is found by :func:`count_awake`, which reads
-every weight and is therefore called now and then.
+The guard checks cheap evidence at every step: the parameter that the module holds, its address, and autograd's version
+counter. In-place operations, ``load_state_dict`` and ``nn.init`` raise the counter; ``p.data = x`` and conversions
+change the address. Writes without such evidence (``p.data.add_()``, views of numpy) are found by :func:`count_awake`,
+which reads every weight and is therefore called only sometimes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _Mark = tuple[int, ...]
 
 @final
 class Guard:
-    """Remembers how the weights and gradients of a group looked when we last wrote to them.
+    """Remembers the state of a group's weights and gradients after our last write.
 
     Args:
         group: The weights.
 
     Attributes:
-        suspects: Whether somebody was caught who leaves no evidence, so that every weight is looked at in every step.
+        suspects: Whether a write without evidence was found; from then on, every weight is checked at every step.
     """
 
     def __init__(self, group: MaskGroup) -> None:
@@ -48,11 +48,11 @@ class Guard:
         self.note_weights()
 
     def note_weights(self) -> None:
-        """To be called when we are the last to have written to the weights."""
+        """Call this right after our own write to the weights."""
         self._weights = [_mark(weight.parameter) for weight in self._group]
 
     def written_weights(self) -> list[MaskedWeight]:
-        """The weights that someone else has written to or moved since."""
+        """The weights that other code has written to or moved since then."""
         marks = zip(self._group, self._weights, strict=True)
         return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
 

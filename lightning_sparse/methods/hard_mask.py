@@ -31,12 +31,12 @@ __all__ = ["HardMaskMethod"]
 
 @method
 class HardMaskMethod(SparseMethod):
-    """At the times of an :class:`~lightning_sparse.schedules.UpdateTimes`, masks change; at every step, they hold.
+    """A method whose masks change at the times of an :class:`~lightning_sparse.schedules.UpdateTimes` and apply always.
 
     An update happens before the optimizer's step, on its gradients, which are the mean over accumulated batches and
-    processes. Weights just pruned become zero, weights just grown are zero, and the optimizer's moments of both are
-    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that
-    is not finite waits for the next step.
+    processes. Pruned and grown weights become zero, and the optimizer's moments of both are cleared; second moments of
+    grown weights begin at the mean of their neighbours'. If a gradient is not finite, the update waits for the next
+    step.
     """
 
     # What a method implements.
@@ -109,7 +109,7 @@ class HardMaskMethod(SparseMethod):
         if isinstance(self.times.every, int) and times.only_at_its_ends:
             rank_zero_warn(
                 f"{type(self).__name__}: update_every is {times.every} steps, but updates begin at step {times.first}"
-                f" and end at step {times.stop}: masks change only there, all at once. Give a smaller update_every, or"
+                f" and end at step {times.stop}: masks change only at these steps. Give a smaller update_every, or"
                 " a fraction of training."
             )
 

@@ -1,4 +1,4 @@
-"""What a method answers, and what can be read of it; no hook of Lightning's is here."""
+"""The interface of a method: the questions that it answers, and its public attributes; no hook of Lightning's."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _PATIENCE = 100
 
 @method
 class Method(TrainerCallback, ABC):
-    """A method of sparse training: the questions that it answers, and what can be read of it.
+    """A method of sparse training: the questions that it answers, and its public attributes.
 
-    :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, at which it is asked.
+    :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, which ask these questions.
 
     Attributes:
         paper: Where the method is defined.

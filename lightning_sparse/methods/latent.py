@@ -270,8 +270,8 @@ class LatentMethod(SparseMethod):
         set_like_its_user(twin, group, self.twin_settings())
         if group in self.run.steps.differentiated:
             self.warn_once(
-                f"{type(twin).__name__} differentiates gradients, and what {type(self).__name__} learns beside the"
-                " weights has gradients in closed form, so plain SGD of the same learning rate steps it"
+                f"{type(twin).__name__} differentiates gradients, but the parameters that {type(self).__name__} learns"
+                " beside the weights have gradients in closed form, so plain SGD with the same learning rate steps them"
             )
             descend(twin)
         else:
@@ -344,7 +344,7 @@ class LatentMethod(SparseMethod):
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         check_budgets(self.groups, self.state_key)
         if fault := wrong_names(state["asleep"], [weight.name for weight in self.weights]):
-            refuse(f"The checkpoint is damaged: what it holds of sleeping values {fault}")
+            refuse(f"The checkpoint is damaged: its record of pruned values {fault}")
         for weight in self.weights:
             self._begin(weight, self._dense_values(weight, state["asleep"]))
         for group in self.groups:
@@ -359,7 +359,7 @@ class LatentMethod(SparseMethod):
         expected = weight.numel if self.shrinks else weight.numel - weight.num_active
         if values is None or values.numel() != expected:
             raise MisconfigurationException(
-                f"The checkpoint holds {0 if values is None else values.numel()} sleeping values of {weight.name}, but"
+                f"The checkpoint holds {0 if values is None else values.numel()} pruned values of {weight.name}, but"
                 f" its mask prunes {expected}. The file is cut short; resume from an earlier one."
             )
         if weight.layout.is_whole:
@@ -374,15 +374,15 @@ class LatentMethod(SparseMethod):
     def _load_learned(self, learned: Mapping[str, Tensor], twins: Sequence[Mapping[str, Any]]) -> None:
         mine = self._kept.parameters
         if fault := wrong_names(learned, mine):
-            refuse(f"The checkpoint is damaged: what it holds of learned values {fault}")
+            refuse(f"The checkpoint is damaged: its record of learned values {fault}")
         layouts = self._layouts_of_learned()
         learned = {name: taken_like(learned[name], value, layouts.get(id(value))) for name, value in mine.items()}
         damaged = [name for name, value in mine.items() if learned[name].shape != value.shape]
         own = [self._kept.twins[group] for group in self.groups if group in self._kept.twins]
         if damaged or len(twins) != len(own):
             raise MisconfigurationException(
-                f"The checkpoint is cut short: it lacks what was learned of {', '.join(damaged) or 'no weight'} or the"
-                " state of its optimizers. Resume with the module that wrote it, or from an earlier checkpoint."
+                f"The checkpoint is cut short: it lacks the values learned for {', '.join(damaged) or 'no weight'} or"
+                " the state of its optimizers. Resume with the module that wrote it, or from an earlier checkpoint."
             )
         for name, value in mine.items():
             value.copy_(learned[name])

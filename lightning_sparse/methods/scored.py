@@ -314,14 +314,14 @@ class ScoredMethod(HardMaskMethod, ABC):
         mask = self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs)
         if not self.grows and (woken := weight.count(mask & ~weight.mask)):
             raise MisconfigurationException(
-                f"{type(self).__name__} goes on from a mask of {weight.name} that the pattern {self.shape} does not"
-                f" fit: it would train {woken:,} of its zeros again. Go on with pattern='any', or with a method that"
-                " grows weights."
+                f"{type(self).__name__} starts from a mask of {weight.name} that does not satisfy the pattern"
+                f" {self.shape}: it would train {woken:,} of the zeros again. Use pattern='any', or a method that grows"
+                " weights."
             )
         weight.mask.copy_(mask)
 
     def _warn_of_starved(self, group: MaskGroup, budgets: Sequence[int]) -> None:
-        """Warn of small layers that the same sparsity as all others leaves hardly a weight."""
+        """Warn of small layers that keep hardly any weights at the same sparsity as all others."""
         starved = [
             f"{weight.name} ({budget} of {weight.numel})"
             for weight, budget in zip(group, budgets, strict=True)
@@ -329,8 +329,9 @@ class ScoredMethod(HardMaskMethod, ABC):
         ]
         if starved:
             self.warn_once(
-                f"pruned like all other layers, {', '.join(starved)} will have less than one weight to {_STARVED}"
-                " outputs, and let hardly anything through. Give allocation='erk', or leave it dense with exclude="
+                f"with the same sparsity as all other layers, {', '.join(starved)} will have fewer than one weight for"
+                f" every {_STARVED} outputs, and hardly any signal passes. Give allocation='erk', or leave it dense"
+                " with exclude="
             )
 
     def _draw(self, group: MaskGroup, sparsity: float) -> None:
@@ -383,6 +384,6 @@ def _check_never_falls(schedule: Schedule) -> None:
     for before, after in pairwise(values):
         if after < before:
             raise ValueError(
-                f"sparsity falls from {before:g} to {after:g} along {schedule}, but what is pruned stays pruned. Give a"
+                f"sparsity falls from {before:g} to {after:g} along {schedule}, but pruned weights stay pruned. Give a"
                 " schedule that never falls, or a method that grows weights."
             )

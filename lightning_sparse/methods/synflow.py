@@ -91,7 +91,7 @@ class SynFlow(AtInitialization):
     @override
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
         if is_sharded(candidate.parameter):
-            return "sharded: SynFlow differentiates the module beside its training, which FSDP2 cannot do; take SNIP"
+            return "sharded: SynFlow differentiates the module outside of training, which FSDP2 cannot do; use SNIP"
         return super().refuses(candidate, is_last=is_last)
 
     @override

@@ -115,14 +115,17 @@ class Gains:
         return sum(gain.num_zeros for gain in self.layers if gain.is_pointwise)
 
     def sentences(self) -> Iterator[str]:
-        """What can be said of the whole network, one sentence each."""
+        """What the zeros of the whole network gain, one sentence each."""
         yield (
             f"A sparse file takes about {_megabytes(self.sparse_nbytes)} of {_megabytes(self.nbytes)} MB"
             f" ({self.nbytes / max(1, self.sparse_nbytes):.1f} times smaller)."
         )
         zeros = sum(gain.num_zeros for gain in self.layers)
         if self.pointwise_zeros:
-            yield f"{self.pointwise_zeros:,} of {zeros:,} zeros are in 1 × 1 convolutions: torch alone can use them."
+            yield (
+                f"{self.pointwise_zeros:,} of {zeros:,} zeros are in 1 × 1 convolutions, which accelerate can use"
+                " without llvmlite."
+            )
         if self.units is not None and self.units.obstacle:
             yield f"shrink cannot remove dead units: the module cannot be traced ({printable(self.units.obstacle)})."
         elif self.units is not None:
@@ -135,12 +138,12 @@ class Gains:
             name = "uniform" if fewer == self.uniform_flops else "ERK"
             if more > 1.01 * fewer:
                 yield (
-                    f"Shared out anew, as many weights would take {self.uniform_flops:,} FLOPs uniform and"
-                    f" {self.erk_flops:,} by ERK: {name} would be the faster, {more / fewer:.2f} times."
+                    f"With the same number of weights, uniform sparsity would take {self.uniform_flops:,} FLOPs and ERK"
+                    f" {self.erk_flops:,}: {name} would need {more / fewer:.2f} times fewer."
                 )
 
     def table(self) -> Table:
-        """What can be said of each layer, for a terminal."""
+        """What the zeros of each layer gain, as a table for a terminal."""
         table = Table()
         table.add_column("layer", overflow="fold")
         for header in GAINS:
@@ -157,7 +160,7 @@ def _share_of_two_of_four(rows: Tensor) -> float:
 
 
 def _flops_by_allocation(layers: Sequence[Layer]) -> tuple[int, int] | tuple[None, None]:
-    """Operations with the same number of active weights, in equally sparse layers and in those of ERK."""
+    """FLOPs with the same number of active weights, with uniform sparsity and with ERK."""
     dense = [layer.dense_flops for layer in layers]
     sizes = [layer.value.numel() for layer in layers]
     if any(flops is None for flops in dense) or not all(sizes):
