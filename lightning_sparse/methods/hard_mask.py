@@ -48,11 +48,11 @@ class HardMaskMethod(SparseMethod):
 
     @abstractmethod
     def update_masks(self, group: MaskGroup) -> None:
-        """Write new masks into ``group.mask``, on the gradients of its weights, all finite."""
+        """Write new masks into ``group.mask``; the gradients of its weights are all finite."""
 
     @property
     def replaces_step(self) -> bool:
-        """Whether the optimizer takes no step where masks are updated."""
+        """Whether the optimizer takes no step at an update of the masks."""
         return False
 
     @property
@@ -68,11 +68,11 @@ class HardMaskMethod(SparseMethod):
         return True
 
     def waits(self, group: MaskGroup) -> bool:
-        """Whether the optimizer takes no step either while masks are still to come."""
+        """Whether the optimizer also takes no steps until the masks are chosen."""
         return False
 
     def observe(self, weight: MaskedWeight) -> None:
-        """Look at a gradient, dense and finite, before it is masked; at every step."""
+        """Read a gradient, dense and finite, before it is masked; called at every step."""
 
     def observes(self, group: MaskGroup) -> bool:
         """Whether :meth:`observe` is to be called at this step."""

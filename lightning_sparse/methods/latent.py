@@ -1,10 +1,10 @@
-r"""Methods whose pruned weights sleep: their values are kept, and can wake.
+r"""Methods that keep the values of pruned weights, so that these can become active again.
 
-Between steps a parameter holds the :meth:`~LatentMethod.effective` weight, :math:`W \odot M` as a rule, so that
-forward, validation, averages, checkpoints and export see a sparse module. At the step the dense :math:`W` is laid back,
-the gradient is rewritten in closed form, the optimizer steps, and the effective weight is laid in again. Module,
-``state_dict`` keys, optimizer and scheduler are untouched, nothing is added to the loss, and nothing more is
-communicated: what is computed from the all-reduced gradient is equal on every rank.
+Between steps, a parameter holds the :meth:`~LatentMethod.effective` weight, usually :math:`W \odot M`, so that forward
+passes, validation, averages, checkpoints and export see a sparse module. For a step, the dense :math:`W` is written
+back, the gradient is rewritten in closed form, the optimizer steps, and the effective weight is written again. Module,
+``state_dict`` keys, optimizer and scheduler do not change, nothing is added to the loss, and there is no extra
+communication: everything computed from the all-reduced gradient is equal on every rank.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class _Learned:
 
 @method
 class LatentMethod(SparseMethod):
-    """Keeps the dense weights beside the sparse ones that the module holds.
+    """A method that keeps the dense weights in addition to the sparse ones in the module.
 
     Attributes:
-        shrinks: Whether active weights too differ from the dense ones, so that checkpoints need all of these.
+        shrinks: Whether active weights also differ from the dense ones, so checkpoints must hold all dense weights.
     """
 
     clears_gradients: ClassVar[bool] = False
@@ -87,22 +87,22 @@ class LatentMethod(SparseMethod):
         Args:
             weight: The weight; its gradient is there.
             latent: The dense W.
-            scale: By how much the gradient is scaled. What the method adds is scaled alike; the gradients of what it
-                learns beside the weights, which it sets here, are not.
+            scale: The scale of the gradient. Terms that the method adds must have the same scale. The gradients of
+                parameters that it learns beside the weights, which it sets here, are not scaled.
         """
 
     # What a method may add.
 
     def effective(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
-        """What the module computes with: W ⊙ M, where a method does not say otherwise."""
+        """The weight that the module computes with; W ⊙ M by default."""
         return latent.masked_fill(~weight.mask, 0.0)
 
     def written(self, weight: MaskedWeight, value: Tensor) -> Tensor:
-        """The inverse of :meth:`effective` where weights are active: the dense W of what somebody else has written."""
+        """The inverse of :meth:`effective` for active weights: the dense W for values that other code has written."""
         return value
 
     def learned(self, weight: MaskedWeight) -> Tensor | None:
-        """First values of what is learned beside ``weight``, stepped by an optimizer like the weight's own."""
+        """Initial values of parameters learned beside ``weight``, stepped by an optimizer like the weight's own."""
         return None
 
     def layout_of_learned(self, weight: MaskedWeight) -> Layout | None:
@@ -110,7 +110,7 @@ class LatentMethod(SparseMethod):
         return None
 
     def twin_settings(self) -> Mapping[str, Any]:
-        """In what the optimizer of what is learned differs from the weight's own, by the names in its groups."""
+        """Settings in which the optimizer of the learned parameters differs from the weight's, by their names."""
         return {}
 
     def without_gradient(self, weight: MaskedWeight, scale: float) -> None:
@@ -141,7 +141,7 @@ class LatentMethod(SparseMethod):
     # What can be read.
 
     def latent(self, weight: MaskedWeight) -> Tensor:
-        """The dense values of ``weight``, awake and asleep."""
+        """The dense values of ``weight``, active and pruned."""
         return self._kept.latent[weight.name]
 
     @property
