@@ -1,4 +1,4 @@
-"""The command ``lightning-sparse``: train from a recipe or any YAML file, and look at checkpoints and their masks."""
+"""The command ``lightning-sparse``: train from a recipe or any YAML file, and inspect checkpoints and their masks."""
 
 from __future__ import annotations
 

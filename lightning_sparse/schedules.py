@@ -170,17 +170,17 @@ class Exponential(_OfNumbers):
 class Cyclic(_OfNumbers):
     r"""A sparsity that falls and rises again, cycle after cycle, and begins and ends each cycle at ``sparsity``.
 
-    At position :math:`x` of a cycle, with density :math:`d = 1 - s` and :math:`m` times as many weights at its peak,
+    At position :math:`x` of a cycle, with density :math:`d = 1 - s` and :math:`m` times that density at the peak,
 
     .. math:: d(x) = d + \bigl(\min(1, m d) - d\bigr)\, w(x), \qquad
         w(x) = \tfrac12 (1 - \cos 2 \pi x) \;\text{or}\; 1 - |1 - 2x|
 
     Args:
         sparsity: The sparsity between cycles and after the last, in [0, 1).
-        cycles: How many cycles there are.
+        cycles: Number of cycles.
         length: Length of the first cycle, as a fraction of the schedule's time.
-        growth: How many times longer each cycle is than the one before.
-        multiplier: How many times as many weights are active in the middle of a cycle, at least 1.
+        growth: Ratio of a cycle's length to that of the cycle before.
+        multiplier: Factor of the number of active weights in the middle of a cycle, at least 1.
         shape: How density rises and falls: along a cosine or evenly.
 
     Raises:

@@ -16,14 +16,14 @@ Duration = int | float
 
 @dataclass(frozen=True)
 class UpdateTimes:
-    """When masks are updated: every so often from ``start`` to ``stop``, and at ``stop`` itself.
+    """The times of updates: at regular intervals from ``start`` to ``stop``, and at ``stop`` itself.
 
     Args:
         every: Time between updates, at least one step.
         start: Time of the first update.
         stop: Time of the last update.
-        least: Steps that there are between updates at least, where ``every`` is a fraction.
-        before: Times of updates before ``start``, at another pace.
+        least: The least number of steps between updates if ``every`` is a fraction.
+        before: Times of updates before ``start``, with another interval.
 
     Raises:
         ValueError: A duration is negative, a fraction is above 1, or ``stop`` comes before ``start``.

@@ -183,7 +183,7 @@ def test_operations_of_what_is_not_listed_count_in_the_total() -> None:
     nn.init.eye_(square.layer.weight)
     result = report(square, torch.ones(3, 4))  # 2 * 3 * 16 dense, 2 * 3 * 4 sparse, and 2 * 3 * 4 * 3
     assert (result.flops, result.dense_flops) == (24 + 72, 96 + 72)
-    assert "72 of them in what is not listed" in str(result)
+    assert "72 of them in layers that are not listed" in str(result)
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])

@@ -166,7 +166,7 @@ class _Acceleration:
         times = compare(calls, budget=self.seconds, rounds=11, device=self.device)
         fast, best = min((times[str(number)], made) for number, made in enumerate(candidates))
         if times["dense"] < LEAST_GAIN_OF_THE_WHOLE * fast:
-            return self._as_it_is(f"The fastest that was tried takes {fast / times['dense']:.2f} of the dense time")
+            return self._as_it_is(f"The fastest variant takes {fast / times['dense']:.2f} of the dense time")
         assert best.recipe is not None
         if best.recipe.threads != self.threads:
             self._note("Sparse layers compute on one thread, which was faster than on several.")
@@ -257,7 +257,7 @@ class _Acceleration:
             return None
         difference = _difference(outputs, self.outputs)
         if difference > 1:
-            self._note(f"One variant was dropped: its outputs differ {difference:.1g} times as much as is allowed.")
+            self._note(f"One variant was dropped: its outputs differ by {difference:.1g} times the allowed error.")
             return None
         return made
 
@@ -355,7 +355,7 @@ def _checked_threads(threads: int | None) -> int:
 
 def _checked_seconds(seconds: Any) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-        raise ValueError(f"seconds is {seconds!r}; give how long the whole is timed, a number above 0, as in 1.0.")
+        raise ValueError(f"seconds is {seconds!r}; give the time for the whole network, a number above 0, such as 1.0.")
     return float(seconds)
 
 
@@ -371,21 +371,21 @@ def _checked_kernels(kernels: str | None) -> str:
 
 
 def _checked_device(module: nn.Module) -> str:
-    """Return the one device of a module: the CPU, or a GPU of NVIDIA."""
+    """Return the one device of a module: the CPU, or an NVIDIA GPU."""
     if not isinstance(module, nn.Module):
         raise ValueError(f"accelerate was given {type(module).__name__}; give a torch.nn.Module.")
     if isinstance(module, AcceleratedModule):
         raise ValueError(
-            "The module is accelerated already. Call refresh() if its weights were written, or give the module that it"
-            " was made of."
+            "The module is accelerated already. Call refresh() if its weights have changed, or give the original"
+            " module."
         )
     lazy = next((name for name, parameter in module.named_parameters() if nn.parameter.is_lazy(parameter)), None)
     if lazy is not None:
-        raise ValueError(f"{lazy} has no values yet; call the module once, which gives it its shape.")
+        raise ValueError(f"{lazy} has no values yet; call the module once to give it a shape.")
     devices = sorted({str(parameter.device) for parameter in module.parameters()}) or ["cpu"]
     if len(devices) > 1 or not devices[0].startswith(("cpu", "cuda")):
         raise ValueError(
-            f"The module is on {', '.join(devices)}; sparse kernels are for CPUs, and 2:4 for one GPU of NVIDIA. Give a"
+            f"The module is on {', '.join(devices)}; sparse kernels run on a CPU, and 2:4 on one NVIDIA GPU. Give a"
             " copy on one of them."
         )
     return devices[0]

@@ -30,9 +30,9 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
     """
     joined: Any = attention.in_proj_weight
     if joined is None:
-        return "torch computes attention whose keys and values differ in size from the queries"
+        return "its keys or values differ in size from the queries, which only torch computes"
     if attention.bias_k is not None or attention.add_zero_attn:
-        return "torch computes attention to constants"
+        return "it attends to constants (bias_k, add_zero_attn), which only torch computes"
     return None
 
 

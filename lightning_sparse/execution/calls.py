@@ -1,4 +1,4 @@
-"""How a module that was accelerated may be called: as its graph takes it, or it says what it was accelerated for."""
+"""Checks that an accelerated module is called with arguments that fit its graph."""
 
 from __future__ import annotations
 

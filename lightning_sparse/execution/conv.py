@@ -1,4 +1,4 @@
-"""Convolutions with zeros, executed sparsely: 1 x 1 by torch alone, all others by offsets on padded planes."""
+"""Convolutions with zeros, executed sparsely: all by offsets on padded planes; 1 x 1 also by torch's sparse product."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def why_dense(conv: nn.Conv2d, kernels: str) -> str | None:
     Example:
         >>> from torch import nn
         >>> why_dense(nn.Conv2d(3, 8, 3, stride=3), "llvm")
-        'torch computes strides other than 1 and 2'
+        'its stride is not 1 or 2, so only torch computes it'
     """
     if kernels != "llvm":
         pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
         pointwise = pointwise and conv.padding in ((0, 0), "same", "valid")
-        return None if pointwise else "torch alone executes 1 x 1 convolutions without stride and groups"
+        return None if pointwise else "without llvmlite, only 1 x 1 convolutions without stride and groups are sparse"
     if conv.stride not in ((1, 1), (2, 2)):
-        return "torch computes strides other than 1 and 2"
+        return "its stride is not 1 or 2, so only torch computes it"
     if conv.padding_mode != "zeros":
-        return f"padding with {conv.padding_mode} is computed by torch"
+        return f"its padding is {conv.padding_mode}, which only torch computes"
     if isinstance(conv.padding, str) and any(reach % 2 for reach in _reach(conv)) and conv.padding == "same":
-        return "'same' padding of an even window is computed by torch"
+        return "it has 'same' padding of an even window, which only torch computes"
     return None
 
 
@@ -156,8 +156,8 @@ class SparseConv2d(StandIn):
 
     Args:
         conv: The dense layer, whose weights are copied.
-        kernels: ``llvm``, or ``torch_csr`` for 1 x 1 convolutions; the fastest, if none is named.
-        threads: How many threads compute; as many as torch's now, if none is given.
+        kernels: ``llvm``, or ``torch_csr`` for 1 x 1 convolutions; by default the fastest that is installed.
+        threads: Number of threads; by default torch's current number.
 
     Raises:
         ValueError: The layer cannot be executed sparsely, or the kernels are not installed.

@@ -288,8 +288,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _check_metadata(metadata: Mapping[str, str], path: Path) -> None:
     if metadata.get("format") != _FORMAT:
         raise SparseFileError(
-            f"{path} is in the safetensors format, and is no sparse file. Sparse files are written by save_sparse and"
-            " by `lightning-sparse export`; safetensors.torch.load_file reads others."
+            f"{path} is in the safetensors format, but is not a sparse file. Sparse files are written by save_sparse or"
+            " `lightning-sparse export`; safetensors.torch.load_file reads others."
         )
     if metadata.get("version") != _VERSION:
         version = printable(metadata.get("version", "unknown"))[:40]

@@ -1,4 +1,4 @@
-"""The layers of a module that could be executed sparsely: which they are, and how long each takes both ways."""
+"""The layers of a module that could be executed sparsely, and the time of each, dense and sparse."""
 
 from __future__ import annotations
 

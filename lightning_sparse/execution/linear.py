@@ -42,8 +42,8 @@ class SparseLinear(StandIn):
 
     Args:
         steps: The layers; the outputs of each are the inputs of the next.
-        kernels: One of :func:`~lightning_sparse.execution.kernels.available_kernels`; the fastest, if none is named.
-        threads: How many threads compute; as many as torch's now, if none is given.
+        kernels: One of :func:`~lightning_sparse.execution.kernels.available_kernels`; by default the fastest.
+        threads: Number of threads; by default torch's current number.
         flatten: Whether all dimensions of the input but the first are one row.
 
     Raises:

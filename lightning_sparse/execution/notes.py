@@ -1,4 +1,4 @@
-"""What a sparse file says of its tensors, as JSON, and nothing of which is believed before it was looked at."""
+"""Notes of a sparse file on its tensors, as JSON; every note is checked before it is used."""
 
 from __future__ import annotations
 

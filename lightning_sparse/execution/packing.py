@@ -1,8 +1,7 @@
-"""One tensor as what is stored of it: the values that are not zero, and where they are. Bit for bit.
+"""Packing of one tensor into its nonzero values and their places, bit for bit.
 
-What counts as zero is the pattern of bits, all of which are 0, so infinities, payloads of NaN and values below the
-normal range come back as they were. Zeros with a minus sign, of which a product of weights and a mask has many, have
-positions and no values.
+An entry is zero if all its bits are 0, so infinities, payloads of NaN and subnormal values come back unchanged.
+Negative zeros, of which a product of weights and a mask has many, are stored as places without values.
 """
 
 from __future__ import annotations

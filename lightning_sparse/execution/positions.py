@@ -1,8 +1,8 @@
-"""Where the non-zeros of a flat tensor are, in few bytes: as gaps between them, or as a bit for each place.
+"""The places of the nonzero entries of a flat tensor in few bytes: as gaps between them, or as one bit for each place.
 
-Of gaps there is one for each position and one more, for the end: the number of places that are skipped before it. The
-largest number that a gap's type holds, 255 or 65535, means that so many places are skipped and none follows yet. So the
-gaps alone say how long the tensor is, and nobody can claim a large one with a small file.
+There is one gap for each position, and one for the end: the number of places that are skipped before it. The largest
+number of the gap's type, 255 or 65535, means that this many places are skipped and the gap continues. So the gaps
+determine the length of the tensor, and a small file cannot claim a large tensor.
 """
 
 from __future__ import annotations

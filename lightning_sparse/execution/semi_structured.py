@@ -163,7 +163,7 @@ def why_not_semi_structured(layer: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}; 2:4 is executed in float16 and bfloat16"
     rows, columns = MULTIPLES[weight.dtype]
     if weight.shape[0] % rows or weight.shape[1] % columns:
-        return f"its shape is no multiple of {rows} × {columns}"
+        return f"its shape is not a multiple of {rows} × {columns}"
     if beyond := groups_beyond_2_4(weight):
         return f"{beyond} groups of four have more than two weights; see project_to_2_4"
     return None

@@ -1,4 +1,4 @@
-"""How long calls take, compared on a noisy machine: in turns, over and over, and the quickest turn of each."""
+"""Timing of calls on a noisy machine: calls take turns in several rounds, and the fastest round of each counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pure tensor maths of sparse training: tensors in, tensors out. Imports torch and numpy alone."""
+"""Pure tensor maths of sparse training: tensors in, tensors out. Imports only torch and numpy."""
 
 from lightning_sparse.functional.allocation import erdos_renyi, erdos_renyi_kernel, num_active, uniform
 from lightning_sparse.functional.masks import multiplier, pack, unpack, zero_pruned_

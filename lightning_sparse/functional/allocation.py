@@ -1,4 +1,4 @@
-r"""Sharing a network's budget of active weights among its layers, in exact integers.
+r"""Allocation of a network's budget of active weights to its layers, in exact integers.
 
 Layer :math:`l` has :math:`n_l` weights and a score :math:`r_l`. Its budget is
 :math:`b_l = \min(n_l, \epsilon\, r_l n_l)` with the one :math:`\epsilon` for which :math:`\sum_l b_l = b`: a layer that
@@ -32,7 +32,7 @@ Shape = Sequence[int]
 def num_active(sparsity: float, numel: int) -> int:
     r"""The budget of ``numel`` weights at a sparsity: :math:`\lfloor (1 - s)\, n \rfloor`.
 
-    The sparsity is taken as the decimal that is written: ``num_active(0.9, 10)`` is 1, though ``(1 - 0.9) * 10`` is
+    The sparsity is used as the decimal that you write: ``num_active(0.9, 10)`` is 1, although ``(1 - 0.9) * 10`` is
     0.9999… in floating point.
 
     Args:
@@ -47,7 +47,7 @@ def num_active(sparsity: float, numel: int) -> int:
 
 
 def share(rate: float, numel: int, *, up: bool = False) -> int:
-    r"""A rate of ``numel`` weights: :math:`\lfloor r\, n \rfloor`, the rate taken as the decimal that is written.
+    r"""A fraction of ``numel`` weights: :math:`\lfloor r\, n \rfloor`, with the rate as the decimal that you write.
 
     Args:
         rate: Fraction in [0, 1].
@@ -65,7 +65,7 @@ def share(rate: float, numel: int, *, up: bool = False) -> int:
 
 
 def largest_feasible_sparsity(least: int, numel: int) -> str:
-    """The largest sparsity that leaves ``least`` of ``numel`` weights, rounded down to a decimal that does.
+    """The largest sparsity that keeps ``least`` of ``numel`` weights, rounded down to a short decimal.
 
     Example:
         >>> largest_feasible_sparsity(1, 3)
@@ -88,9 +88,9 @@ def uniform(
     Args:
         shapes: Shape of each layer's weight.
         total: Active weights of all layers together.
-        capacities: The most that each layer may hold; by default its number of weights.
-        min_active: The least that each layer must hold (or all of it, where it is smaller).
-        copies: How many layers of its shape each stands for, as a stack of experts does; they share one budget.
+        capacities: The largest budget of each layer; by default its number of weights.
+        min_active: The smallest budget of each layer; a smaller layer keeps all its weights.
+        copies: How many layers of the same shape each weight holds, such as a stack of experts; they share one budget.
 
     Returns:
         One budget for each layer; they sum to ``total``.
@@ -146,13 +146,13 @@ def erdos_renyi_kernel(
 def proportional(
     weights: Sequence[float], total: int, capacities: Sequence[int], minima: Sequence[int] | None = None
 ) -> list[int]:
-    """``total`` in proportion to ``weights``; what has no room in one goes to the others, in the same proportion.
+    """Shares of ``total`` in proportion to ``weights``; what exceeds a capacity goes to the others in proportion.
 
     Args:
-        weights: One for each layer, at least 0; where all are 0 they count as equal.
-        total: What is shared out, an integer.
-        capacities: The most that each may get.
-        minima: The least; 0 by default.
+        weights: One for each layer, at least 0; if all are 0, they count as equal.
+        total: The integer to divide.
+        capacities: The largest share of each layer.
+        minima: The smallest share of each layer; 0 by default.
 
     Returns:
         An integer for each; they sum to ``total``.
@@ -166,7 +166,7 @@ def proportional(
     """
     low = [0] * len(weights) if minima is None else minima
     if not sum(low) <= total <= sum(capacities):
-        raise ValueError(f"{total} cannot be shared out: {sum(low)} to {sum(capacities)} have a place.")
+        raise ValueError(f"{total} cannot be shared out: there is room for {sum(low)} to {sum(capacities)}.")
     # A layer with the weight 0 gets what nobody else has room for.
     least = max(weights, default=0.0) * 1e-12 or 1.0
     slopes = [max(weight, least) for weight in weights]

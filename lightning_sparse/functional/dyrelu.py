@@ -17,12 +17,12 @@ _SLOPE_RANGE, _INTERCEPT_RANGE = 1.0, 0.5  # λ_a and λ_b of the paper
 
 
 def dyrelu_coefficients(theta: Tensor, beta: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    r"""Slopes and intercepts from what the hyper-function says, drawn towards ReLU's as ``beta`` falls.
+    r"""Slopes and intercepts from the output of the hyper-function; they approach ReLU's as ``beta`` falls.
 
     .. math:: a_1 = 1 + \beta\,\theta_{a_1}, \qquad a_2 = \beta\,\theta_{a_2}, \qquad b_k = \tfrac12 \beta\,\theta_{b_k}
 
-    At :math:`\beta = 1` they are Dynamic ReLU's, at 0 ReLU's: :math:`\beta\,[a, b] + (1 - \beta)\,[1, 0, 0, 0]`. It is
-    the coefficients that are interpolated, not the outputs.
+    They are Dynamic ReLU's at :math:`\beta = 1` and ReLU's at 0: :math:`\beta\,[a, b] + (1 - \beta)\,[1, 0, 0, 0]`.
+    The coefficients are interpolated, not the outputs.
 
     Args:
         theta: Residuals :math:`2 \sigma(\cdot) - 1` in (-1, 1), shape ``(N, 4, C)``: of :math:`a_1, a_2, b_1, b_2`.

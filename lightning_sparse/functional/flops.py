@@ -1,7 +1,7 @@
 r"""Floating-point operations of a sparse network, relative to those of the same network dense.
 
 A layer of sparsity :math:`s` needs :math:`1 - s` of its dense operations, and a backward pass costs two forward passes.
-These are the operations that an ideal kernel would carry out. Masked dense kernels, which is what runs here, save none.
+These are the operations of an ideal kernel. The masked dense kernels that run here save none.
 
 References:
     Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, §4 and appendix H,
@@ -21,10 +21,10 @@ def sparse_flops(dense: Sequence[float], sparsity: Sequence[float], rest: float 
     Args:
         dense: The dense operations :math:`f_l` of each layer.
         sparsity: The sparsity :math:`s_l` of each layer, in [0, 1].
-        rest: The operations of all that has no mask.
+        rest: The operations of all layers without a mask.
 
     Raises:
-        ValueError: There are not as many sparsities as layers.
+        ValueError: The numbers of sparsities and layers differ.
 
     Example:
         >>> sparse_flops([100.0, 40.0], [0.75, 0.5], rest=5.0)
@@ -36,7 +36,7 @@ def sparse_flops(dense: Sequence[float], sparsity: Sequence[float], rest: float 
 
 
 def inference_flops(dense: Sequence[float], sparsity: Sequence[float], rest: float = 0.0) -> float:
-    r"""Operations of a forward pass over those of the dense network's, :math:`f_S / f_D`, in [0, 1].
+    r"""FLOPs of a forward pass relative to the dense network's, :math:`f_S / f_D`, in [0, 1].
 
     Takes the arguments of :func:`sparse_flops`.
 
@@ -51,16 +51,17 @@ def inference_flops(dense: Sequence[float], sparsity: Sequence[float], rest: flo
 
 
 def training_flops(sparse: float, dense: float, dense_gradients: float = 0.0) -> float:
-    r"""Operations of a training step over those of a dense one: :math:`(3 f_S + g) / 3 f_D`.
+    r"""FLOPs of a training step relative to a dense one: :math:`(3 f_S + g) / 3 f_D`.
 
-    Forward is :math:`f_S`, backward is :math:`2 f_S`. A step at which the gradients of pruned weights are needed too,
-    as RigL needs them to grow, computes them densely, for :math:`g = f_D - f_S` more. The mean over :math:`\Delta T`
-    steps without and one with is RigL's :math:`(3 f_S \Delta T + 2 f_S + f_D) / (\Delta T + 1)`.
+    The forward pass takes :math:`f_S`, the backward pass :math:`2 f_S`. If a step also needs the gradients of pruned
+    weights, as RigL does to grow, it computes them densely, which adds :math:`g = f_D - f_S`. The mean over
+    :math:`\Delta T` steps without and one step with dense gradients is RigL's
+    :math:`(3 f_S \Delta T + 2 f_S + f_D) / (\Delta T + 1)`.
 
     Args:
         sparse: Forward operations :math:`f_S` of the sparse network.
         dense: Forward operations :math:`f_D` of the dense network.
-        dense_gradients: What dense gradients add at this step: :math:`f_D - f_S` of the layers that need them.
+        dense_gradients: FLOPs that dense gradients add at this step: :math:`f_D - f_S` of the layers that need them.
 
     Raises:
         ValueError: There is no operation at all.

@@ -1,4 +1,4 @@
-"""Hashes of what tensors hold, computed where they lie: equal contents have equal hashes on every device."""
+"""Hashes of tensors' contents, computed on their device: equal contents have equal hashes on every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What selections among entries of several processes have in common, on CPUs and elsewhere."""
+"""Shared parts of selections over the entries of several processes, on CPUs and other devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks: counting their entries, zeroing what they prune, one bit a weight on disk.
+"""Masks: counting their entries, zeroing pruned entries, and packing into one bit per weight.
 
 A mask is a ``bool`` tensor, ``True`` = active.
 """
@@ -43,7 +43,7 @@ def count_true(mask: Tensor) -> int:
 
 
 def counts_true(masks: Sequence[Tensor]) -> list[int]:
-    """The number of ``True`` in each of several masks; from a device that is not the CPU, in one transfer.
+    """The number of ``True`` in each of several masks; from other devices than the CPU, in one transfer.
 
     Example:
         >>> counts_true([torch.tensor([True, False]), torch.tensor([False])])
@@ -96,9 +96,9 @@ def on_cpu(tensor: Tensor) -> bool:
 
 
 def multiplier(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as integers 1 and 0 of the width of ``dtype``: what :func:`zero_pruned_` multiplies by in the end.
+    """The mask as integers 1 and 0 of the width of ``dtype``, by which :func:`zero_pruned_` multiplies.
 
-    It takes the memory of a weight, and half the time of the mask itself.
+    It takes as much memory as a weight; :func:`zero_pruned_` with it takes half the time.
 
     Args:
         mask: ``bool``, any shape and strides, which are kept.
@@ -128,7 +128,7 @@ def memory_order(tensor: Tensor) -> list[int]:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """One bit a weight: eight entries of ``mask.flatten()`` to a byte, the first in the lowest bit.
+    """Pack a mask into one bit per weight: eight entries of ``mask.flatten()`` per byte, the first in the lowest bit.
 
     Args:
         mask: ``bool``, any shape.
@@ -159,8 +159,8 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
         ``bool``, of ``shape``, on the device of ``packed``.
 
     Raises:
-        ValueError: ``packed`` does not hold one bit for each entry of ``shape``, or that is no shape. Nothing has been
-            allocated then.
+        ValueError: ``packed`` does not hold one bit for each entry of ``shape``, or ``shape`` is not a shape. Nothing
+            has been allocated then.
 
     Example:
         >>> unpack(torch.tensor([5], dtype=torch.uint8), (3,))
@@ -172,13 +172,13 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def check_packed(packed: Tensor, shape: Sequence[int]) -> int:
-    """Whether :func:`unpack` would take these; nothing is allocated.
+    """Check that :func:`unpack` would accept these; nothing is allocated.
 
     Returns:
         The number of entries.
 
     Raises:
-        ValueError: ``packed`` does not hold one bit for each entry of ``shape``, or that is no shape.
+        ValueError: ``packed`` does not hold one bit for each entry of ``shape``, or ``shape`` is not a shape.
 
     Example:
         >>> check_packed(torch.tensor([5], dtype=torch.uint8), (3,))

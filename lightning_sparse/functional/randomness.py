@@ -1,9 +1,9 @@
-r"""Random numbers by place: what an entry draws depends on a key and on its place, and on nothing else.
+r"""Random numbers by index: an entry's number depends only on a key and on the entry's index.
 
-The generator is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), of
-which any output can be computed without those before it. Each process draws for the entries that it holds, and all
-processes together draw what one would. Its last step, ``bits ^= bits >> 31``, is left out: it changes none of the 24
-highest bits, which are taken.
+The generator is SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). Any of
+its outputs can be computed without the earlier ones. Each process draws for the entries that it holds, and together
+they draw the same numbers as one process. The last step of SplitMix64, ``bits ^= bits >> 31``, is left out: it changes
+none of the 24 highest bits, and only those are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Fill = Callable[[int, NDArray[np.uint64]], None]
 
 
 def uniform_by_place(key: int, places: Tensor) -> Tensor:
-    """A number in [0, 1) for each place, uniform and the same on every device.
+    """A uniform number in [0, 1) for each place, the same on every device.
 
     Args:
         key: Any integer; its lowest 64 bits choose the sequence.

@@ -75,19 +75,18 @@ def smallest(scores: Scores, k: int, among: Tensor, key: Key | None = None) -> T
     Equal scores are taken in the order of ``scores.flatten()``, so that every device and rank chooses the same ones.
 
     Args:
-        scores: Floating point, any shape. Or several flat tensors that are ranked together, in the order of their
-            entries from the first of the first to the last of the last.
-        k: How many to choose, at least 0.
-        among: ``bool``, the shape of ``scores``, or flat where there are several: the entries that may be chosen.
-        key: What is compared, entry by entry, instead of the scores themselves, such as :func:`torch.abs`. On a CPU it
+        scores: Floating point, any shape; or several flat tensors, which are ranked together as if concatenated.
+        k: Number of entries to choose, at least 0.
+        among: ``bool``, the shape of ``scores``, or flat if there are several tensors: the entries that may be chosen.
+        key: An element-wise function of the scores whose values are compared, such as :func:`torch.abs`. On a CPU it
             is called on parts of large tensors, which takes less time and memory than a tensor of all keys.
 
     Returns:
         ``bool``, the shape of ``among``.
 
     Raises:
-        ValueError: Fewer than ``k`` entries are eligible, or ``k`` is negative. On a GPU the first is not looked for,
-            because the CPU would have to wait for it at every layer: the mask then has fewer entries than ``k``.
+        ValueError: Fewer than ``k`` entries are eligible, or ``k`` is negative. On a GPU the first is not checked,
+            because the CPU would have to wait for the GPU at every layer; the mask then has fewer than ``k`` entries.
 
     Example:
         >>> scores = torch.tensor([4.0, 1.0, 2.0, -1.0])

@@ -1,6 +1,6 @@
-"""What masks look like, and how they change: counts of weights and neurons, and their ratios.
+"""Statistics of masks and their changes: counts of weights and neurons, and ratios of these counts.
 
-A mask is a ``bool`` tensor, ``True`` = active. Every function takes the masks of a whole network, one tensor a layer,
+A mask is a ``bool`` tensor, ``True`` = active. Every function takes the masks of a whole network, one tensor per layer,
 and reads them with one transfer from the device.
 """
 
@@ -44,7 +44,7 @@ def sparsity(masks: Sequence[Tensor]) -> float:
 def mask_change(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
     """The share of mask entries that differ between two times, in [0, 1].
 
-    A weight that moves, pruned here and grown there, is two entries.
+    If one weight is pruned and another is grown, two entries differ.
 
     Args:
         old: ``bool``, of any shapes.
@@ -84,7 +84,7 @@ def exploration_rate(ever_active: Sequence[Tensor]) -> float:
 
 
 def dead_neurons(rows: Sequence[Tensor]) -> float:
-    """The share of neurons and filters that have no input left, in [0, 1]; their number is in :func:`count_dead`.
+    """The share of neurons and filters without an active input, in [0, 1]; :func:`count_dead` gives their number.
 
     Args:
         rows: ``bool``, each of shape ``(outputs, fan-in)``: a mask as
@@ -131,7 +131,7 @@ def count_changed(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[int, in
 
 
 def count_shared(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[int, int]:
-    """How many weights are active in both, and how many in one of them at least: their ratio is Jaccard's index.
+    """How many weights are active in both, and how many in at least one; their ratio is the Jaccard index.
 
     Args:
         old: ``bool``, of any shapes.
@@ -150,7 +150,7 @@ def count_shared(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[int, int
 
 
 def count_dead(rows: Sequence[Tensor]) -> tuple[int, int]:
-    """How many neurons and filters have no input left, and how many there are.
+    """How many neurons and filters have no active input, and how many there are.
 
     Example:
         >>> count_dead([torch.tensor([[True, False], [False, False]])])

@@ -101,7 +101,7 @@ def _check_names(masks: Mapping[str, Tensor], source: str, plan: Plan) -> None:
         shown, near = ", ".join(map(printable, unknown)), names_near(unknown, known)
         raise ValueError(
             f"{source} has masks of {shown}, which the module does not have. Its parameters near them: {near}. Give the"
-            " module that the masks are of, which is the one that fit was given, or its masks."
+            " module that the masks belong to, which is the one given to fit, or masks of this module."
         )
 
 

@@ -145,7 +145,7 @@ def check_met(group: MaskPool) -> None:
     for weight, active in zip(group, group.counts([weight.mask for weight in group]), strict=True):
         if active != weight.budget:
             raise ValueError(
-                f"{weight.name} has {active} active weights after an update, but its budget is {weight.budget}. Scores"
-                " of NaN cannot be ranked: if there are some, training has diverged; lower the learning rate, or clip"
-                " gradients. Else the method did not choose as many as it was asked for."
+                f"{weight.name} has {active} active weights after an update, but its budget is {weight.budget}. If"
+                " scores are NaN, which cannot be ranked, training has diverged: lower the learning rate, or clip"
+                " gradients. If none is NaN, the method chose another number of weights than it was asked for."
             )

@@ -136,7 +136,7 @@ def masks_agree(group: MaskGroup) -> None:
 def _refuse_differing(differ: Sequence[str]) -> None:
     if differ:
         raise MisconfigurationException(
-            f"The masks of {enumerated(differ)} differ between the processes. Masks change in this callback alone: look"
+            f"The masks of {enumerated(differ)} differ between the processes. Only this callback changes masks: look"
             " for code that writes to them on some ranks only, or for parameters that are not synchronised."
         )
 

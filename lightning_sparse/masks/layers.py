@@ -79,7 +79,7 @@ _REASONS: dict[Part, str] = {
         "parametrized: zeros here need not be zeros of the weight; to mask it, remove the parametrization before fit"
     ),
 }
-_UNKNOWN = "to mask it, give its full name in include=, beside '*' for the rest"
+_UNKNOWN = "to mask it, give its full name in include=, with '*' for the rest"
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,7 @@ def obstacle_of_shards(tensor: Tensor) -> str:
         if _is_strided(placement) and tensor.shape[dim] % layout.divides(dim):
             return (
                 f"FSDP2 and tensor parallelism divide its dimension {dim} of {tensor.shape[dim]} into"
-                f" {layout.divides(dim)} parts that are not equal"
+                f" {layout.divides(dim)} parts that are not equal in size"
             )
     return ""
 

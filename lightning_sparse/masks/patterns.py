@@ -1,4 +1,4 @@
-"""Which masks are allowed within a layer: any, N of M, the same fan-in for all neurons, whole filters."""
+"""Which masks are allowed within a layer: any, N:M, the same fan-in for all neurons, whole filters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FEW = 8  # weights of a block that are compared with each other in less time th
 
 
 class Pattern(ABC):
-    """Chooses active weights of one layer, under a rule that its masks obey."""
+    """A rule for the masks of a layer; chooses active weights under this rule."""
 
     @abstractmethod
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
@@ -80,10 +80,10 @@ class AnyPattern(Pattern):
 @final
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """At most ``n`` of every ``m`` neighbours along the inputs, as accelerators execute them (2 of 4).
+    """At most ``n`` of every ``m`` neighbours along the inputs are active; GPUs execute 2:4.
 
-    While a budget is larger, a looser rule is met exactly: ``⌊m · budget / numel⌋`` of ``m``, or ``n``. A layer whose
-    inputs are no multiple of ``m`` stays dense.
+    If a budget allows more weights, a looser rule holds: ``⌊m · budget / numel⌋`` of ``m``, or ``n`` if that is larger.
+    A layer whose number of inputs is not a multiple of ``m`` stays dense.
 
     Args:
         n: Active weights of each block, at least 1.
@@ -91,7 +91,7 @@ class NofM(Pattern):
             of the kernel.
 
     Raises:
-        ValueError: They are not such numbers.
+        ValueError: Not 1 ≤ n < m.
 
     Example:
         >>> NofM(2, 4)
@@ -115,7 +115,7 @@ class NofM(Pattern):
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
         inputs = _inputs(candidate)
         if inputs % self.m:
-            return f"pattern: {inputs} inputs are no multiple of {self.m}"
+            return f"pattern: {inputs} inputs are not a multiple of {self.m}"
         layout = layout_of(candidate.parameter)
         parts = layout.divides(candidate.leading)
         if layout.cuts_rows(candidate.leading + 1) or inputs % (parts * self.m):
@@ -166,9 +166,9 @@ class NofM(Pattern):
 @final
 @dataclass(frozen=True)
 class ConstantFanIn(Pattern):
-    """The same number of active inputs for each neuron; neurons that are wholly pruned do not count.
+    """The same number of active inputs for each neuron, except for neurons that are pruned completely.
 
-    A budget of fewer weights than neurons leaves one input to as many of these, those with the largest scores.
+    If the budget is smaller than the number of neurons, the neurons with the largest scores keep one input each.
     """
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
@@ -211,9 +211,9 @@ class ConstantFanIn(Pattern):
 @final
 @dataclass(frozen=True)
 class Filters(Pattern):
-    """Whole output neurons or filters, by the Euclidean norm of their scores; the output layer stays dense.
+    """Whole output neurons or filters, ranked by the Euclidean norm of their scores; the output layer stays dense.
 
-    Every layer keeps one at least.
+    Every layer keeps at least one.
     """
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:  # noqa: D102
@@ -237,10 +237,10 @@ class Filters(Pattern):
 
 
 def as_pattern(value: Pattern | str) -> Pattern:
-    """A pattern as it is, or one from its short form: ``"any"``, or ``"2:4"`` for ``NofM(2, 4)``.
+    """A pattern object, unchanged, or the pattern of a short form: ``"any"``, or ``"2:4"`` for ``NofM(2, 4)``.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not a pattern.
 
     Example:
         >>> as_pattern("2:4")

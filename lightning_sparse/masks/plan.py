@@ -1,9 +1,9 @@
 """Which weights of a module are masked, and why the others are not: the plan.
 
-Masked are the weights of linear, convolution, recurrent and attention layers, and of stacks of experts. Left dense are
-biases, norms, embeddings, frozen and tied weights, those that a layer does not compute with as they are stored, and
-those of modules that are not known; ``include`` and ``exclude`` narrow the choice, and naming a weight or a module type
-in full admits one that the rules leave out.
+By default, the weights of linear, convolutional, recurrent and attention layers and of stacks of experts are masked.
+These stay dense: biases, norms, embeddings, frozen and tied weights, weights of unknown modules, and weights of layers
+that compute with other weights than they store. ``include`` and ``exclude`` narrow the choice. The full name of a
+weight or a module type in ``include`` masks a weight that the rules leave dense.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = [
 _REFUSALS = {
     "no shape yet": "The shape of {names} of {types} is not known yet. Run one batch through the module before fit,"
     " replace the lazy layer by one with known sizes, or leave it out with exclude=.",
-    "sharded": "Masks cannot follow how the entries of {names} are divided: by DeepSpeed, which hides the weights, or"
-    " by FSDP2 and tensor parallelism together into unequal parts. Use"
+    "sharded": "The entries of {names} are divided in a way that masks cannot follow: by DeepSpeed, which hides the"
+    " weights, or by FSDP2 and tensor parallelism together into unequal parts. Use"
     " ModelParallelStrategy, with numbers of processes that divide these dimensions, or strategy='ddp'.",
     "sparse gradients": "The gradients of {names} are sparse, and masks need dense ones. Build {types} with"
     " sparse=False, or leave it out of include=.",
@@ -55,9 +55,9 @@ class Plan(Sequence[Candidate]):
     """Every parameter of a module in order, each masked or with its reason; ``str(plan)`` is a table.
 
     Attributes:
-        remarks: What a user should be told when training begins, a sentence for each kind: that a large share of the
-            module stays dense because nobody knows its layers, that a pattern of ``include`` masks nothing, that layers
-            compute with other weights than they store.
+        remarks: Warnings for the start of training, one sentence of each kind: a large share of the module stays dense
+            because its layers are unknown; a pattern of ``include`` masks nothing; layers compute with other weights
+            than they store.
     """
 
     def __init__(self, candidates: Iterable[Candidate], remarks: Iterable[str] = ()) -> None:
@@ -157,30 +157,30 @@ def select_weights(
 ) -> Plan:
     """Decide for every parameter of ``module`` whether it is masked.
 
-    What a layer is does not depend on its class's name. Subclasses of torch's layers are masked as those are, linear
-    layers and stacks of experts of other libraries where they state their sizes (``in_channels`` and ``out_channels``,
-    ``num_experts``). A layer with a ``forward`` of its own that computes with other weights than it stores, as one that
-    standardises them, stays dense: a pruned weight would be no zero there. That is found out by a trial of the layer;
-    one that cannot be tried is masked, and named in :attr:`Plan.remarks`.
+    Layers are not recognised by the names of their classes. Subclasses of torch's layers are masked like these layers.
+    Linear layers and stacks of experts of other libraries are masked if attributes state their sizes (``in_channels``
+    and ``out_channels``, ``num_experts``). A layer whose own ``forward`` computes with other weights than it stores,
+    for example standardised ones, stays dense, because a pruned weight would not be zero there. A trial call of the
+    layer finds this out. A layer that cannot be tried is masked, and :attr:`Plan.remarks` names it.
 
     Args:
-        module: Any module; what wraps it, as DDP does, is left out of account.
-        include: Patterns; where given, only what matches one is masked. A pattern is a glob over the parameter's name
-            (``"encoder.*"``), the name of its module's type (``"Conv2d"``, base classes count), or a trait:
+        module: Any module; wrappers such as DDP are ignored.
+        include: Patterns; if given, only weights that match one are masked. A pattern is a glob over the parameter's
+            name (``"encoder.*"``), the name of its module's type (``"Conv2d"``; base classes match too), or a trait:
             ``"@depthwise"``, ``"@1x1"``, ``"@first"`` or ``"@last"``, the first or last weight that the rules mask, in
-            the order of the module's parameters. The full name of a parameter also admits what the rules leave out. So
-            does that of a type, for an embedding or an unknown module, and a pattern with a wildcard that matches
-            nothing else: ``["*", "Experts"]`` and ``["*", "*.experts.*"]`` mask those beside all others.
-        exclude: Patterns of what stays dense; it wins over ``include``.
-        frozen: Whether a plan will do whose weights are all frozen yet.
+            the order of the module's parameters. Three patterns also mask weights that the rules leave dense: the full
+            name of a parameter; the type of an embedding or an unknown module; and a pattern with a wildcard that
+            matches no other weights. So ``["*", "Experts"]`` and ``["*", "*.experts.*"]`` mask experts and all others.
+        exclude: Patterns of weights that stay dense; ``exclude`` takes precedence over ``include``.
+        frozen: Whether to accept a plan whose weights are all frozen.
 
     Returns:
         The plan, one entry for each name of each parameter.
 
     Raises:
-        MisconfigurationException: A pattern matches nothing, nothing is left to mask, or what would be masked cannot
-            be: it has no shape yet, is sharded, has sparse gradients, or lies in the memory of another parameter.
-        ValueError: ``include`` or ``exclude`` is no list of strings, or has an unknown selector.
+        MisconfigurationException: A pattern matches nothing, no weight is left to mask, or a weight cannot be masked:
+            it has no shape yet, is sharded, has sparse gradients, or shares the memory of another parameter.
+        ValueError: ``include`` or ``exclude`` is not a list of strings, or has an unknown selector.
 
     Example:
         >>> plan = select_weights(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))

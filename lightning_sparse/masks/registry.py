@@ -40,7 +40,7 @@ class Left:
     layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
 
     def masks_of(self, module: nn.Module) -> dict[str, Tensor]:
-        """The masks; empty where a pruned weight is no longer zero: the module then is another one.
+        """The masks; empty if a pruned weight is no longer zero, because the module has then changed.
 
         Where weights are sharded, these are of what this process holds, and every process must ask.
         """
@@ -65,7 +65,7 @@ class Left:
         return (layout.take(mask) if before is None else mask).to(parameter.device)
 
     def is_still_in(self, module: nn.Module) -> bool:
-        """Whether the weights are those of that time, to the bit; where they are sharded, every process must ask."""
+        """Whether the weights are still the same bit for bit; where they are sharded, every process must ask."""
         parameters = _parameters(module)
         others = self.fingerprint != _fingerprint(module, self.bits)
         return not _anywhere(others, [parameters[name] for name in self.bits if name in parameters])
@@ -143,7 +143,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
 
     @classmethod
     def forget(cls, module: nn.Module) -> Left | None:
-        """Let the next :meth:`of` make a new registry; those who hold this one keep it.
+        """Let the next :meth:`of` make a new registry; existing references keep this one.
 
         Returns:
             What the training has left, for those who want to know later whether it is still there.
@@ -249,14 +249,15 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
 
     @property
     def unshared_numel(self) -> int:
-        """Number of weights that there would be if each use of a shared one had its own."""
+        """Number of weights if each use of a shared weight had its own copy."""
         return sum(weight.unshared_numel for weight in self.values())
 
     @property
     def sparsity(self) -> float:
-        """Fraction that is not stored of the weights that have a mask; 0 before there is one.
+        """Fraction of zeros among the weights that have a mask; 0 before there is a mask.
 
-        Of weights that are shared, each use counts: it is the sparsity of an unshared network that stores as many.
+        Each use of a shared weight counts: this is the sparsity of a network that stores the same number of active
+        weights without sharing.
         """
         return 1.0 - self.num_active / self.unshared_numel if self else 0.0
 

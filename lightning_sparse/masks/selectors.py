@@ -1,4 +1,4 @@
-"""What ``include=`` and ``exclude=`` say: globs over names, types of modules, and traits such as ``"@depthwise"``."""
+"""The patterns of ``include=`` and ``exclude=``: globs over names, module types, and traits like ``"@depthwise"``."""
 
 from __future__ import annotations
 

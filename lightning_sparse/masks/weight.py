@@ -84,7 +84,7 @@ class MaskedWeight:
 
     @property
     def unshared_numel(self) -> int:
-        """Number of weights that the module would have here if each use had its own."""
+        """Number of weights if each use of a shared weight had its own copy."""
         return self.numel * self._candidate.uses
 
     @property
@@ -94,12 +94,12 @@ class MaskedWeight:
 
     @property
     def target_sparsity(self) -> float:
-        """Sparsity of the budget: what the method allows since its last update."""
+        """Sparsity of the budget that the method set at its last update."""
         return 1.0 - self.budget / self.numel
 
     @property
     def candidate(self) -> Candidate:
-        """Its entry in the plan."""
+        """The weight's entry in the plan."""
         return self._candidate
 
     @property
@@ -111,12 +111,12 @@ class MaskedWeight:
 
     @property
     def lies_as_its_mask(self) -> bool:
-        """Whether the value has the order in memory and the device of the mask."""
+        """Whether the value has the memory layout and the device of the mask."""
         value = self.value
         return value.stride() == self.mask.stride() and value.device == self.mask.device
 
     def follow(self, candidate: Candidate) -> None:
-        """Be the mask of another parameter of the same shape, which has taken this one's place in the module."""
+        """Become the mask of another parameter of the same shape that has replaced this one in the module."""
         self._candidate, self.parameter = candidate, candidate.parameter
 
     # How its entries are ranked and counted.
@@ -141,7 +141,7 @@ class MaskedWeight:
         return self.smallest(scores, k, among, key=selection.negated(key))
 
     def count(self, mask: Tensor) -> int:
-        """The number of ``True`` of the whole, of a mask shaped like :attr:`value`. A collective if sharded."""
+        """The number of ``True`` in a mask shaped like :attr:`value`, over all processes. A collective if sharded."""
         counted = counts_true([mask])
         return counted[0] if self.layout.is_whole else _sums(self.layout, counted, mask.device)[0]
 
@@ -165,12 +165,12 @@ class MaskedWeight:
         return counted[0] if self.layout.is_whole else _sums(self.rows_layout, counted, mask.device)[0]
 
     def sum_rows(self, rows: Tensor) -> Tensor:
-        """A number for each row, added up where the row lies in several processes, a collective then."""
+        """A number for each row, summed over processes if several hold parts of the row; then a collective."""
         return self.layout.sum_rows(rows, self._candidate.leading)
 
     @property
     def cuts_rows(self) -> bool:
-        """Whether a row lies in several processes."""
+        """Whether several processes hold parts of a row."""
         return self.layout.cuts_rows(self._candidate.leading)
 
     @property
@@ -183,8 +183,8 @@ class MaskedWeight:
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor``, shaped like :attr:`value`, as ``(outputs, fan-in)``: one row for each output neuron or filter.
 
-        Right for linear, (grouped, transposed) convolution and recurrent layers, where a row is one gate of one unit.
-        Where the weight is sharded, these are the rows and the part of each that this process holds.
+        This works for linear layers, (grouped, transposed) convolutions and recurrent layers, where a row is one gate
+        of one unit. If the weight is sharded, these are the rows, or parts of rows, that this process holds.
         """
         return self._candidate.rows(tensor)
 
@@ -215,7 +215,7 @@ class MaskedWeight:
         zero_pruned_(tensor, self._multiplier if as_wide else self.mask)
 
     def recount(self, num_active: int) -> None:
-        """Take the number of active weights, and make what follows from a new mask."""
+        """Set the number of active weights, and compute what depends on a new mask."""
         self.num_active = num_active
         if self.mask.numel() <= _SMALL:
             self._multiplier = multiplier(self.mask, self.parameter.dtype)

@@ -1,8 +1,8 @@
-"""Copies of the weights that someone averages (EMA, SWA): they too are sparse, whenever they are evaluated or saved.
+"""Averaged copies of the weights (EMA, SWA): they are kept sparse too, whenever they are evaluated or saved.
 
-Known averages are masked at every change of the masks, and an average of zeros is zero in between. Other modules that
-hold parameters of the same names and shapes may be averages of somebody's own, or a teacher that nobody touches: they
-are masked once training is seen to write to them.
+Known averages are masked at every change of the masks; in between, an average of zeros stays zero. Other modules with
+parameters of the same names and shapes may be the user's own averages, or a teacher that does not change. They are
+masked once training writes to them.
 """
 
 from __future__ import annotations

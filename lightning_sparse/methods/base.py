@@ -1,4 +1,4 @@
-"""What every method shares: the hooks, the clock, the masks' place in a training, checkpoints.
+"""What all methods share: the hooks, the clock, the handling of masks during training, and checkpoints.
 
 The training loop, with the points at which a method acts::
 
@@ -21,8 +21,8 @@ The training loop, with the points at which a method acts::
 The clock counts optimizer steps that were really taken. With several optimizers (manual optimization) it counts the
 batches in which one of them stepped.
 
-One method may go on where another has ended: given its checkpoint as ``ckpt_path``, or its module, it takes over the
-masks (``inherited``), and its own training, of which durations may be fractions, begins there.
+One method may continue where another has ended, from its checkpoint (``ckpt_path``) or its module. It takes over the
+masks (``inherited``), and its own training begins there; fractional durations refer to that training.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SparseMethod(Method):
     """A method of sparse training, as a callback.
 
     A subclass says what happens around a step (:meth:`before_step`, :meth:`after_step`, :meth:`step_skipped`), how
-    masks begin (:meth:`initialize_masks`) and what sparsity it aims at; the hooks are not to be overridden.
+    masks begin (:meth:`initialize_masks`) and which sparsity is its target; it must not override the hooks.
     """
 
     @final
@@ -244,7 +244,7 @@ def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[s
     theirs = {meta.name for meta in metas if meta.fx != "on_train_epoch_end" and (meta.logger or meta.on_epoch)}
     if same := sorted(theirs & values.keys()):
         method.warn_once(
-            f"the module logs {', '.join(same)} too, and what this callback logs takes its place. Log yours under"
+            f"the module also logs {', '.join(same)}, and this callback's values replace the module's. Log yours under"
             " another name"
         )
     if folders := sorted(key for key in theirs if any(key.startswith(f"{ours}/") for ours in values)):

@@ -1,4 +1,4 @@
-"""The start of a training, of all methods together, and its end."""
+"""The start of training, for all methods together, and its end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["begin_together", "leave"]
 
 @torch.no_grad()
 def begin_together(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let all methods of a Trainer plan, load and resolve; only then touch the module. All of them begin, or none.
+    """Let all methods of a Trainer plan, load and resolve before any changes the module. All of them begin, or none.
 
     Raises:
         Exception: One of them cannot, on this process or on another; everything is as it was before.
@@ -129,7 +129,7 @@ def _without_refused(method: Method, plan: Plan) -> Plan:
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise MisconfigurationException(
             f"{method!r} cannot mask any weight of this module: {some}{more}. Give another pattern, or a module that"
-            " it fits."
+            " fits it."
         )
     numel = sum(candidate.parameter.numel() for candidate in masked if candidate.name in reasons)
     total = sum(candidate.parameter.numel() for candidate in masked)
@@ -148,7 +148,7 @@ def _initialize(method: Method, run: Run) -> None:
             raise MisconfigurationException(
                 f"The mask left by an earlier training for {printable(weight.name)} has shape"
                 f" {tuple(inherited[weight.name].shape)}, but the weight has {tuple(weight.mask.shape)}. Train the"
-                " module that the masks are of."
+                " module that the masks belong to."
             )
     for group in run.groups:
         method.initialize_masks(group)

@@ -1,4 +1,4 @@
-"""What a method writes to checkpoints, and what a training can go on from."""
+"""A method's state in checkpoints, and the states that training can resume from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TOLERANCE = 0.005
 
 
 def state_of(method: Method) -> dict[str, Any]:
-    """What ``method`` has to say in a checkpoint that is written now; empty where it has never trained.
+    """The state of ``method`` for a checkpoint that is written now; empty if it has never trained.
 
     A collective where weights are sharded: process 0 then has all of it, and writes it.
     """
@@ -260,9 +260,9 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
             return Beginning(check_state(loaded.state, method.state_key, method.state_fields()), goes_on=True)
         if loaded.left is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise MisconfigurationException(
-                f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so training would go on"
+                f"The checkpoint {trainer.ckpt_path} holds no masks of {method.state_key}, so training would continue"
                 " dense. It was written with save_weights_only=True, without this callback, or with other include="
-                " and exclude=. To begin with its weights, load them with load_from_checkpoint and call fit without"
+                " and exclude=. To start from its weights, load them with load_from_checkpoint and call fit without"
                 " ckpt_path."
             )
     if run is not None and run.active and run.trainer() is trainer:
@@ -303,7 +303,7 @@ def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:
             its, last = 1 - active / numel, 1 - at_the_end / numel
             sentences.append(
                 f"the best checkpoint by {monitored}, {path.name}, has sparsity {its:.4f}, and training ended"
-                f" with {last:.4f}: it was saved before the last weights were pruned. Add a ModelCheckpoint() without"
+                f" at {last:.4f}: it was saved before the last weights were pruned. Add a ModelCheckpoint() without"
                 " monitor=, which keeps the last epoch, or let this one wait until the sparsity is reached, as the"
                 " documentation shows under 'Keep the best'"
             )

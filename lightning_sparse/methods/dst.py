@@ -103,7 +103,7 @@ class DST(LatentMethod):
         default=None,
         kw_only=False,
         metadata=doc(
-            "Strength of the regularizer, at least 0; it alone decides how sparse the network becomes. The authors'"
+            "Strength of the regulariser, at least 0; it alone decides how sparse the network becomes. The authors'"
             " values: 5e-4 for the LeNets, 5e-6 for VGG-16 on CIFAR-10."
         ),
     )
@@ -160,7 +160,7 @@ class DST(LatentMethod):
         if candidate.input_first and is_sharded(candidate.parameter):
             return (
                 "sharded: it stores its inputs first, and DST has a threshold for each output; leave it out of"
-                " fully_shard, or take another method for it"
+                " fully_shard, or use another method for it"
             )
         return super().refuses(candidate, is_last=is_last)
 
@@ -331,7 +331,7 @@ class DST(LatentMethod):
     @override
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         if fault := wrong_names(state["resets"], self._own.resets):
-            refuse(f"The checkpoint is damaged: what it holds of resets {fault}")
+            refuse(f"The checkpoint is damaged: its record of resets {fault}")
         self._own.resets |= state["resets"]
         self._own.unmoved |= set(state["unmoved"])
         steering = self._own.steering

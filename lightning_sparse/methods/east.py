@@ -3,18 +3,18 @@
 Paper:  Li et al., "Pushing the Limits of Sparsity: A Bag of Tricks for Extreme Pruning", TMLR 2025,
         https://arxiv.org/abs/2411.13545
 Code:   https://github.com/TensorStrike/ES2
-Differs from the authors' code, or is chosen where paper and code say nothing certain:
-    - The paper's cycles are not known: their number, length and height are the defaults of the code. So is the interval
-      of updates within a cycle (100 steps of some 88 000 there, a thousandth of training here).
-    - Masks are updated before the optimizer's step, on its gradients; there after it.
-    - Erdős–Rényi–Kernel budgets are solved exactly: what a full layer cannot hold goes to the others. There it is lost,
-      and no layer is sparser than a hundredth of the density asks for.
-    - Weights that sharing saves are counted by the modules that use them; the code's current density counts copies and
-      its target does not.
-    - The authors clip the norm of the dense gradient, which on ResNets is 10 to 1000 times that of the masked one at
-      first. ``gradient_clip_val`` of the Trainer clips the masked one; ``clip_dense_norm`` is the authors' way.
-    - A Dynamic ReLU that is not phased out yet (β = 1) is whole; one of the files that the authors have published
-      computes a plain ReLU there.
+Differs from the authors' code, or is our choice where paper and code are unclear:
+    - The paper does not describe its cycles. Their number, length and height are the defaults of the code, and so is
+      the interval of updates within a cycle (there 100 steps of some 88 000, here a thousandth of training).
+    - Masks are updated before the optimizer's step, with its gradients; there after the step.
+    - Erdős–Rényi–Kernel budgets are solved exactly: what exceeds a full layer goes to the other layers. There it is
+      lost, and the density of a layer is at least a hundredth of the target density.
+    - A shared weight counts once for each module that uses it, in the budget and in the sparsity. In the authors' code,
+      the current density counts each use, but the target does not.
+    - The authors clip the norm of the dense gradient, which on ResNets is at first 10 to 1000 times that of the masked
+      gradient. The Trainer's ``gradient_clip_val`` clips the masked gradient; ``clip_dense_norm`` does as the authors.
+    - Before phasing begins (β = 1), the ReLU is a full Dynamic ReLU; in one of the authors' published files it is a
+      plain ReLU then.
 """
 
 from __future__ import annotations
@@ -49,23 +49,24 @@ class EAST(GrowingMethod):
 
     - **DyReLU phasing**: activations begin as Dynamic ReLUs and end as ReLUs; see
       :class:`~lightning_sparse.modules.DyReLUPhasing`.
-    - **Weight sharing**: in residual stages later blocks reuse an earlier block's convolutions, so that the same number
-      of weights is spread over fewer places; see :class:`~lightning_sparse.modules.WeightSharing`.
+    - **Weight sharing**: in residual stages, later blocks reuse an earlier block's convolutions, so that the same
+      number of active weights makes fewer convolutions denser; see :class:`~lightning_sparse.modules.WeightSharing`.
     - **Cyclic sparsity**: before the usual exchange begins, density rises to ``multiplier`` times its value and falls
       back, ``cycles`` times; see :class:`~lightning_sparse.schedules.Cyclic`. Weights are grown by the dense gradient
-      and pruned by magnitude, to exact budgets for each layer; while cycles last, by what the budgets ask for alone.
+      and pruned by magnitude, to exact budgets for each layer. During the cycles, an update only follows the budgets.
 
-    After the cycles an exchange takes :math:`\lceil p_t n \rceil` of a layer's :math:`n` active weights, :math:`p_t`
-    being ``drop_fraction``.
+    After the cycles, an update exchanges :math:`\lceil p_t n \rceil` of a layer's :math:`n` active weights, where
+    :math:`p_t` is ``drop_fraction``.
 
-    The parts are callbacks and a schedule of their own and work with the other methods too: for example
+    The parts are separate callbacks and a schedule, and work with the other methods too: for example
     ``[FGGP(0.99), DyReLUPhasing()]`` or ``RigL(Cyclic(0.99))``.
 
-    The authors train with SGD (Nesterov 0.9, learning rate 0.1, a tenth of it after 1/2 and 3/4, weight decay 1e-4),
-    batch 128, 250 epochs, and clip the gradients' norm to 1, that of pruned weights included (``clip_dense_norm=1.0``).
+    The authors train for 250 epochs with batch size 128 and SGD (Nesterov momentum 0.9, learning rate 0.1, divided by
+    10 after 1/2 and 3/4 of training, weight decay 1e-4). They clip the norm of the gradients to 1, including those of
+    pruned weights (``clip_dense_norm=1.0``).
 
-    To find the channels of each ReLU, phasing takes a first training batch, which a data set that can be iterated over
-    only once has lost when training begins; a module's ``example_input_array`` avoids this.
+    To find the channels of each ReLU, phasing uses a first training batch. If the data set can be iterated over only
+    once, that batch is missing from training; a module's ``example_input_array`` avoids this.
 
     Measured with LeNet-300-100 on MNIST at 90, 95 and 99 % (4 epochs, one seed): it loses to one-shot magnitude
     pruning with fine-tuning at 90 and 95 %, by 0.4 and 0.7 points, and beats it at 99 %. It was made for residual
@@ -102,46 +103,45 @@ class EAST(GrowingMethod):
     sparsity: float | Schedule = field(
         kw_only=False,
         metadata=doc(
-            "Sparsity, in [0, 1), of the masked weights together, each use of a shared one counted; between cycles and"
-            " at the end it is exact. A schedule of your own needs ``cycles=0``."
+            "Sparsity, in [0, 1), of the masked weights together, where each use of a shared weight counts. It is exact"
+            " between cycles and at the end. Your own schedule needs ``cycles=0``."
         ),
     )
     cycles: int = field(default=2, metadata=doc("Number of cycles; 0 for none."))
     cycle_length: float = field(
-        default=0.2, metadata=doc("Length of the first, as a fraction of the time to ``stop``.")
+        default=0.2, metadata=doc("Length of the first cycle, as a fraction of the time to ``stop``.")
     )
-    cycle_growth: float = field(default=1.0, metadata=doc("How many times longer each cycle is than the one before."))
+    cycle_growth: float = field(default=1.0, metadata=doc("Ratio of a cycle's length to that of the cycle before."))
     multiplier: float = field(
-        default=3.0, metadata=doc("How many times as many weights are active in the middle of a cycle, at least 1.")
+        default=3.0, metadata=doc("Factor of the number of active weights in the middle of a cycle, at least 1.")
     )
     cycle_shape: CycleShape = field(default="cosine", metadata=doc('``"cosine"`` or ``"triangular"``.'))
     cycle_update_every: Duration = field(
         default=0.001,
         metadata=doc(
-            "Time between updates while cycles last; ``int`` = optimizer steps, ``float`` = fraction of training, 10"
-            " steps at least."
+            "Time between updates during the cycles; ``int`` = optimizer steps, ``float`` = fraction of training, at"
+            " least 10 steps."
         ),
     )
     phasing: bool | DyReLUPhasing | None = field(
-        default=True, metadata=doc("Whether ReLUs are phased; or the callback, to set its arguments.")
+        default=True, metadata=doc("Whether to use DyReLU phasing; or the callback, to set its arguments.")
     )
     sharing: bool | WeightSharing | None = field(
-        default=True, metadata=doc("Whether weights are shared; or the callback, to set its arguments.")
+        default=True, metadata=doc("Whether to share weights; or the callback, to set its arguments.")
     )
     clip_dense_norm: float | None = field(
         default=None,
         metadata=doc(
-            "The largest norm of all gradients of an optimizer, those of pruned weights included, above 0; larger"
-            " ones are clipped to it. Use it instead of the Trainer's ``gradient_clip_val``, which clips after the"
-            " masks."
+            "Clip the norm of all gradients of an optimizer, including those of pruned weights, to this value, above 0."
+            " Use it instead of the Trainer's ``gradient_clip_val``, which clips the masked gradients."
         ),
     )
     drop_fraction: float | Schedule = field(
         default=Cosine(0.5, 0.005),
-        metadata=doc("Fraction of a layer's active weights that an exchange drops, or a schedule of it."),
+        metadata=doc("Fraction of a layer's active weights that an update exchanges, or a schedule of it."),
     )
     update_every: Duration = field(
-        default=0.045, metadata=doc("Time between exchanges after the cycles: 4000 steps of some 88 000 in the code.")
+        default=0.045, metadata=doc("Time between updates after the cycles; in the code 4000 steps of some 88 000.")
     )
     stop: Duration = field(
         default=1.0,

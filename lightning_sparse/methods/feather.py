@@ -219,7 +219,7 @@ class Feather(LatentMethod):
             threshold = state.get(weight.name)
             if not isinstance(threshold, float) or not 0.0 <= threshold < math.inf:
                 raise MisconfigurationException(
-                    f"The checkpoint does not tell the threshold of {weight.name}. Resume from an earlier one."
+                    f"The checkpoint does not hold the threshold of {weight.name}. Resume from an earlier one."
                 )
             self._own.thresholds[weight.name] = threshold
 

@@ -227,12 +227,12 @@ class FixedMask(HardMaskMethod):
         if counts:
             shown = enumerated(f"{name} ({count:,})" for name, count in counts.items())
             self.warn_once(
-                f"zeros in weights that stay dense will be trained again: {shown}. Name them in include=, beside '*'"
+                f"zeros in weights that stay dense will be trained again: {shown}. List them in include=, with '*'"
                 " for the others, or give their masks"
             )
 
     def _read(self, given: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
-        """The masks by name, and whence they come."""
+        """The masks by name, and where they come from."""
         names = [weight.name for weight in (*self.weights, *self.run.plan.frozen)]
         if isinstance(given, Mapping):
             return as_named(given, names), "The mapping masks="
@@ -253,7 +253,7 @@ class FixedMask(HardMaskMethod):
             shown = ", ".join(map(printable, masks)) or "nothing"
             raise MisconfigurationException(
                 f"{source} has no mask for {', '.join(missing)}; it has masks of {shown}. To leave these dense, add"
-                f" exclude={[*(self.exclude or ()), *missing]}. If they come from a training that shared weights"
+                f" exclude={[*(self.exclude or ()), *missing]}. If the masks come from a run that shared weights"
                 " (EAST, WeightSharing), add WeightSharing() before FixedMask instead, with the arguments that it had"
                 " there."
             )

@@ -1,4 +1,4 @@
-"""What changes while a training runs: optimizers and parameters that are replaced, layers that thaw."""
+"""Changes during training: replaced optimizers and parameters, and layers that are unfrozen."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def _follow(
             f"{_names(followed)} was replaced by another parameter of the same shape, which now has its mask"
         )
     if added:
-        method.warn_once(f"{_names(added)} was replaced by a layer of another shape, which is masked anew")
+        method.warn_once(f"{_names(added)} was replaced by a layer of another shape, which has a new mask")
     if tied:
-        method.warn_once(f"{enumerated(tied)} is now tied to a weight that is masked already, and has the mask of that")
+        method.warn_once(f"{enumerated(tied)} is now tied to a weight that is masked already, and shares its mask")
     dense = [w for w in lost if w.name not in tied and w.name not in {one.name for one in added}]
     if dense:
         method.warn_once(

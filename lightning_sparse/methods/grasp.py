@@ -86,16 +86,16 @@ class GraSP(AtInitialization):
         module = self.run.module()
         if module is not None and by_fsdp(module).intersection(weight.parameter for weight in self.weights):
             raise MisconfigurationException(
-                "GraSP needs the second derivative of the loss, and FSDP2 lets nobody differentiate twice: it gathers"
-                " weights outside the graph of autograd, and takes their gradients out of it. Divide the layers by"
-                " tensor parallelism alone (parallelize_module), or take SNIP or SynFlow, which need first derivatives."
+                "GraSP needs the second derivative of the loss, which FSDP2 cannot compute: it gathers weights outside"
+                " autograd's graph, and takes their gradients out of it. Use tensor parallelism alone"
+                " (parallelize_module), or SNIP or SynFlow, which need first derivatives."
             )
         with torch.enable_grad():
             if not all(differentiates_twice(weight.parameter) for weight in self.weights):
                 raise MisconfigurationException(
-                    f"GraSP needs the second derivative of the loss, and torch {torch.__version__} loses it where"
-                    " layers are divided by tensor parallelism. Take a newer torch (2.14 has it), or SNIP or SynFlow,"
-                    " which need first derivatives."
+                    f"GraSP needs the second derivative of the loss, and torch {torch.__version__} loses it in layers"
+                    " under tensor parallelism. Use a newer torch (2.14 computes it), or SNIP or SynFlow, which need"
+                    " first derivatives."
                 )
 
     @property
@@ -135,7 +135,7 @@ class GraSP(AtInitialization):
             raise MisconfigurationException(
                 "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
                 f" {str(error).splitlines()[0]} Compute attention without fused kernels"
-                " (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)) and do not compile the module, or take SNIP or"
+                " (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)) and do not compile the module, or use SNIP or"
                 " SynFlow, which need no second derivative."
             ) from error
         for weight, its in zip(group, second, strict=True):

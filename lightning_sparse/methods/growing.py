@@ -127,7 +127,7 @@ class GrowingMethod(ScoredMethod, ABC):
                 scale = "" if self.initial_scale == "density" else ' give initial_scale="density",'
                 self.warn_once(
                     f"hardly any gradient reaches {enumerated(names)} through layers this sparse, so they will hardly"
-                    f" change. Normalise the network (BatchNorm, LayerNorm),{scale} or ask for less sparsity"
+                    f" change. Normalise the network (BatchNorm, LayerNorm),{scale} or give a lower sparsity"
                 )
 
     @override

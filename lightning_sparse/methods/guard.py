@@ -1,10 +1,10 @@
-"""The guard: whether pruned weights are still zero, whoever wrote between our hooks.
+"""The guard: whether pruned weights are still zero, whatever code writes between our hooks.
 
-Evidence is cheap and looked at in every step: the parameter that the module holds, its address, and autograd's counter
-of writes. In-place operations, ``load_state_dict`` and ``nn.init`` raise the counter; ``p.data = x`` and conversions
-move the address. What leaves neither (``p.data.add_()``, views of numpy) is found on a CPU by a look at some entries of
-each weight, in every step too; what writes to fewer, by :func:`count_awake`, which reads every weight and is therefore
-called now and then. On other devices, where a look would wait for what was sent there, that alone finds it.
+The guard checks cheap evidence at every step: the parameter that the module holds, its address, and autograd's version
+counter. In-place operations, ``load_state_dict`` and ``nn.init`` raise the counter; ``p.data = x`` and conversions
+change the address. Writes without such evidence (``p.data.add_()``, views of numpy) are found on a CPU by checking some
+entries of each weight, at every step too. :func:`count_awake` reads every weight, and finds what writes to fewer; it is
+therefore called only sometimes. On other devices, where a check would wait for the device, it alone finds such writes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _Mark = tuple[int, ...]
 
 @final
 class Guard:
-    """Remembers how the weights and gradients of a group looked when we last wrote to them.
+    """Remembers the state of a group's weights and gradients after our last write.
 
     Args:
         group: The weights.
 
     Attributes:
-        suspects: Whether somebody was caught who leaves no evidence, so that every weight is looked at in every step.
+        suspects: Whether a write without evidence was found; from then on, every weight is checked at every step.
     """
 
     def __init__(self, group: MaskGroup) -> None:
@@ -54,13 +54,13 @@ class Guard:
         self.note_weights()
 
     def note_weights(self) -> None:
-        """To be called when we are the last to have written to the weights."""
+        """Call this right after our own write to the weights."""
         noted, self._weights = self._weights, [_mark(weight.parameter) for weight in self._group]
         if any(mark[0] != its[0] for mark, its in zip(noted, self._weights, strict=False)):
             self._some = None
 
     def written_weights(self) -> list[MaskedWeight]:
-        """The weights that someone else has written to or moved since."""
+        """The weights that other code has written to or moved since then."""
         marks = zip(self._group, self._weights, strict=True)
         return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
 

@@ -38,12 +38,12 @@ __all__ = ["HardMaskMethod"]
 
 @method
 class HardMaskMethod(SparseMethod):
-    """At the times of an :class:`~lightning_sparse.schedules.UpdateTimes`, masks change; at every step, they hold.
+    """A method whose masks change at the times of an :class:`~lightning_sparse.schedules.UpdateTimes` and apply always.
 
     An update happens before the optimizer's step, on its gradients, which are the mean over accumulated batches and
-    processes. Weights just pruned become zero, weights just grown are zero, and the optimizer's moments of both are
-    cleared; second moments of what has grown begin with those of its neighbours. An update that meets a gradient that
-    is not finite waits for the next step.
+    processes. Pruned and grown weights become zero, and the optimizer's moments of both are cleared; second moments of
+    grown weights begin at the mean of their neighbours'. If a gradient is not finite, the update waits for the next
+    step.
     """
 
     # What a method implements.
@@ -55,11 +55,11 @@ class HardMaskMethod(SparseMethod):
 
     @abstractmethod
     def update_masks(self, group: MaskGroup) -> None:
-        """Write new masks into ``group.mask``, on the gradients of its weights, all finite."""
+        """Write new masks into ``group.mask``; the gradients of its weights are all finite."""
 
     @property
     def replaces_step(self) -> bool:
-        """Whether the optimizer takes no step where masks are updated."""
+        """Whether the optimizer takes no step at an update of the masks."""
         return False
 
     @property
@@ -75,11 +75,11 @@ class HardMaskMethod(SparseMethod):
         return True
 
     def waits(self, group: MaskGroup) -> bool:
-        """Whether the optimizer takes no step either while masks are still to come."""
+        """Whether the optimizer also takes no steps until the masks are chosen."""
         return False
 
     def observe(self, weight: MaskedWeight) -> None:
-        """Look at a gradient, dense and finite, before it is masked; at every step."""
+        """Read a gradient, dense and finite, before it is masked; called at every step."""
 
     def observes(self, group: MaskGroup) -> bool:
         """Whether :meth:`observe` is to be called at this step."""
@@ -116,7 +116,7 @@ class HardMaskMethod(SparseMethod):
         if isinstance(self.times.every, int) and times.only_at_its_ends:
             rank_zero_warn(
                 f"{type(self).__name__}: update_every is {times.every} steps, but updates begin at step {times.first}"
-                f" and end at step {times.stop}: masks change only there, all at once. Give a smaller update_every, or"
+                f" and end at step {times.stop}: masks change only at these steps. Give a smaller update_every, or"
                 " a fraction of training."
             )
 

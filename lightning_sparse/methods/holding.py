@@ -1,4 +1,4 @@
-"""That pruned weights are zero: what is looked at, when, and how it is mended."""
+"""Keeps pruned weights at zero: which weights are checked, when, and how they are repaired."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ __all__ = [
     "warn_of_thawed",
 ]
 
-_MANY = 0.02  # of the depthwise filters
-_EVERY = 100  # steps between two looks at every weight
-_FIRST = (1, 2)  # steps after which an average, written before or after us, has moved, and habits show
+_MANY = 0.02  # share of dead depthwise filters above which we warn
+_EVERY = 100  # steps between two checks of every weight
+_FIRST = (1, 2)  # steps after which averaged copies have changed, whether they are written before or after us
 
 
 def masks_changed(method: Method, group: MaskGroup) -> None:
-    """Make masks that were just written true everywhere: in counts, weights and averages."""
+    """Apply masks that were just written: update the counts, and zero weights and averaged copies."""
     group.recount()
-    if group not in method.run.steps.differentiated:  # else after the step
+    if group not in method.run.steps.differentiated:  # for these, after the step
         group.apply_()
     method.registry.num_updates += 1
     masks_are_others(method, group)
 
 
 def masks_are_others(method: Method, group: MaskGroup) -> None:
-    """Let averages and the guard know that the masks of ``group`` have changed, and name layers that are empty."""
+    """Tell averages and the guard that the masks of ``group`` have changed, and warn of empty layers."""
     run = method.run
     run.averages.apply_(group)
     run.guards[group].masks_changed()
@@ -60,8 +60,8 @@ def masks_are_others(method: Method, group: MaskGroup) -> None:
         advice = "exclude=['@depthwise']" if depthwise else "exclude="
         method.warn_once(
             f"{enumerated(weight.name for weight in empty)} {'has' if len(empty) == 1 else 'have'} no active weight"
-            f" left; nothing flows through {them}. Leave {them} out with {advice} to train {them}, or set min_active"
-            " where a method chooses the masks"
+            f" left; no signal passes through {them}. To train {them}, leave {them} out with {advice}, or set"
+            " min_active if the method has it"
         )
 
 
@@ -73,7 +73,7 @@ def forget_moments(group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
 
 @torch.no_grad()
 def repair_written(method: Method) -> None:
-    """Where somebody has written to weights since our last action, make the pruned ones zero again."""
+    """If other code has written to weights since our last action, zero the pruned ones again."""
     run = method.last_run
     if run is None or not run.active:
         return
@@ -87,7 +87,7 @@ def repair_written(method: Method) -> None:
 
 @torch.no_grad()
 def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Look at every weight, where counters may have missed who wrote, and at every averaged copy."""
+    """Check every weight, because autograd's counters can miss writes, and every averaged copy."""
     run = method.last_run
     if run is None or not run.active:
         return
@@ -101,7 +101,7 @@ def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModu
 
 
 def _look(
-    method: Method, group: MaskGroup, cause: str = "were written past autograd's counters (.data, numpy)"
+    method: Method, group: MaskGroup, cause: str = "were written without autograd's notice (.data, numpy)"
 ) -> None:
     awake = [weight for weight, count in zip(group, count_awake(group), strict=True) if count]
     if awake:
@@ -110,21 +110,21 @@ def _look(
 
 
 def look_after_step(method: Method, group: MaskGroup) -> None:
-    """Look at every weight after a step that prunes, or in which more was written than before, or under suspicion."""
+    """Check every weight after a step that prunes, after a step with more writes than before, or under suspicion."""
     guard = method.run.guards[group]
     if guard.step_is_odd() or guard.suspects or group.updated_at == method.step:
         _look(method, group, "were written between the gradients and the step")
 
 
 def look_before_step(method: Method, group: MaskGroup) -> None:
-    """Look at every weight before what follows hides what was written: an update of masks, or values laid back."""
+    """Check every weight before an update of masks, or values that are written back, would hide foreign writes."""
     taken = method.step - method.run.origin
     if taken in (0, *_FIRST) or taken % _EVERY == 0 or method.updates_now(group):
         _look(method, group)
 
 
 def look_now_and_then(method: Method) -> None:
-    """Every hundred steps, look at every weight; after the first two, at which copies are averages."""
+    """Check every weight after every hundredth step; after the first two, also find which copies are averages."""
     run = method.run
     taken = method.step - run.origin
     if taken in _FIRST:
@@ -135,7 +135,7 @@ def look_now_and_then(method: Method) -> None:
 
 
 def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWeight]) -> None:
-    """Undo a step on gradients that somebody has changed after us, where weights are pruned."""
+    """Undo, for pruned weights, a step on gradients that other code has changed after us."""
     for weight in written:
         weight.apply_()
     forget_moments(group, written)
@@ -156,17 +156,18 @@ def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cau
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
     trainer = method.run.trainer()
     if trainer is not None and trainer.evaluating:
-        # Averages that are swapped in and out, for example. What stays is looked at when training goes on.
+        # Averages that are swapped in and out, for example. Weights that stay are checked when training continues.
         for weight in written:
             weight.apply_()
     else:
         method.weights_written(written)
         method.run.guards[group].note_weights()
     if awake:
-        if method.clears_gradients:  # else pruned weights are trained too
+        if method.clears_gradients:  # otherwise pruned weights are trained too
             forget_moments(group, awake)
         steps = method.run.steps
-        is_said = method.run.watched or group in steps.had_gradients - steps.seen  # that masks do not hold at all
+        # Another warning says of these that no mask is applied.
+        is_said = method.run.watched or group in steps.had_gradients - steps.seen
         if not is_said:
             _say(method, awake, cause)
 
@@ -187,7 +188,7 @@ def _say(method: Method, weights: Sequence[MaskedWeight], cause: str) -> None:
 
 
 def compare_processes(method: Method) -> None:
-    """Compare masks and weights between the processes of a training. A collective.
+    """Compare masks and weights between the processes. A collective.
 
     Raises:
         MisconfigurationException: Masks differ.
@@ -203,7 +204,7 @@ def compare_processes(method: Method) -> None:
 
 
 def warn_of_dead_filters(method: Method) -> None:
-    """Name depthwise convolutions that have lost filters: each has few weights, and is all that its channel has."""
+    """Warn of depthwise convolutions that have lost filters: a filter has few weights, and its channel needs it."""
     weights = [weight for weight in method.weights if "@depthwise" in weight.candidate.traits]
     alive = {weight: weight.rows(weight.mask).flatten(1).any(dim=1) for weight in weights}
     dead = sum(int((~its).sum()) for its in alive.values())
@@ -217,10 +218,10 @@ def warn_of_dead_filters(method: Method) -> None:
 
 
 def warn_of_thawed(method: Method) -> None:
-    """Warn of what was frozen when masks were made, and is trained now without one."""
+    """Warn of weights that were frozen when masks were made, and are trained now without a mask."""
     left_dense = [name for name in method.run.plan.thawed if name not in method.registry]
     if left_dense:
         method.warn_once(
             f"trained now, but frozen when masks were made, so left dense: {enumerated(left_dense)}. To mask them,"
-            " let them be trainable when fit begins"
+            " make them trainable before fit begins"
         )

@@ -1,4 +1,4 @@
-"""What a method answers, and what can be read of it; no hook of Lightning's is here."""
+"""The interface of a method: the questions that it answers, and its public attributes; no hook of Lightning's."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _PATIENCE = 100
 
 @method
 class Method(TrainerCallback, ABC):
-    """A method of sparse training: the questions that it answers, and what can be read of it.
+    """A method of sparse training: the questions that it answers, and its public attributes.
 
-    :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, at which it is asked.
+    :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, which ask these questions.
 
     Attributes:
         paper: Where the method is defined.
@@ -81,7 +81,7 @@ class Method(TrainerCallback, ABC):
 
     @abstractmethod
     def initialize_masks(self, group: MaskGroup) -> None:
-        """Write the masks with which training begins into ``group.mask``, which is all active.
+        """Write the initial masks into ``group.mask``, which is all active.
 
         Where ``self.inherited`` has masks, training goes on from them as far as the method can. No weight is to be
         touched here.
@@ -89,7 +89,7 @@ class Method(TrainerCallback, ABC):
 
     @abstractmethod
     def before_step(self, trainer: pl.Trainer, group: MaskGroup) -> None:
-        """Act on the final gradients of ``group``, before its optimizer steps. No gradient is recorded."""
+        """Act on the final gradients of ``group``, before its optimizer steps. Autograd is off."""
 
     @abstractmethod
     def after_step(self, group: MaskGroup) -> None:
@@ -97,32 +97,32 @@ class Method(TrainerCallback, ABC):
 
     @abstractmethod
     def step_skipped(self, group: MaskGroup) -> None:
-        """The step that :meth:`before_step` prepared was not taken."""
+        """The optimizer skipped the step that :meth:`before_step` prepared."""
 
     @abstractmethod
     def weights_written(self, weights: Sequence[MaskedWeight]) -> None:
-        """Somebody else has written to weights between two steps: make the pruned ones zero again."""
+        """Other code has written to weights between two steps: zero the pruned ones again."""
 
     @abstractmethod
     def target_sparsity(self, name: str | None = None) -> float:
-        """The sparsity that the method aims at now, over its weights together or in the weight ``name``."""
+        """The current target sparsity of the method's weights together, or of the weight ``name``."""
 
     @abstractmethod
     def method_state(self) -> dict[str, Any]:
-        """What the method must remember besides its masks: tensors and primitives alone."""
+        """The method's own state besides its masks, for checkpoints: only tensors and primitives."""
 
     @abstractmethod
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`method_state` gave; :meth:`prepare` was called before, and masks are loaded."""
+        """Load a state from :meth:`method_state`, after :meth:`prepare`, with the masks loaded already."""
 
     # What a method may add.
 
     def state_fields(self) -> Mapping[str, Check]:
-        """What each field of :meth:`method_state` may be; a checkpoint in which one is something else is refused."""
+        """The check for each field of :meth:`method_state`; a checkpoint that fails one is refused."""
         return {}
 
     def timetable(self, total_steps: float) -> Timetable | None:
-        """When masks are updated in a training of ``total_steps`` (``inf`` where unknown); None: at every step.
+        """The update times in a run of ``total_steps`` (``inf`` if unknown); None means at every step.
 
         Raises:
             ValueError: No times can be found for such a training.
@@ -130,7 +130,7 @@ class Method(TrainerCallback, ABC):
         return None
 
     def refuses(self, candidate: Candidate, *, is_last: bool) -> str:
-        """Why the method cannot mask a weight that would be masked; empty where it can.
+        """Why the method cannot mask a weight; empty if it can.
 
         Args:
             candidate: The weight.
@@ -139,50 +139,50 @@ class Method(TrainerCallback, ABC):
         return ""
 
     def prepare(self) -> None:
-        """Make what the method keeps for one training, before masks are loaded or made."""
+        """Create the method's own data for one run, before masks are loaded or made."""
 
     def clock_starts(self, group: MaskGroup) -> None:
-        """A new training begins with masks of an earlier one; say when ``group`` was last updated."""
+        """A new run begins with the masks of an earlier one; set when ``group`` was last updated."""
         group.updated_at = self.step - 1
 
     def updates_now(self, group: MaskGroup) -> bool:
-        """Whether the masks of ``group`` are about to be ranked anew, so that its weights have to be as they should."""
+        """Whether the weights of ``group`` are about to be ranked, so that they must be correct."""
         return False
 
     def on_batch(self, batch: Any) -> None:
-        """Look at a batch before training_step does; on the device of the module."""
+        """Read a batch before ``training_step`` gets it; it is on the module's device."""
 
     def on_loss(self, group: MaskGroup, loss: Tensor) -> None:
-        """Look at the loss of a batch before its backward; gradients are recorded."""
+        """Read the loss of a batch before its backward pass; autograd is on."""
 
     def masks_are_on(self) -> None:
-        """The masks with which training begins have been applied."""
+        """The initial masks have been applied."""
 
     def group_changed(self, group: MaskGroup) -> None:
-        """The weights of ``group``, of which some may be new, have come together under its optimizer."""
+        """The weights of ``group`` now belong to its optimizer; some of them may be new."""
 
     def weights_added(self, group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
-        """Weights that are new in the module have come into ``group``, all active."""
+        """New weights of the module have joined ``group``, all active."""
 
     def mask_of_thawed(self, name: str) -> Tensor | None:
-        """The mask of a weight that was frozen when masks were made and is trained now; None leaves it dense."""
+        """The mask of a weight that was frozen when masks were made and is trainable now; None leaves it dense."""
         return None
 
     @property
     def masks_what_thaws(self) -> bool:
-        """Whether the method has masks for frozen weights, so that it may begin with nothing that is trained."""
+        """Whether the method has masks for frozen weights, so that it may begin with all weights frozen."""
         return type(self).mask_of_thawed is not Method.mask_of_thawed
 
     def companions(self) -> Sequence[pl.Callback]:
-        """Callbacks that the method brings with it; they work in the Trainer, right behind it."""
+        """Callbacks that belong to the method; they are inserted right behind it in the Trainer's list."""
         return ()
 
     def extra_metrics(self) -> dict[str, float]:
-        """What is logged at the end of an epoch besides sparsity, equal on every rank."""
+        """Metrics to log at the end of an epoch besides sparsity; equal on every rank."""
         return {}
 
     def training_ended(self) -> None:
-        """Training has run to its end; say what the user should know of it."""
+        """Training has ended; warn the user if something went wrong."""
 
     # What a user reads.
 
@@ -199,7 +199,7 @@ class Method(TrainerCallback, ABC):
 
     @property
     def registry(self) -> MaskRegistry:
-        """The masks of the module in training, by parameter name, other methods' included; empty before training."""
+        """The masks of the module, by parameter name, including those of other methods; empty before training."""
         return MaskRegistry() if self.last_run is None else self.last_run.registry
 
     @property
@@ -224,7 +224,7 @@ class Method(TrainerCallback, ABC):
 
     @property
     def progress(self) -> float:
-        """How far the clock is: from the first update to the last or, where there are no times, through training."""
+        """The progress from the first update to the last or, without update times, through training, in [0, 1]."""
         if self.last_run is None:
             return 0.0
         times = self.last_run.timetable
@@ -236,7 +236,7 @@ class Method(TrainerCallback, ABC):
         return self._state_key
 
     def settings(self) -> str:
-        """What the method was made with, in full: equal where two would do the same."""
+        """All arguments of the method; two methods with equal settings do the same."""
         return ", ".join(f"{item.name}={_in_full(getattr(self, item.name))}" for item in dataclasses.fields(self))
 
     def __repr__(self) -> str:
@@ -251,7 +251,7 @@ class Method(TrainerCallback, ABC):
 
     @final
     def be_patient(self, group: MaskGroup) -> None:
-        """To be called where gradients of ``group`` are not finite; raises once that has lasted for 100 steps in a row.
+        """Call this if gradients of ``group`` are not finite; it raises after 100 such steps in a row.
 
         Raises:
             RuntimeError: It has.
@@ -267,14 +267,14 @@ class Method(TrainerCallback, ABC):
 
     @final
     def warn_once(self, message: str) -> None:
-        """Warn, once a training; ``message`` is a sentence without its end."""
+        """Warn, once per run; ``message`` is a sentence without its full stop."""
         if message not in self.run.warned:
             self.run.warned.add(message)
             rank_zero_warn(f"{type(self).__name__} at step {self.step}: {message}.")
 
 
 def _in_full(value: object) -> str:
-    """What a setting is, without what differs between two processes that were given the same."""
+    """A setting as text, without parts that may differ between two processes with equal settings."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {int(content_hash(value)):x}"
     if isinstance(value, Mapping):

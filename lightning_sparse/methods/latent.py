@@ -1,10 +1,10 @@
-r"""Methods whose pruned weights sleep: their values are kept, and can wake.
+r"""Methods that keep the values of pruned weights, so that these can become active again.
 
-Between steps a parameter holds the :meth:`~LatentMethod.effective` weight, :math:`W \odot M` as a rule, so that
-forward, validation, averages, checkpoints and export see a sparse module. At the step the dense :math:`W` is laid back,
-the gradient is rewritten in closed form, the optimizer steps, and the effective weight is laid in again. Module,
-``state_dict`` keys, optimizer and scheduler are untouched, nothing is added to the loss, and nothing more is
-communicated: what is computed from the all-reduced gradient is equal on every rank.
+Between steps, a parameter holds the :meth:`~LatentMethod.effective` weight, usually :math:`W \odot M`, so that forward
+passes, validation, averages, checkpoints and export see a sparse module. For a step, the dense :math:`W` is written
+back, the gradient is rewritten in closed form, the optimizer steps, and the effective weight is written again. Module,
+``state_dict`` keys, optimizer and scheduler do not change, nothing is added to the loss, and there is no extra
+communication: everything computed from the all-reduced gradient is equal on every rank.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class _Learned:
 
 @method
 class LatentMethod(SparseMethod):
-    """Keeps the dense weights beside the sparse ones that the module holds.
+    """A method that keeps the dense weights in addition to the sparse ones in the module.
 
     Attributes:
-        shrinks: Whether active weights too differ from the dense ones, so that checkpoints need all of these.
+        shrinks: Whether active weights also differ from the dense ones, so checkpoints must hold all dense weights.
     """
 
     clears_gradients: ClassVar[bool] = False
@@ -87,22 +87,22 @@ class LatentMethod(SparseMethod):
         Args:
             weight: The weight; its gradient is there.
             latent: The dense W.
-            scale: By how much the gradient is scaled. What the method adds is scaled alike; the gradients of what it
-                learns beside the weights, which it sets here, are not.
+            scale: The scale of the gradient. Terms that the method adds must have the same scale. The gradients of
+                parameters that it learns beside the weights, which it sets here, are not scaled.
         """
 
     # What a method may add.
 
     def effective(self, weight: MaskedWeight, latent: Tensor) -> Tensor:
-        """What the module computes with: W ⊙ M, where a method does not say otherwise."""
+        """The weight that the module computes with; W ⊙ M by default."""
         return latent.masked_fill(~weight.mask, 0.0)
 
     def written(self, weight: MaskedWeight, value: Tensor) -> Tensor:
-        """The inverse of :meth:`effective` where weights are active: the dense W of what somebody else has written."""
+        """The inverse of :meth:`effective` for active weights: the dense W for values that other code has written."""
         return value
 
     def learned(self, weight: MaskedWeight) -> Tensor | None:
-        """First values of what is learned beside ``weight``, stepped by an optimizer like the weight's own."""
+        """Initial values of parameters learned beside ``weight``, stepped by an optimizer like the weight's own."""
         return None
 
     def layout_of_learned(self, weight: MaskedWeight) -> Layout | None:
@@ -110,7 +110,7 @@ class LatentMethod(SparseMethod):
         return None
 
     def twin_settings(self) -> Mapping[str, Any]:
-        """In what the optimizer of what is learned differs from the weight's own, by the names in its groups."""
+        """Settings in which the optimizer of the learned parameters differs from the weight's, by their names."""
         return {}
 
     def without_gradient(self, weight: MaskedWeight, scale: float) -> None:
@@ -141,7 +141,7 @@ class LatentMethod(SparseMethod):
     # What can be read.
 
     def latent(self, weight: MaskedWeight) -> Tensor:
-        """The dense values of ``weight``, awake and asleep."""
+        """The dense values of ``weight``, active and pruned."""
         return self._kept.latent[weight.name]
 
     @property
@@ -270,8 +270,8 @@ class LatentMethod(SparseMethod):
         set_like_its_user(twin, group, self.twin_settings())
         if group in self.run.steps.differentiated:
             self.warn_once(
-                f"{type(twin).__name__} differentiates gradients, and what {type(self).__name__} learns beside the"
-                " weights has gradients in closed form, so plain SGD of the same learning rate steps it"
+                f"{type(twin).__name__} differentiates gradients, but the parameters that {type(self).__name__} learns"
+                " beside the weights have gradients in closed form, so plain SGD with the same learning rate steps them"
             )
             descend(twin)
         else:
@@ -344,7 +344,7 @@ class LatentMethod(SparseMethod):
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         check_budgets(self.groups, self.state_key)
         if fault := wrong_names(state["asleep"], [weight.name for weight in self.weights]):
-            refuse(f"The checkpoint is damaged: what it holds of sleeping values {fault}")
+            refuse(f"The checkpoint is damaged: its record of pruned values {fault}")
         for weight in self.weights:
             self._begin(weight, self._dense_values(weight, state["asleep"]))
         for group in self.groups:
@@ -359,7 +359,7 @@ class LatentMethod(SparseMethod):
         expected = weight.numel if self.shrinks else weight.numel - weight.num_active
         if values is None or values.numel() != expected:
             raise MisconfigurationException(
-                f"The checkpoint holds {0 if values is None else values.numel()} sleeping values of {weight.name}, but"
+                f"The checkpoint holds {0 if values is None else values.numel()} pruned values of {weight.name}, but"
                 f" its mask prunes {expected}. The file is cut short; resume from an earlier one."
             )
         if weight.layout.is_whole:
@@ -374,15 +374,15 @@ class LatentMethod(SparseMethod):
     def _load_learned(self, learned: Mapping[str, Tensor], twins: Sequence[Mapping[str, Any]]) -> None:
         mine = self._kept.parameters
         if fault := wrong_names(learned, mine):
-            refuse(f"The checkpoint is damaged: what it holds of learned values {fault}")
+            refuse(f"The checkpoint is damaged: its record of learned values {fault}")
         layouts = self._layouts_of_learned()
         learned = {name: taken_like(learned[name], value, layouts.get(id(value))) for name, value in mine.items()}
         damaged = [name for name, value in mine.items() if learned[name].shape != value.shape]
         own = [self._kept.twins[group] for group in self.groups if group in self._kept.twins]
         if damaged or len(twins) != len(own):
             raise MisconfigurationException(
-                f"The checkpoint is cut short: it lacks what was learned of {', '.join(damaged) or 'no weight'} or the"
-                " state of its optimizers. Resume with the module that wrote it, or from an earlier checkpoint."
+                f"The checkpoint is cut short: it lacks the values learned for {', '.join(damaged) or 'no weight'} or"
+                " the state of its optimizers. Resume with the module that wrote it, or from an earlier checkpoint."
             )
         for name, value in mine.items():
             value.copy_(learned[name])

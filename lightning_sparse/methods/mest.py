@@ -109,7 +109,8 @@ class MEST(GrowingMethod):
         if self.soft:
             if self.allocation == "global":
                 raise ValueError(
-                    "allocation is 'global' and soft True; give 'uniform', 'er' or 'erk', which have floors."
+                    "allocation is 'global', but with soft=True each layer needs its own budget. Give 'uniform', 'er'"
+                    " or 'erk'."
                 )
             assert isinstance(self.sparsity, Schedule)
             assert isinstance(self.drop_fraction, Schedule)

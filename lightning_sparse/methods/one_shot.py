@@ -144,9 +144,9 @@ def _asks_for_wanda(scores: Scores | str | None, batches: Iterable[Any] | None) 
         raise ValueError(f"scores is {scores!r}; give 'wanda', a mapping of names to tensors, or a function.")
     if isinstance(scores, str) != (batches is not None):
         raise ValueError(
-            "scores='wanda' looks at what the layers are given: give batches= too, some hundred samples of training."
+            "scores='wanda' needs the layers' inputs: give batches= too, about a hundred training samples."
             if isinstance(scores, str)
-            else "batches are looked at by scores='wanda' alone; give it, or leave batches out."
+            else "batches are used only with scores='wanda'; give both, or leave batches out."
         )
     return isinstance(scores, str)
 

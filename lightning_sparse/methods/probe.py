@@ -1,4 +1,4 @@
-"""What flows through a module from an input of ones, and how it is asked without leaving a trace."""
+"""Synaptic flow through a module from an input of ones, computed without side effects."""
 
 from __future__ import annotations
 

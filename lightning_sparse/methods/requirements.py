@@ -1,4 +1,4 @@
-"""What no method can work with, refused before a weight is touched."""
+"""Strategies and optimizers that no method works with; they are refused before a weight changes."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def refuse_optimizers(method: str, trainer: pl.Trainer) -> None:
         sharded = [is_sharded(parameter) for parameter in stepped]
         if any(sharded) and isinstance(optimizer, torch.optim.Adafactor):
             raise MisconfigurationException(
-                "Adafactor computes with the mean of a whole weight, and torch gives it that of the part that a process"
-                " holds, or fails. Use SGD, Adam or AdamW where weights are sharded."
+                "Adafactor computes means over a whole weight, but torch gives it the mean of one process's shard, or"
+                " fails. Use SGD, Adam or AdamW if weights are sharded."
             )
         if any(sharded) and not all(sharded):
             at_once = [name for name in ("foreach", "fused") if any(its.get(name) for its in optimizer.param_groups)]
             if at_once:
                 raise MisconfigurationException(
-                    f"{type(optimizer).__name__} has {at_once[0]}=True, and torch cannot step sharded weights and whole"
-                    f" ones at once. Give it {at_once[0]}=False, or shard every parameter with fully_shard."
+                    f"{type(optimizer).__name__} has {at_once[0]}=True, but torch cannot step sharded and whole weights"
+                    f" at once. Give it {at_once[0]}=False, or shard every parameter with fully_shard."
                 )
 
 

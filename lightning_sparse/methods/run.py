@@ -1,4 +1,4 @@
-"""Everything of a method that lives from the start of a training to its end."""
+"""Everything of a method that lives from the start of training to its end."""
 
 from __future__ import annotations
 

@@ -324,9 +324,9 @@ class ScoredMethod(HardMaskMethod, ABC):
         mask = self.shape.largest(weight, weight.value, weight.budget, weight.mask, key=torch.abs)
         if not self.grows and (woken := weight.count(mask & ~weight.mask)):
             raise MisconfigurationException(
-                f"{type(self).__name__} goes on from a mask of {weight.name} that the pattern {self.shape} does not"
-                f" fit: it would train {woken:,} of its zeros again. Go on with pattern='any', or with a method that"
-                " grows weights."
+                f"{type(self).__name__} starts from a mask of {weight.name} that does not satisfy the pattern"
+                f" {self.shape}: it would train {woken:,} of the zeros again. Use pattern='any', or a method that grows"
+                " weights."
             )
         weight.mask.copy_(mask)
 
@@ -370,8 +370,8 @@ class ScoredMethod(HardMaskMethod, ABC):
                 advice = "Train to the last update, resume from a checkpoint to do so, or give an earlier stop."
                 if group.not_finite_for:
                     advice = (
-                        f"Gradients were inf or NaN at the last {group.not_finite_for} updates, and such gradients never"
-                        " change masks: lower the learning rate, or clip gradients."
+                        f"Gradients were inf or NaN at the last {group.not_finite_for} updates, and masks do not"
+                        " change then: lower the learning rate, or clip gradients."
                     )
             elif group.num_active < budget and not self._shaped:
                 advice = "It began with more zeros, and what is pruned stays pruned; a method that grows lets them go."
@@ -389,6 +389,6 @@ def _check_never_falls(schedule: Schedule) -> None:
     for before, after in pairwise(values):
         if after < before:
             raise ValueError(
-                f"sparsity falls from {before:g} to {after:g} along {schedule}, but what is pruned stays pruned. Give a"
+                f"sparsity falls from {before:g} to {after:g} along {schedule}, but pruned weights stay pruned. Give a"
                 " schedule that never falls, or a method that grows weights."
             )

@@ -100,7 +100,9 @@ class SRigL(GrowingMethod):
         super().__post_init__()
         check_fraction("ablation", Constant(self.ablation), below_one=False)
         if self.allocation == "global":
-            raise ValueError("allocation is 'global', but fan-ins are those of a layer. Give 'uniform', 'er' or 'erk'.")
+            raise ValueError(
+                "allocation is 'global', but each layer needs its own fan-in. Give 'uniform', 'er' or 'erk'."
+            )
 
     @property
     def _own(self) -> _Own:

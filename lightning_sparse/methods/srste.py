@@ -93,7 +93,7 @@ class SRSTE(LatentMethod):
         super().__post_init__()
         pattern = as_pattern(self.pattern)
         if not isinstance(pattern, NofM):
-            raise ValueError(f"SRSTE: pattern is {self.pattern!r}, but it trains N of M; give '2:4', for example.")
+            raise ValueError(f"SRSTE: pattern is {self.pattern!r}, but it needs N:M; give '2:4', for example.")
         self.pattern, self.decay = pattern, check_strength("decay", self.decay)
 
     @override

@@ -69,7 +69,7 @@ def check_state(state: Any, owner: str, method: Mapping[str, Check] | None = Non
         raise MisconfigurationException(
             f"{whose} has version {printable(str(version))[:40]}, and this lightning_sparse reads version"
             f" {STATE_VERSION}. Resume with the version that wrote it; or load its weights with load_from_checkpoint,"
-            " and go on from their zeros with FixedMask."
+            " and keep their zeros with FixedMask."
         )
     check_fields(state, {**_FIELDS, "method": record(method or {}, closed=method is not None)}, whose)
     if fault := _contradiction(state):
@@ -130,7 +130,7 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         optimizer.load_state_dict(dict(state))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise MisconfigurationException(
-            f"The checkpoint's state of the optimizer of what is learned beside the weights is that of another"
+            "The checkpoint's state of the optimizer of the parameters learned beside the weights does not fit this"
             f" {type(optimizer).__name__}: {error} Resume with the optimizers that wrote it, or from an earlier one."
         ) from error
     if not type(optimizer).__module__.startswith("torch.optim"):
@@ -146,7 +146,7 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
                 fault = "" if is_number or is_missing else "is no tensor"
             if fault:
                 refuse(
-                    f"The checkpoint's state of the optimizer of what is learned beside the weights is damaged:"
+                    "The checkpoint's state of the optimizer of the parameters learned beside the weights is damaged:"
                     f" {printable(str(name))} {fault}"
                 )
 

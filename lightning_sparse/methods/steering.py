@@ -1,7 +1,8 @@
-r"""Steering the strength of a regulariser so that sparsity follows a stated course.
+r"""A controller of the strength of a regulariser that makes sparsity follow a given course.
 
-Ours, not a paper's. The error is that of the density, as a ratio: :math:`e = \ln (1 - s) - \ln (1 - s^*(p))`, above 0
-where too much is left. The strength follows it in proportion, with an integral that holds the end,
+It is ours, not a paper's. The error is the log ratio of densities, :math:`e = \ln (1 - s) - \ln (1 - s^*(p))`, above 0
+if too many weights are active. A proportional-integral controller sets the strength; the integral keeps the final
+sparsity,
 
 .. math:: \alpha = A\,u, \qquad u = \operatorname{clip}_{-1}^{1}\Bigl(\frac{e}{b} + I\Bigr),
     \qquad \frac{dI}{dp} = \frac{e}{b\,\tau} \text{ after the arrival, where } |u| < 1

@@ -281,6 +281,6 @@ def warn_of_unseen(method: Method) -> None:
     for group in method.groups:
         if group in steps.had_gradients - steps.seen:
             method.warn_once(
-                f"{type(group.optimizer).__name__} has not stepped through Lightning in a whole epoch, so masks do"
-                " not hold. In manual optimization, take it from self.optimizers() and call its step()"
+                f"{type(group.optimizer).__name__} has not stepped through Lightning in a whole epoch, so its weights"
+                " are not kept at zero. In manual optimization, take it from self.optimizers() and call its step()"
             )

@@ -136,8 +136,8 @@ class STR(LatentMethod):
     def before_masks(self, group: MaskGroup, step: int) -> None:
         if self.decay is None and not any(user.get("weight_decay") for user in group.optimizer.param_groups):
             self.warn_once(
-                f"{type(group.optimizer).__name__} has no weight decay, which is what draws s up, so hardly any weight"
-                " will be pruned. Give it weight_decay, or give STR decay="
+                f"{type(group.optimizer).__name__} has no weight decay, which raises the thresholds, so hardly any"
+                " weight will be pruned. Give it weight_decay, or give STR decay="
             )
 
     @override

@@ -188,7 +188,7 @@ class TopKAST(LatentMethod):
                 whole = unpack(state[weight.name], weight.shape)
             except (KeyError, ValueError) as error:
                 raise MisconfigurationException(
-                    f"The checkpoint does not tell which weights of {weight.name} were trained. Resume from an earlier"
+                    f"The checkpoint does not say which weights of {weight.name} were trained. Resume from an earlier"
                     " one."
                 ) from error
             self._own.trained[weight.name] = weight.layout.take(whole).to(weight.mask.device)

@@ -1,4 +1,4 @@
-"""Optimizers of what is learned beside masked weights: of the class and the settings of the weights' own."""
+"""Optimizers of parameters learned beside masked weights, with the class and settings of the weights' optimizer."""
 
 from __future__ import annotations
 

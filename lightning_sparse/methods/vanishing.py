@@ -1,4 +1,4 @@
-"""Whether gradients still come to the layers of a network that begins sparse."""
+"""Whether gradients reach the layers of a network that begins sparse."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SHARE = 1 / 3  # of the layers: a transformer's queries and keys are as many
 def vanished(module: nn.Module, group: MaskGroup) -> list[str]:
     """Names of the layers whose active weights get hardly any gradient, if those are more than a third of all layers.
 
-    Empty where a gain or a layer begins at zero, as the last norm of a residual branch often does: gradients behind it
-    are zero for now, and that is meant.
+    Empty if a gain or a layer begins at zero, as the last norm of a residual branch often does: gradients behind it
+    are zero at first, by design.
 
     Args:
         module: The whole module.

@@ -74,11 +74,11 @@ def wanda_scores(module: nn.Module, batches: Iterable[Any], candidates: Sequence
                     " Give tensors, (inputs, targets), or mappings of keyword arguments."
                 ) from error
     if not count:
-        raise ValueError("batches has none, and Wanda needs inputs to look at: give some hundred samples of training.")
+        raise ValueError("batches has none, but Wanda needs inputs: give about a hundred training samples.")
     unseen = [candidate.name for candidate in candidates if candidate.name not in squares]
     if unseen:
         raise ValueError(
-            f"No input came to {', '.join(unseen)} by a call of its layer, so Wanda knows nothing of it. Leave it dense"
+            f"No input came to {', '.join(unseen)} in a call of its layer, so Wanda cannot score it. Leave it dense"
             " with exclude=, or prune it by magnitude."
         )
     return {
@@ -91,8 +91,8 @@ def _check_known(candidates: Sequence[Candidate]) -> None:
     unknown = [candidate.name for candidate in candidates if not _is_linear(candidate)]
     if unknown:
         raise ValueError(
-            f"Wanda scores linear layers and convolutions, which {', '.join(unknown)} is not of. Leave it dense with"
-            " exclude=, or prune it by magnitude."
+            f"Wanda scores only weights of linear layers and convolutions, not {', '.join(unknown)}. Leave it dense"
+            " with exclude=, or prune it by magnitude."
         )
 
 

@@ -1,6 +1,6 @@
 """Floating-point operations: counted where they run, and compared with those of dense training.
 
-They are theoretical: what an ideal sparse kernel would need. Masked dense kernels, which is what runs here, save none.
+They are theoretical: those of an ideal sparse kernel. The masked dense kernels that run here save none.
 The arithmetic is in :mod:`lightning_sparse.functional.flops`.
 """
 
@@ -30,23 +30,23 @@ _COPIES = {aten._to_copy, aten.clone}
 
 
 class ForwardFLOPs(TorchDispatchMode):
-    """Counts the operations of whatever runs in it, in total and for each parameter; a context manager.
+    """A context manager that counts the FLOPs of the code that runs in it, in total and for each parameter.
 
-    An operation belongs to the parameter whose memory it reads: so the projections of an attention layer count for
-    their weights while attention itself, which has none, counts in the total alone, and a weight counts in whatever
-    module or function uses it. Casts of autocast and products with a scalar are followed. Within ``torch.compile`` it
-    sees the kernels that are called, not those that are generated; an operation on a weight that generated code has
-    copied counts for the first parameter of its shape that has none yet. What runs, runs unchanged.
+    An operation belongs to the parameter whose memory it reads, whatever module or function uses it. So the projections
+    of an attention layer count for their weights, while attention itself, which has none, counts only in the total.
+    Casts by autocast and products with a scalar are followed. Within ``torch.compile``, kernels that are called are
+    counted, but generated kernels are not. If generated code has copied a weight, its operation counts for the first
+    parameter of that shape without operations. The code itself runs unchanged.
 
     Args:
-        parameters: The parameters by name; those with less than two dimensions have no operations of their own.
+        parameters: The parameters by name; those with fewer than two dimensions have no operations of their own.
 
     Attributes:
-        total: Operations of all that ran: two for each multiplication and addition in matrix products, convolutions,
-            attention and recurrent layers; the others count as none.
-        by_parameter: Operations of each parameter with two dimensions or more.
-        uncounted: Operators that multiply matrices, going by their names, and whose operations nobody has stated; they
-            count as none, and a warning names them. :func:`torch.utils.flop_counter.register_flop_formula` states them.
+        total: FLOPs in total, two for each multiply-add in matrix products, convolutions, attention and recurrent
+            layers; other operations count as 0.
+        by_parameter: FLOPs of each parameter with two or more dimensions.
+        uncounted: Operators that multiply matrices, according to their names, but have no FLOP formula. They count as
+            0, and a warning names them. Add a formula with :func:`torch.utils.flop_counter.register_flop_formula`.
 
     Example:
         >>> layer = torch.nn.Linear(4, 3)
@@ -175,9 +175,9 @@ class ForwardFLOPs(TorchDispatchMode):
 
 
 class InferenceFLOPs(Metric):
-    """Operations of a forward pass over those of the dense network, in [0, 1].
+    """FLOPs of a forward pass relative to the dense network, in [0, 1].
 
-    See :func:`~lightning_sparse.functional.flops.inference_flops`; several updates add up to one network.
+    See :func:`~lightning_sparse.functional.flops.inference_flops`. Several updates add up the layers of one network.
 
     Args:
         kwargs: Arguments of :class:`torchmetrics.Metric`.
@@ -213,9 +213,9 @@ class InferenceFLOPs(Metric):
 
 
 class TrainingFLOPs(Metric):
-    """Operations of training over those of dense training: the mean over steps.
+    """FLOPs of training relative to dense training: the mean over steps.
 
-    See :func:`~lightning_sparse.functional.flops.training_flops`; each update is a step.
+    See :func:`~lightning_sparse.functional.flops.training_flops`; each update is one step.
 
     Args:
         kwargs: Arguments of :class:`torchmetrics.Metric`.

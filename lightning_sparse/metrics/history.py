@@ -1,4 +1,4 @@
-"""What has become of masks since training began, at three bits a weight."""
+"""The history of masks since training began, at three bits per weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HistoryState(TypedDict):
 
 
 class MaskHistory:
-    """Remembers the first masks, the latest and the union of all, packed to a bit a weight.
+    """Keeps the first masks, the latest masks and the union of all masks, each packed to one bit per weight.
 
     Args:
         masks: The masks with which training begins, by name; where weights are sharded, of what this process holds.

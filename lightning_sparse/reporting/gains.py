@@ -117,7 +117,7 @@ class Gains:
         return sum(gain.num_zeros for gain in self.layers if gain.needs_compiler)
 
     def sentences(self) -> Iterator[str]:
-        """What can be said of the whole network, one sentence each."""
+        """What the zeros of the whole network gain, one sentence each."""
         yield (
             f"A sparse file takes about {_megabytes(self.sparse_nbytes)} of {_megabytes(self.nbytes)} MB"
             f" ({self.nbytes / max(1, self.sparse_nbytes):.1f} times smaller)."
@@ -145,7 +145,7 @@ class Gains:
                 )
 
     def table(self) -> Table:
-        """What can be said of each layer, for a terminal."""
+        """What the zeros of each layer gain, as a table for a terminal."""
         table = Table()
         table.add_column("layer", overflow="fold")
         for header in GAINS:
@@ -162,7 +162,7 @@ def _share_of_two_of_four(rows: Tensor) -> float:
 
 
 def _flops_by_allocation(layers: Sequence[Layer]) -> tuple[int, int] | tuple[None, None]:
-    """Operations with the same number of active weights, in equally sparse layers and in those of ERK."""
+    """FLOPs with the same number of active weights, with uniform sparsity and with ERK."""
     dense = [layer.dense_flops for layer in layers]
     sizes = [layer.value.numel() for layer in layers]
     if any(flops is None for flops in dense) or not all(sizes):

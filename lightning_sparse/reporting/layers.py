@@ -120,8 +120,8 @@ class SparsityReport:
         if self.flops is not None and self.dense_flops is not None:
             rest = self.flops - sum(layer.flops or 0 for layer in self.layers)
             table.caption = (
-                f"{self.flops:,} of {self.dense_flops:,} dense FLOPs for the whole example, {rest:,} of them in what is"
-                " not listed; theoretical: dense kernels carry out all"
+                f"{self.flops:,} of {self.dense_flops:,} dense FLOPs for the whole example, {rest:,} of them in layers"
+                " that are not listed; theoretical: dense kernels compute all"
             )
         if self.gains is None:
             return [table]

@@ -1,4 +1,4 @@
-"""The contract suite, for whoever writes a method: a case says how yours is made, and every guarantee is tested on it.
+"""The contract suite for your own method: a case says how to construct it, and the suite tests every guarantee.
 
 It needs pytest: ``pip install 'lightning-sparse[testing]'``.
 """

@@ -1,4 +1,4 @@
-"""What the contract suite is told of a method: how it is made, and the little in which it differs from others."""
+"""A method's case for the contract suite: how to construct it, and in what it differs from other methods."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["Case", "random_masks"]
 class Case:
     """A method with arguments that suit a training of sixteen steps on a network of 344 weights.
 
-    Sixteen steps are few: give durations in steps, an update at every second step, and the last one by step 11, so that
-    what comes after it is seen too. A method of gradual pruning takes all arguments of its family, which the suite sets
-    to other values here and there.
+    Sixteen steps are few. Give durations in steps, update at every second step, and let the last update be at step 11
+    at the latest, so that the suite also tests the steps after it. A gradual-pruning method must take all arguments of
+    its family, because the suite changes some of them.
 
     Args:
-        name: The case's part in the names of tests, unique in its class.
+        name: The case's name in the names of tests, unique in its class.
         method: The class of the method.
-        arguments: What it is made with.
-        sparsity: Sparsity that those sixteen steps reach at least, in [0, 1].
-        conv_arguments: Arguments that have to differ for :class:`~lightning_sparse.testing.ConvToy`.
-        moves: Whether masks change while the method trains.
-        gradual: Whether what it prunes stays pruned; where None, the method says so itself (``grows``).
+        arguments: The arguments of the method.
+        sparsity: The least sparsity after these sixteen steps, in [0, 1].
+        conv_arguments: Arguments that must differ for :class:`~lightning_sparse.testing.ConvToy`.
+        moves: Whether masks change during training.
+        gradual: Whether pruned weights stay pruned; None means that the method's ``grows`` says so.
         refuses: For each optimizer of :data:`~lightning_sparse.testing.OPTIMIZERS` that the method refuses, by name, a
-            pattern that its error matches.
-        sparsity_under: For optimizers with which less is reached than ``sparsity``, by name, what is.
+            pattern that matches its error.
+        sparsity_under: For optimizers that reach a lower sparsity than ``sparsity``, by name: that sparsity.
 
     Example:
         >>> from lightning_sparse import GMP

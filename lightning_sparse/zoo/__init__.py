@@ -1,4 +1,4 @@
-"""What examples and comparisons are made of: networks, data modules, one LightningModule, and recipes."""
+"""Networks, data modules, one LightningModule and recipes, for examples and comparisons."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of all training pixels, scaled to [0, 
 
 
 class MissingDataError(FileNotFoundError):
-    """A data set is not where it was looked for; the message says how to get it."""
+    """A data set was not found; the message says how to get it."""
 
 
 @final
@@ -41,7 +41,7 @@ class TensorImages(Dataset["tuple[Tensor, Tensor]"]):
         labels: One class index per image.
 
     Raises:
-        ValueError: If there are not as many labels as images.
+        ValueError: If the numbers of labels and images differ.
 
     Example:
         >>> import torch

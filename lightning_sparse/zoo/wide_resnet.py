@@ -92,8 +92,8 @@ class WideResNet(nn.Sequential):
     def __init__(self, depth: int = 28, widen_factor: int = 8, num_classes: int = 10) -> None:
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(
-                f"depth is {depth}; three stages of blocks of two convolutions, and four layers around them, give 10,"
-                " 16, 22, 28, 34, 40 or any other number that is 4 more than a multiple of 6."
+                f"depth is {depth}; give 10, 16, 22, 28, 34, 40 or another multiple of 6 plus 4: three stages of blocks"
+                " of two convolutions, and four layers around them."
             )
         layers: OrderedDict[str, nn.Module] = OrderedDict(conv1=nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False))
         in_channels = 16

@@ -431,8 +431,8 @@ def test_a_tensor_without_memory_for_it_is_a_sentence(path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"format": "pt"}, r"is in the safetensors format, and is no sparse file"),
-        ({"format": ""}, r"is in the safetensors format, and is no sparse file"),
+        ({"format": "pt"}, r"is in the safetensors format, but is not a sparse file"),
+        ({"format": ""}, r"is in the safetensors format, but is not a sparse file"),
         ({"version": "2"}, r"was written in version 2 .* reads version 1\. Upgrade"),
         ({"version": "\x1b[2J"}, r"was written in version \\x1b\[2J"),
         ({"digest": ""}, "is damaged: its digest"),

@@ -101,7 +101,7 @@ def test_a_module_without_linear_layers_is_refused_in_words() -> None:
         project_to_2_4(nn.Conv2d(3, 3, 3))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 needs a GPU of NVIDIA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 needs an NVIDIA GPU")
 def test_on_a_gpu_the_outputs_are_the_same() -> None:
     network = project_to_2_4(nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))).module
     network = network.eval().half().cuda()

@@ -195,7 +195,7 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_masks_of_the_network_inside_are_refused_with_the_names_of_the_module(saved: tuple[Path, Masks]) -> None:
     root, _ = saved
-    with pytest.raises(ValueError, match=r"network\.0\.weight,.* near them: 0\.weight,.* the one that fit was"):
+    with pytest.raises(ValueError, match=r"network\.0\.weight,.* near them: 0\.weight,.* the one given to fit"):
         apply_masks(ToyModel().network, root / "fggp.masks")
 
 

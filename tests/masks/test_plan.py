@@ -350,7 +350,7 @@ def test_an_embedding_with_sparse_gradients_is_refused_where_it_would_be_masked(
 def test_a_sharded_weight_is_refused_where_it_would_be_masked() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     vars(module[1].weight)["ds_shape"] = torch.Size([2, 2])  # as DeepSpeed marks what it has divided
-    with pytest.raises(MisconfigurationException, match=r"the entries of 1\.weight are divided.* strategy='ddp'"):
+    with pytest.raises(MisconfigurationException, match=r"The entries of 1\.weight are divided.* strategy='ddp'"):
         select_weights(module)
     assert masked_names(module, exclude=["1.*"]) == ["0.weight"]
 

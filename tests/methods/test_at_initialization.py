@@ -177,7 +177,7 @@ def test_a_loss_without_a_second_derivative_is_refused_with_a_way_out(tmp_path: 
                 mixed = nn.functional.scaled_dot_product_attention(words, words, words)
             return nn.Sequential(*others)(mixed.flatten(1))  # type: ignore[no-any-return]
 
-    with pytest.raises(MisconfigurationException, match=r"GraSP needs the second derivative.*take SNIP or SynFlow"):
+    with pytest.raises(MisconfigurationException, match=r"GraSP needs the second derivative.*use SNIP or SynFlow"):
         make_trainer(tmp_path, callbacks=[GraSP(0.5)]).fit(Attention())
 
 

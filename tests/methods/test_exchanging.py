@@ -226,7 +226,7 @@ def test_mest_ends_at_its_sparsity_in_the_authors_steps(soft: bool) -> None:
     ("arguments", "message"),
     [
         ({"gradient_weight": -1.0}, r"gradient_weight is -1\.0; give a number of at least 0"),
-        ({"soft": True, "allocation": "global"}, "allocation is 'global' and soft True"),
+        ({"soft": True, "allocation": "global"}, "allocation is 'global', but with soft=True"),
     ],
 )
 def test_what_mest_cannot_do_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -522,7 +522,7 @@ def test_proportional_shares_sum_and_fit(layers_of: list[tuple[int, int]], data:
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="9 cannot be shared out: 0 to 8 have a place"):
+    with pytest.raises(ValueError, match="9 cannot be shared out: there is room for 0 to 8"):
         proportional([1.0, 1.0], 9, [4, 4])
 
 

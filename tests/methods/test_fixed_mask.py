@@ -270,7 +270,7 @@ def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_layer_without_active_weights_is_named(tmp_path: Path) -> None:
     masks = random_masks(ToyModel())
     masks["network.4.weight"][:] = False
-    with pytest.warns(UserWarning, match=r"network\.4\.weight has no active weight left; nothing flows"):
+    with pytest.warns(UserWarning, match=r"network\.4\.weight has no active weight left; no signal passes"):
         fit(FixedMask(masks), tmp_path)
 
 

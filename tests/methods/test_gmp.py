@@ -412,7 +412,7 @@ class Small(ToyModel):
         return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-NAMED = r"network\.0\.weight \(1 of 192\) will have less than one weight to 8 outputs.*Give allocation='erk'"
+NAMED = r"network\.0\.weight \(1 of 192\) will have fewer than one weight for every 8 outputs.*Give allocation='erk'"
 
 
 @pytest.mark.filterwarnings("ignore:.*(without an|no) active")

@@ -202,7 +202,7 @@ def test_who_writes_past_the_counters_is_watched_once_caught(name: str, tmp_path
 
     method = METHODS[name]()
     watch = ZeroWatch(method)
-    with pytest.warns(UserWarning, match=r"written past autograd's counters"):
+    with pytest.warns(UserWarning, match=r"written without autograd's notice"):
         make_trainer(tmp_path, callbacks=[method, watch]).fit(Sly())
     assert len({leak.split(":")[0] for leak in watch.leaks}) <= 2  # in no more forwards than it takes to catch him
 
@@ -232,7 +232,7 @@ def test_writes_past_the_counters_are_found_at_validation(tmp_path: Path) -> Non
         def on_validation_batch_start(self, *_: Any) -> None:
             seen.append(sum(int(w.value[~w.mask].count_nonzero()) for w in method.weights if method.run.active))
 
-    with pytest.warns(UserWarning, match=r"written past autograd's counters"):
+    with pytest.warns(UserWarning, match=r"written without autograd's notice"):
         make_trainer(tmp_path, callbacks=[method, Look()]).fit(Sly())
     assert sum(seen) == 0
 
@@ -583,7 +583,7 @@ class SecondOrder(ToyModel):
 def test_an_optimizer_that_differentiates_gradients_trains(name: str, tmp_path: Path) -> None:
     method = METHODS[name]()
     said = train(method, SecondOrder(), tmp_path)
-    assert [line for line in said if "plain SGD of the same learning rate" not in line] == []
+    assert [line for line in said if "plain SGD with the same learning rate" not in line] == []
     assert len(said) == (name == "dst")
     assert method.step == 16
 

@@ -360,7 +360,7 @@ class _Odd(ToyModel):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (partial(SRSTE, "any"), r"SRSTE: pattern is 'any', but it trains N of M; give '2:4'"),
+        (partial(SRSTE, "any"), r"SRSTE: pattern is 'any', but it needs N:M; give '2:4'"),
         (partial(SRSTE, "4:2"), r"give 1 ≤ n < m"),
         (partial(SRSTE, decay=-1.0), r"decay is -1\.0; give a number of at least 0"),
         (partial(STR, float("nan")), r"initial is nan; give a finite number"),
@@ -385,7 +385,7 @@ def test_a_pattern_that_no_layer_satisfies_is_refused(tmp_path: Path) -> None:
     model = _Odd()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
-        MisconfigurationException, match=r"cannot mask any weight.*12 inputs are no multiple of 8.*Give"
+        MisconfigurationException, match=r"cannot mask any weight.*12 inputs are not a multiple of 8.*Give"
     ):
         make_trainer(tmp_path, callbacks=[SRSTE("4:8")]).fit(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -208,7 +208,7 @@ def test_a_field_that_cannot_be_is_told_in_a_sentence(
         (("own", "resets", "network.0.weight"), -1, "resets of network.0.weight is -1"),
         (("learned", "network.0.weight"), torch.full((16,), float("nan")), "inf or NaN"),
         (("asleep", "network.0.weight"), torch.full((3,), float("inf")), "inf or NaN"),
-        (("asleep", "bogus"), torch.zeros(3), "sleeping values has bogus"),
+        (("asleep", "bogus"), torch.zeros(3), "pruned values has bogus"),
         (("twins",), [{"state": [], "param_groups": []}], "is not an optimizer"),
     ],
 )

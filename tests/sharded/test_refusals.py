@@ -60,7 +60,7 @@ class Uneven(ShardedToy):
 
 def test_shards_that_interleave_unevenly() -> None:
     refused(
-        r"network\.0\.weight are divided: by DeepSpeed, .* into unequal parts",
+        r"network\.0\.weight are divided in a way that masks cannot follow: by DeepSpeed, .* into unequal parts",
         (2, 2),
         partial(GMP, 0.5),
         Uneven,
@@ -80,8 +80,8 @@ def test_averages_that_copy_the_module() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "match"),
     [
-        (OPTIMIZERS["adafactor"], "Adafactor computes with the mean of a whole weight"),
-        (partial(torch.optim.SGD, lr=0.1, foreach=True), "cannot step sharded weights and whole ones at once"),
+        (OPTIMIZERS["adafactor"], "Adafactor computes means over a whole weight"),
+        (partial(torch.optim.SGD, lr=0.1, foreach=True), "cannot step sharded and whole weights at once"),
     ],
 )
 def test_optimizers_that_fail_on_shards(optimizer: Any, match: str) -> None:
@@ -115,12 +115,12 @@ def test_thresholds_of_outputs_that_no_process_holds() -> None:
 
 
 def test_second_derivatives_under_fsdp() -> None:
-    refused("FSDP2 lets nobody differentiate twice: .* tensor parallelism alone", (2, 1), partial(GraSP, 0.5))
+    refused("which FSDP2 cannot compute: .* tensor parallelism alone", (2, 1), partial(GraSP, 0.5))
 
 
 def test_second_derivatives_that_torch_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grasp, "differentiates_twice", lambda parameter: parameter.shape[0] != 8)
-    refused("loses it where layers are divided by tensor parallelism", (1, 2), partial(GraSP, 0.5))
+    refused("loses it in layers under tensor parallelism", (1, 2), partial(GraSP, 0.5))
 
 
 def test_patterns_that_parts_would_cut() -> None:
