@@ -37,7 +37,7 @@ def fit(method: SparseMethod, losses: list[float], root: Path, *others: L.Callba
 @pytest.mark.parametrize("on_train_epoch_end", [False, True])
 def test_a_best_checkpoint_from_before_the_end_of_pruning_is_named(on_train_epoch_end: bool, tmp_path: Path) -> None:
     method = GMP(0.9, update_every=1, stop=0.7)
-    sentence = r"the best checkpoint by graded, epoch=1.*\.ckpt, has sparsity 0\.\d+, and training ended with 0\.90"
+    sentence = r"the best checkpoint by graded, epoch=1.*\.ckpt, has sparsity 0\.\d+, and training ended at 0\.90"
     with pytest.warns(UserWarning, match=sentence):
         fit(method, [0.5, 0.1, 0.7, 0.9], tmp_path, save_on_train_epoch_end=on_train_epoch_end)
 

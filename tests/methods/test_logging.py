@@ -54,7 +54,7 @@ def test_a_sparsity_of_the_users_own_is_told(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     method = GMP(0.8, **OFTEN)
-    with pytest.warns(UserWarning, match=r"the module logs sparsity too.*another name"):
+    with pytest.warns(UserWarning, match=r"the module also logs sparsity.*another name"):
         values = logged([method], tmp_path, Own())
     assert values["sparsity"] == pytest.approx(method.registry.sparsity)
 
