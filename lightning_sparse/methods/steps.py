@@ -203,7 +203,7 @@ def _after_step(method: Method, group: MaskGroup, *, clipped: bool) -> Callable[
     def finish(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         steps = method.run.steps
         if group not in steps.seen:
-            closure = args[0] if args else kwargs.get("closure")
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimizer
             raise MisconfigurationException(_unseen(method, optimizer, ignores=closure is not None))
         if group in steps.awaiting:  # an optimizer whose step calls super().step() comes here twice
             steps.awaiting.discard(group)
