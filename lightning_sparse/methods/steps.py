@@ -184,14 +184,16 @@ def _hook(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
     optimizer, steps = group.optimizer, method.run.steps
     if hasattr(optimizer, "_optimizer_step_post_hooks"):  # not of wrappers that never call Optimizer.__init__
         steps.handles[group] = [
-            optimizer.register_step_pre_hook(_before_step(method)),
+            optimizer.register_step_pre_hook(_before_step(method, group)),
             optimizer.register_step_post_hook(_after_step(method, group, clipped=clips_gradients(trainer))),
         ]
 
 
-def _before_step(method: Method) -> Callable[..., None]:
+def _before_step(method: Method, group: MaskGroup) -> Callable[..., None]:
     # In automatic optimization the closure, with forward and backward in it, runs between this hook and the next.
-    def repair(optimizer: Optimizer, *_: Any) -> None:
+    def repair(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if (args[1] if len(args) > 1 else kwargs.get("closure")) is not None:  # what comes first is the optimizer
+            method.run.steps.given_closures.add(group)
         if not method.run.steps.awaiting:
             holding.repair_written(method)
 
@@ -200,11 +202,10 @@ def _before_step(method: Method) -> Callable[..., None]:
 
 def _after_step(method: Method, group: MaskGroup, *, clipped: bool) -> Callable[..., None]:
     @torch.no_grad()
-    def finish(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def finish(optimizer: Optimizer, *_: Any) -> None:
         steps = method.run.steps
         if group not in steps.seen:
-            closure = args[0] if args else kwargs.get("closure")
-            raise MisconfigurationException(_unseen(method, optimizer, ignores=closure is not None))
+            raise MisconfigurationException(_unseen(method, optimizer, ignores=group in steps.given_closures))
         if group in steps.awaiting:  # an optimizer whose step calls super().step() comes here twice
             steps.awaiting.discard(group)
             _stepped(method, group, clipped=clipped)
@@ -269,6 +270,7 @@ def batch_ended(method: Method) -> None:
         if any(weight.parameter.grad is not None for weight in group):
             steps.had_gradients.add(group)  # looked for now, because validation clears them
     steps.awaiting.clear()
+    steps.given_closures.clear()
     if steps.stepped:
         steps.stepped = False
         method.step += 1
