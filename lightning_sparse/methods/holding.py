@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_sparse.functional.masks import row_counts
 from lightning_sparse.masks.distributed import check_weights_agree, masks_agree
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.memory import SHARED, overlapping
@@ -206,7 +207,7 @@ def compare_processes(method: Method) -> None:
 def warn_of_dead_filters(method: Method) -> None:
     """Warn of depthwise convolutions that have lost filters: a filter has few weights, and its channel needs it."""
     weights = [weight for weight in method.weights if "@depthwise" in weight.candidate.traits]
-    alive = {weight: weight.rows(weight.mask).flatten(1).any(dim=1) for weight in weights}
+    alive = {weight: row_counts(weight.rows(weight.mask)) > 0 for weight in weights}
     dead = sum(int((~its).sum()) for its in alive.values())
     total = sum(its.numel() for its in alive.values())
     if dead > _MANY * total:

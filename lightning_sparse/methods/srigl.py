@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_sparse.functional.masks import row_counts
 from lightning_sparse.masks.budgets import layer_budgets
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.patterns import ConstantFanIn, Pattern
@@ -150,9 +151,9 @@ class SRigL(GrowingMethod):
 
     @override
     def grown_to(self, weight: MaskedWeight, kept: Tensor, n: int, free: Tensor) -> Tensor:
-        fan_in = weight.budget // max(1, weight.count_rows(weight.rows(kept | free).any(dim=1)))
+        fan_in = weight.budget // max(1, weight.count_rows(row_counts(weight.rows(kept | free)) > 0))
         # All kept weights come before all others: those by magnitude, these by gradient.
-        if weight.count_rows(weight.rows(kept).sum(dim=1) > fan_in) == 0:  # as a rule: then none of them is cut off
+        if weight.count_rows(row_counts(weight.rows(kept)) > fan_in) == 0:  # as a rule: then none of them is cut off
             ranked = weight.grad.abs().masked_fill_(kept, torch.inf)
         else:
             ranked = torch.where(kept, 2.0 + _to_one(weight, weight.value), _to_one(weight, weight.grad))
@@ -169,8 +170,8 @@ class SRigL(GrowingMethod):
         top = weight.largest(weight.value, weight.num_active - k, weight.mask, key=torch.abs)
         self._own.largest[weight.name] = (weight.num_active - k, top)  # as a rule what is kept: pruned_to takes it
         wanted = weight.largest(weight.grad, k, ~top, key=torch.abs)
-        salient = weight.rows(top | wanted).sum(dim=1)
-        fan_in = weight.num_active / max(1, weight.count_rows(weight.rows(weight.mask).any(dim=1)))
+        salient = row_counts(weight.rows(top | wanted))
+        fan_in = weight.num_active / max(1, weight.count_rows(row_counts(weight.rows(weight.mask)) > 0))
         alive = salient >= max(1.0, self.ablation * fan_in)
         row = weight.rows(every)
         needed = -(-budget // row.shape[1])

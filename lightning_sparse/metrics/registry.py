@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_sparse.functional.masks import pack, unpack
+from lightning_sparse.functional.masks import pack, row_counts, unpack
 from lightning_sparse.functional.topology import count_dead
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.sums import sum_over_processes
@@ -30,7 +30,7 @@ def dead_neurons(registry: MaskRegistry) -> tuple[int, int]:
     if not is_spread(registry):
         return count_dead([weight.rows(weight.mask) for weight in registry.values()])
     weights = [weight for weight in registry.values() if weight.layout.is_whole or not weight.candidate.input_first]
-    alive = [weight.sum_rows(weight.rows(weight.mask).any(dim=1).to(torch.int32)) > 0 for weight in weights]
+    alive = [weight.sum_rows((row_counts(weight.rows(weight.mask)) > 0).to(torch.int32)) > 0 for weight in weights]
     neurons = sum(weight.numel // weight.candidate.fan_in for weight in weights)
     return neurons - sum(weight.count_rows(rows) for weight, rows in zip(weights, alive, strict=True)), neurons
 
