@@ -44,7 +44,7 @@ from lightning_sparse.methods.hard_mask import HardMaskMethod
 
 TITLE = "An update of sharded masks"
 GOALS = {"collectives": 20, "ratio": 1.5}
-UPDATES = 5
+UPDATES = 9
 NAMES = ("FGGP", "RigL")
 LINK = 25e9  # bytes a second between machines, for what is extrapolated
 LATENCY = 30e-6  # seconds that a small all-reduce takes there

@@ -74,10 +74,12 @@ class SparseMethod(Method):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refuse_optimizers(type(self).__name__, trainer)
+        checkpoints.look_before_loading(trainer, pl_module)
 
     @final
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        checkpoints.look_no_more(trainer)
         if self is methods_of(trainer)[0]:
             begin.begin_together(methods_of(trainer), trainer, pl_module)
             for method in methods_of(trainer):

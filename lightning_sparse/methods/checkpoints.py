@@ -20,6 +20,7 @@ from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.plan import canonical_name, judge_parameters
 from lightning_sparse.masks.registry import Left, MaskRegistry
 from lightning_sparse.masks.remarks import enumerated
+from lightning_sparse.masks.shapes import shapes_in
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
@@ -33,6 +34,8 @@ __all__ = [
     "hold_saved",
     "inherited_by_all",
     "look_at_saved",
+    "look_before_loading",
+    "look_no_more",
     "resume_no_more",
     "state_of",
     "take",
@@ -83,6 +86,46 @@ def _state(method: Method, run: Run) -> dict[str, Any]:
         "not_finite_for": [group.not_finite_for for group in run.groups],
         "method": method.method_state(),
     }
+
+
+def look_before_loading(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let a sharded module refuse a checkpoint of weights of other shapes before one of them is loaded.
+
+    Torch's own refusal comes with some of them loaded, and as an exception that is no :class:`Exception`. No hook knows
+    the path in time, so that the strategy is made to look until :func:`look_no_more`.
+    """
+    strategy = trainer.strategy
+    if not any(map(is_sharded, module.parameters())) or "load_checkpoint" in vars(strategy):
+        return
+    load = strategy.load_checkpoint
+
+    def load_if_it_fits(checkpoint_path: str | Path, *arguments: Any, **more: Any) -> Any:
+        look_no_more(trainer)
+        _refuse_other_weights(Path(strategy.broadcast(checkpoint_path)), module)
+        return load(checkpoint_path, *arguments, **more)
+
+    strategy.load_checkpoint = load_if_it_fits
+
+
+def look_no_more(trainer: pl.Trainer) -> None:
+    """Let the strategy load as it does."""
+    vars(trainer.strategy).pop("load_checkpoint", None)
+
+
+def _refuse_other_weights(path: Path, module: pl.LightningModule) -> None:
+    saved = shapes_in(path)
+    its = {canonical_name(name): parameter.shape for name, parameter in module.named_parameters()}
+    differ = [
+        f"{printable(name)} {tuple(saved[name])} and {tuple(shape)}"
+        for name, shape in its.items()
+        if saved.get(name, shape) != shape
+    ]
+    if differ:
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise MisconfigurationException(
+            f"The checkpoint {path} is not of this {type(module).__name__}: their shapes are {'; '.join(differ[:3])}"
+            f"{more}. Nothing was loaded. Resume with the module that wrote the checkpoint."
+        )
 
 
 @torch.no_grad()
