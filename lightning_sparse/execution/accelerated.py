@@ -20,7 +20,7 @@ from lightning_sparse.execution.inputs import refuse_gradients
 from lightning_sparse.execution.layers import InputSpec, sparse_layer
 from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.report import AccelerationReport
-from lightning_sparse.execution.standing_in import share_memory
+from lightning_sparse.execution.standing_in import StandIn, share_memory
 from lightning_sparse.execution.tracing import UntraceableError, module_of, trace
 
 __all__ = ["AcceleratedModule", "Recipe", "StaleWeightsError"]
@@ -68,13 +68,13 @@ class Recipe:
             own = shrunk(own, self.example())
         if self.traced:
             graph = trace(own, self.example())
-            return _without_a_graph(fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads))
-        return self._replace_layers(own)
+            fused = fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads)
+            # What a graph calls as one, such as an encoder of torch, has layers of its own.
+            return _without_a_graph(self._replace_layers(fused))
+        return sparse_layer(own, self.kernels, self.threads) if "" in self.layers else self._replace_layers(own)
 
     def _replace_layers(self, root: nn.Module) -> nn.Module:
         """Replace layers one by one, and chains of them as graphs."""
-        if "" in self.layers:
-            return sparse_layer(root, self.kernels, self.threads)
         done: set[str] = set()
         for name, child in list(root.named_modules()):
             if isinstance(child, nn.TransformerEncoderLayer):
@@ -82,7 +82,7 @@ class Recipe:
             inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
             if any(name.startswith(f"{part}.") for part in done):
                 continue
-            if name in self.layers:
+            if name and name in self.layers and not isinstance(child, StandIn):
                 root.set_submodule(name, sparse_layer(child, self.kernels, self.threads))
             elif name and inside and isinstance(child, nn.Sequential) and name in self.inputs:
                 try:

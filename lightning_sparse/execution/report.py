@@ -63,6 +63,7 @@ class AccelerationReport:
         input_shapes: Shapes of the example's tensors.
         dense_seconds: Time of a call of the original module on the example.
         fast_seconds: Time of a call of the returned module; ``None`` if nothing was tried.
+        gain_range: Quartiles of the gain over the rounds of timing: how far it can be trusted on this machine.
         accelerated: Whether the returned module differs from the original.
         notes: Other remarks, one sentence each.
 
@@ -78,6 +79,7 @@ class AccelerationReport:
     input_shapes: Sequence[tuple[int, ...]]
     dense_seconds: float | None = None
     fast_seconds: float | None = None
+    gain_range: tuple[float, float] | None = None
     accelerated: bool = False
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -110,7 +112,8 @@ class AccelerationReport:
             lines.append("\n".join(line.rstrip() for line in stream.getvalue().strip("\n").splitlines()))
         if self.dense_seconds is not None and self.fast_seconds is not None:
             times = f"{_microseconds(self.dense_seconds)} µs dense, {_microseconds(self.fast_seconds)} µs now"
-            lines.append(f"whole: {times}, {self.gain:.2f} times as fast")
+            between = "" if self.gain_range is None else " ({:.2f} to {:.2f})".format(*self.gain_range)
+            lines.append(f"whole: {times}, {self.gain:.2f} times as fast{between}")
         return "\n".join([*lines, *self.notes])
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["compare", "num_threads"]
+__all__ = ["compare", "compare_rounds", "num_threads"]
+
+_FINE = 1e-6  # seconds: what a clock has to tell apart
 
 
 @contextmanager
@@ -26,10 +28,26 @@ def num_threads(threads: int) -> Generator[None]:
 def compare(
     calls: Mapping[str, Callable[[], Any]], *, budget: float = 0.03, rounds: int = 10, device: str = "cpu"
 ) -> dict[str, float]:
-    """Return the seconds that each call takes, from runs that alternate.
+    """Return the seconds that each call takes: the least of :func:`compare_rounds`, which takes the same arguments.
 
-    Each is the least over rounds of the mean of a few calls. What else a machine does can only slow a call down, and in
-    a round all are run one after the other.
+    What else a machine does can only slow a call down.
+
+    Example:
+        >>> seconds = compare({"few": lambda: sum(range(10)), "many": lambda: sum(range(10_000))})
+        >>> seconds["few"] < seconds["many"]
+        True
+    """
+    rounds_of = compare_rounds(calls, budget=budget, rounds=rounds, device=device)
+    return {name: min(seconds) for name, seconds in rounds_of.items()}
+
+
+def compare_rounds(
+    calls: Mapping[str, Callable[[], Any]], *, budget: float, rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Return the seconds that each call takes, round by round; in a round all are run one after the other.
+
+    One thread on a CPU is timed by the processor time that it takes, whatever else the machine does; several threads,
+    and a GPU, by the wall clock.
 
     Args:
         calls: By name, what is timed.
@@ -38,20 +56,26 @@ def compare(
         device: What computes; a GPU is waited for.
 
     Example:
-        >>> seconds = compare({"few": lambda: sum(range(10)), "many": lambda: sum(range(10_000))})
-        >>> seconds["few"] < seconds["many"]
-        True
+        >>> rounds_of = compare_rounds({"sum": lambda: sum(range(10))}, budget=0.01, rounds=3)
+        >>> len(rounds_of["sum"])
+        3
     """
+    clock = _clock(device)
     repeats = {name: _repeats(call, budget / rounds, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 call()
             _wait_for(device)
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: min(of_call) for name, of_call in seconds.items()}
+            seconds[name].append((clock() - start) / repeats[name])
+    return seconds
+
+
+def _clock(device: str) -> Callable[[], float]:
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone and time.get_clock_info("thread_time").resolution < _FINE else time.perf_counter
 
 
 def _wait_for(device: str) -> None:

@@ -16,6 +16,7 @@ from lightning_sparse.execution.accelerated import Recipe
 from lightning_sparse.execution.attention import SparseSelfAttention, why_dense_attention
 from lightning_sparse.execution.fuse import fuse
 from lightning_sparse.execution.kernels import available_kernels
+from lightning_sparse.execution.layers import InputSpec
 from lightning_sparse.execution.linear import SparseLinear
 from lightning_sparse.execution.tracing import trace
 from tests.execution.networks import Untraceable, assert_close, in_float64, sparsify
@@ -60,6 +61,35 @@ def encoder(norm: nn.Module | None = None) -> nn.TransformerEncoder:
     return sparsify(nn.TransformerEncoder(layer, 2, norm), 0.98)
 
 
+class Block(nn.Module):
+    """A block of one's own, which calls attention of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(256, 4, batch_first=True)
+        self.out = nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("inside", [encoder, lambda: sparsify(Block(), 0.98)], ids=["encoder", "block"])
+def test_in_a_graph_layers_are_sparse_inside_what_it_calls_as_one(inside: Any) -> None:
+    network = nn.Sequential(nn.Linear(16, 256), inside(), nn.Linear(256, 8)).eval()
+    layers = frozenset(
+        name
+        for name, part in network.named_modules()
+        if type(part) in (nn.Linear, nn.MultiheadAttention) and name.startswith("1.")
+    )
+    x = torch.randn(3, 7, 16)
+    fast = Recipe(layers, True, available_kernels()[0], 1, (InputSpec.of(x),), {}).make(network)
+    attentions = sum(isinstance(part, SparseSelfAttention) for part in fast.modules())
+    assert attentions == sum(isinstance(part, nn.MultiheadAttention) for part in network.modules())
+    assert sum(isinstance(part, SparseLinear) for part in fast.modules()) == len(layers) + attentions
+    with torch.no_grad():
+        assert_close(fast(x), in_float64(network, x))
+
+
 PADDED = torch.arange(7) >= torch.tensor([[7], [4], [1]])
 SCATTERED = PADDED.flip(1)
 
@@ -84,7 +114,7 @@ def test_encoders_hide_what_torch_hides(hidden: Tensor | None, norm: nn.Module |
 def test_an_example_may_have_padding() -> None:
     x = torch.randn(3, 7, 256)
     fast = accelerate(encoder(), {"src": x, "src_key_padding_mask": PADDED}, threads=1, seconds=0.02)
-    assert not any("variant" in note for note in fast.report.notes)
+    assert not any("One variant" in note for note in fast.report.notes)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
