@@ -258,8 +258,9 @@ class AcceleratedModule(nn.Module):
         self._executed = (module,)
         # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
         ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
-        # Methods, since a module would become a submodule.
-        self._call: Callable[..., Any] = module.forward if ours else module.__call__
+        # nn.Module's own call has two frames, of which the outer looks whether the module was compiled: it is left out.
+        plain = type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None
+        self._call: Callable[..., Any] = module.forward if ours else module._call_impl if plain else module.__call__
         self._direct: Callable[..., Any] = self._call if self.recipe is None else self.forward
         # A graph has one way, that of the example, and a sparse layer takes one tensor: other calls are looked at.
         one_way = self.recipe is not None and (self.recipe.traced or isinstance(module, (SparseLinear, SparseConv2d)))
