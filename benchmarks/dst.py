@@ -34,7 +34,7 @@ from typing_extensions import override
 
 from benchmarks.harness import quiet_trainer, versions
 from benchmarks.runs import Plain, argument_parser, begin, mean_and_deviation, reproduce, run_of, truncate
-from lightning_sparse import DST
+from lightning_sparse import DST, shrink
 from lightning_sparse.zoo import LeNet5Caffe, LeNet300100, MNISTDataModule, RowLSTM
 
 SEEDS = (0, 1, 2)
@@ -129,14 +129,28 @@ def train(run: Run, data: Path) -> dict[str, Any]:
         "epochs_accuracy": notes.accuracy,
         "epochs_remaining": notes.remaining,
         "layers_remaining": [round(100 * int(value.count_nonzero()) / value.numel(), 3) for value in weights],
+        "shrunk_percent": round(100 * _size(shrink(module.network, _example(mnist))) / _size(module.network), 2),
         "resets": sum(sum(method.resets.values()) for method in methods),
         "cpu_seconds": round(time.process_time() - start, 1),
         "versions": versions(),
     }
 
 
+def _example(mnist: L.LightningDataModule) -> torch.Tensor:
+    """One batch of images."""
+    return next(iter(mnist.train_dataloader()))[0]
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def all_runs(
-    only: Sequence[str] = (), seeds: Sequence[int] = SEEDS, alphas: Sequence[float] = (), **settings: int
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    alphas: Sequence[float] = (),
+    sparsity: float | None = None,
+    **settings: int,
 ) -> list[Run]:
     """Return the runs of the reproduction, seed by seed.
 
@@ -144,13 +158,14 @@ def all_runs(
         only: Names of networks; all where it has none.
         seeds: Seeds of each.
         alphas: Strengths of the regulariser; those of each network's setting where it has none.
+        sparsity: What DST is asked for; that of each network's setting where it is ``None``.
         settings: Fields of :class:`Run` that are to differ from the reproduction's.
     """
     runs: list[Run] = []
     for seed in seeds:
         for network in only or SETTINGS:
             runs += [Run(network, alpha, seed, **settings) for alpha in (None, *(alphas or SETTINGS[network].alphas))]
-            runs.append(Run(network, None, seed, **settings, sparsity=SETTINGS[network].sparsity))
+            runs.append(Run(network, None, seed, **settings, sparsity=sparsity or SETTINGS[network].sparsity))
     return runs
 
 
@@ -192,9 +207,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, out="dst.jsonl", data="MNIST's four files", epochs=20, images=60_000)
     parser.add_argument("--only", nargs="+", default=[], choices=[*SETTINGS], help="networks")
     parser.add_argument("--alphas", nargs="+", type=float, default=[], help="instead of the settings'")
+    parser.add_argument("--sparsity", type=float, help="instead of the settings'")
     arguments = parser.parse_args(argv)
     settings = {"epochs": arguments.epochs, "train_images": arguments.train_images}
-    runs = all_runs(arguments.only, arguments.seeds or SEEDS, arguments.alphas, **settings)
+    runs = all_runs(arguments.only, arguments.seeds or SEEDS, arguments.alphas, arguments.sparsity, **settings)
     reproduce(runs, train, tabulate, arguments)
 
 

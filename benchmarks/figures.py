@@ -33,6 +33,7 @@ NAMES = {
     "linear-1024": "linear layer, 1024",
     "linear-4096": "linear layer, 4096",
     "bert-ffn-128": "BERT's feed-forward, 128 tokens",
+    "bert-block-128": "a block of BERT's size, 128 tokens",
     "resnet18-32": "ResNet-18, 32 × 32",
     "resnet18-224": "ResNet-18, 224 × 224",
     "resnet50-224": "ResNet-50, 224 × 224",
@@ -192,6 +193,25 @@ def small_layers() -> str:
     return markdown(header, [row], measured_with([content["conditions"]]))
 
 
+def limits() -> str:
+    """What bounds linear layers of one input."""
+    rows, conditions = content_of("limits.json")
+    parts = ("accelerated", "kernel", "bytes", "call")
+    header = ["width", "zeros", "goal", "times as fast", "at the floor", *(f"{part}, µs" for part in parts)]
+    cells = [
+        [
+            f"{row['width']}",
+            percent(row["sparsity"]),
+            f"≥ {row['goal']}",
+            f"{row['times as fast']:.1f}",
+            f"{row['at the floor']:.1f}",
+            *(f"{row[f'{name}, µs']:.1f}" for name in parts),
+        ]
+        for row in rows
+    ]
+    return markdown(header, cells, conditions)
+
+
 def files() -> str:
     """How small files are, and how long they take to load."""
     rows, conditions = content_of("files.json")
@@ -331,6 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "inference-16": lambda: inference(16),
     "inference-64": lambda: inference(64),
     "small-layers": small_layers,
+    "limits": limits,
     "files": files,
     "whole-runs": whole_runs,
     "overhead": lambda: overhead("SGD", "fp32"),

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import dst, files, guard, inference, memory, mnist, overhead, scaling, sharded, sync, update, whole_runs
+from benchmarks import (
+    dst,
+    files,
+    guard,
+    inference,
+    limits,
+    memory,
+    mnist,
+    overhead,
+    scaling,
+    sharded,
+    sync,
+    update,
+    whole_runs,
+)
 from benchmarks.runs import read
 
 if TYPE_CHECKING:
@@ -19,7 +33,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "benchmark", [overhead, whole_runs, update, memory, sync, scaling, sharded, inference, files, guard]
+    "benchmark", [overhead, whole_runs, update, memory, sync, scaling, sharded, inference, limits, files, guard]
 )
 def test_the_smallest_case_runs_and_writes_its_figures(benchmark: ModuleType, tmp_path: Path) -> None:
     benchmark.main(["--smallest", "--json", str(tmp_path / "figures.json")])

@@ -69,8 +69,8 @@ def accelerate(
         module has no zeros, or nothing makes it faster, the result calls the module unchanged.
 
     Raises:
-        ValueError: The example does not fit the module or is empty; the module cannot be copied, is not initialised
-            yet, or is on another device; or the kernels are not installed.
+        ValueError: The example does not fit the module, is empty or nested; the module cannot be copied, is sharded,
+            wrapped, TorchScript, not initialised yet, or on another device; or the kernels are not installed.
 
     On an NVIDIA GPU, linear layers in fp16 or bf16 that satisfy 2:4 are stored as 2:4 instead, if that is faster; see
     :func:`~lightning_sparse.execution.project_to_2_4`.

@@ -70,16 +70,17 @@ class Recipe:
             graph = trace(own, self.example())
             fused = fuse(graph, self.layers.__contains__, kernels=self.kernels, threads=self.threads)
             # What a graph calls as one, such as an encoder of torch, has layers of its own.
-            return _without_a_graph(self._replace_layers(fused))
+            self._replace_layers(fused)
+            return _without_a_graph(fused)
         return sparse_layer(own, self.kernels, self.threads) if "" in self.layers else self._replace_layers(own)
 
     def _replace_layers(self, root: nn.Module) -> nn.Module:
         """Replace layers one by one, and chains of them as graphs."""
         done: set[str] = set()
         for name, child in list(root.named_modules()):
-            if isinstance(child, nn.TransformerEncoderLayer):
+            inside = {layer for layer in self.layers if not name or layer.startswith(f"{name}.")}
+            if inside and isinstance(child, nn.TransformerEncoderLayer):
                 child.activation_relu_or_gelu = 0  # it calls its layers then, and does not read their weights itself
-            inside = {layer for layer in self.layers if layer.startswith(f"{name}.")}
             if any(name.startswith(f"{part}.") for part in done):
                 continue
             if name and name in self.layers and not isinstance(child, StandIn):
@@ -257,8 +258,9 @@ class AcceleratedModule(nn.Module):
         self._executed = (module,)
         # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
         ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
-        # Methods, since a module would become a submodule.
-        self._call: Callable[..., Any] = module.forward if ours else module.__call__
+        # nn.Module's own call has two frames, of which the outer looks whether the module was compiled: it is left out.
+        plain = type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None
+        self._call: Callable[..., Any] = module.forward if ours else module._call_impl if plain else module.__call__
         self._direct: Callable[..., Any] = self._call if self.recipe is None else self.forward
         # A graph has one way, that of the example, and a sparse layer takes one tensor: other calls are looked at.
         one_way = self.recipe is not None and (self.recipe.traced or isinstance(module, (SparseLinear, SparseConv2d)))

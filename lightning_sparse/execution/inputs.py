@@ -29,7 +29,7 @@ def refuse_unreadable(x: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: A sparse layer was given a tensor of the layout torch.sparse_coo, and reads plain tensors alone...
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         what = "a tensor that torch.jit.trace follows"
     elif x.is_nested:
         what = "a nested tensor"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -123,7 +123,7 @@ def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
 
 
-def _weights_of(layer: nn.Module) -> list[Tensor]:
+def _weights_of(layer: nn.Module) -> list[Any]:
     """The matrices of a layer, the one that names its size first; none of a network's own, as positions and tokens."""
     weight = getattr(layer, "weight", None)  # which a parametrized layer computes
     if isinstance(weight, Tensor):
@@ -134,7 +134,7 @@ def _weights_of(layer: nn.Module) -> list[Tensor]:
     return [*held, layer.out_proj.weight] if isinstance(layer, nn.MultiheadAttention) else held
 
 
-def _share_of_zeros(weights: list[Tensor]) -> float:
+def _share_of_zeros(weights: Sequence[Tensor]) -> float:
     """The fraction of zeros of plain dense tensors; none of those of other kinds, as quantisation makes them."""
     plain = [w for w in weights if _is_plain(w) and w.device.type != "meta"]
     active = sum(int(torch.count_nonzero(w.float() if _is_float8(w) else w)) for w in plain)

@@ -100,7 +100,7 @@ SCATTERED = PADDED.flip(1)
 def test_encoders_hide_what_torch_hides(hidden: Tensor | None, norm: nn.Module | None) -> None:
     network, x = encoder(norm), torch.randn(3, 7, 256)
     if network.norm is not None:
-        network.norm.bias.data.fill_(3)
+        network.norm.get_parameter("bias").data.fill_(3)
     layers = {f"layers.{number}.{part}" for number in range(2) for part in ("self_attn", "linear1", "linear2")}
     fast = Recipe(frozenset(layers), False, available_kernels()[0], 1, (), {}).make(network)
     masks = [hidden] if hidden is None else [hidden, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)]

@@ -51,13 +51,13 @@ def test_layers_of_gpt2_gain_like_linear_ones(wrap: Callable[[nn.Module], nn.Mod
 def test_a_layer_of_gpt2_that_is_used_twice_is_replaced_at_both_places() -> None:
     layer = Conv1D(8, 8)
     network = with_linear_layers(nn.Sequential(layer, nn.ReLU(), layer))
-    assert network[0] is network[2]
-    assert type(network[0]) is nn.Linear
+    assert network.get_submodule("0") is network.get_submodule("2")
+    assert type(network.get_submodule("0")) is nn.Linear
 
 
 def test_layers_without_a_sparse_form_are_named() -> None:
     network = nn.LSTM(8, 8).eval()
-    network.weight_hh_l0.data[:, :4] = 0
+    network.get_parameter("weight_hh_l0").data[:, :4] = 0
     fast = accelerate(network, torch.randn(3, 2, 8), threads=1, seconds=QUICK)
     assert [layer.reason for layer in fast.report.layers] == ["LSTM has no sparse form"]
 
@@ -71,7 +71,8 @@ def test_a_wrapper_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> No
 @pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to")
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_code_of_torchscript_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> None:
-    network = nn.Sequential(torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4)), nn.ReLU())
+    traced: Any = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
+    network = nn.Sequential(traced, nn.ReLU())
     with pytest.raises(ValueError, match="is code of TorchScript, wholly or in part; give the module"):
         make(network, torch.randn(2, 4))
 

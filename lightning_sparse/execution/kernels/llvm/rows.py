@@ -149,7 +149,7 @@ class RowChain:
         y = x.new_empty(count, self.out_features)
         with self._lock:
             if count == 1:
-                (self._single or self._make_single()).run(source, y.data_ptr())
+                (self._single or self.single()).run(source, y.data_ptr())
             elif self.out_features:
                 self._run_panels(source, y.data_ptr(), count, x.element_size())
         return y
@@ -163,6 +163,8 @@ class RowChain:
             x, y = source + start * self.in_features * size, target + start * self.out_features * size
             self._panels[pitch].run(x, y, length)
 
-    def _make_single(self) -> _Single:
-        self._single = _Single(self.library, self.steps, self.threads)
+    def single(self) -> _Single:
+        """Return the program for one row."""
+        if self._single is None:
+            self._single = _Single(self.library, self.steps, self.threads)
         return self._single
