@@ -188,8 +188,10 @@ def small_layers() -> str:
     (content,) = (row for row in lines_of("inference.jsonl") if "grid" in row)
     layers = content["grid"]
     swapped = [layer["gain"] for layer in layers if layer["swapped"]]
-    header = ["small layers tried", "replaced", "median gain", "smallest gain of a replaced layer"]
+    kept = [layer["gain"] for layer in layers if not layer["swapped"]]
+    header = ["small layers tried", "replaced", "median gain", "least gain of the replaced", "gain of the others"]
     row = [f"{len(layers)}", f"{len(swapped)}", f"{median(swapped):.2f}", f"{min(swapped):.2f}"]
+    row.append(f"{min(kept):.2f} to {max(kept):.2f}")
     return markdown(header, [row], measured_with([content["conditions"]]))
 
 

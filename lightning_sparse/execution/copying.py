@@ -56,6 +56,8 @@ def _refuse_others(module: nn.Module) -> None:
     name = type(module).__name__
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"{name} is a wrapper; give the module inside, as in model.module.")
+    if name == "OptimizedModule":
+        raise ValueError("The module comes from torch.compile; give the one that was compiled.")
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         raise ValueError(f"{name} is code of TorchScript, wholly or in part; give the module that it was made of.")
     kinds = {kind.__name__ for part in module.modules() for kind in type(part).__mro__}

@@ -68,6 +68,13 @@ def test_a_wrapper_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> No
         make(nn.DataParallel(nn.Linear(4, 3)), torch.randn(2, 4))
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_compiled_module_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> None:
+    compiled: Any = torch.compile(nn.Linear(4, 3), backend="eager")
+    with pytest.raises(ValueError, match=r"comes from torch\.compile; give the one that was compiled"):
+        make(compiled, torch.randn(2, 4))
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to")
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_code_of_torchscript_is_refused(make: Callable[[nn.Module, Any], nn.Module]) -> None:
