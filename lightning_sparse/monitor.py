@@ -161,12 +161,11 @@ class SparsityMonitor(TrainerCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # By now every callback has done its part of the last step, in whatever order they are listed.
         if self.progress_bar:  # on every rank: it is a metric too, and whoever monitors it decides on every rank
             pl_module.log("sparsity", MaskRegistry.of(pl_module).sparsity, prog_bar=True, logger=False, on_step=True)
         if not trainer.is_global_zero and not any(map(is_sharded, pl_module.parameters())):
             return
-        if not self._begun:
+        if not self._begun:  # by now every callback has done its part of the last step, in whatever order
             self._begin(trainer, pl_module)
         # Lightning leaves out the end of an epoch whose last batch is where a checkpoint was written.
         missed_epoch_end = batch_idx == 0 and self._step < batches_stepped(trainer)
@@ -368,9 +367,8 @@ def _methods(trainer: pl.Trainer) -> list[SparseMethod]:
 
 def _dynamic_relus(trainer: pl.Trainer) -> set[str]:
     """The parameters of the Dynamic ReLUs that are not phased out, by name."""
-    sites = phased_relus(trainer.lightning_module).items()
-    at_work = [(name, site) for name, site in sites if not site.is_phased_out]
-    return {canonical_name(f"{name}.{own}") for name, site in at_work for own, _ in site.named_parameters()}
+    sites = {name: site for name, site in phased_relus(trainer.lightning_module).items() if not site.is_phased_out}
+    return {canonical_name(f"{name}.{own}") for name, site in sites.items() for own, _ in site.named_parameters()}
 
 
 def _dense_gradients(trainer: pl.Trainer, flops: SpentFLOPs, *, updated: bool) -> float:
