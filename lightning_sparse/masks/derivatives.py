@@ -55,7 +55,8 @@ def differentiates_twice(parameter: Tensor) -> bool:
         return True
     mesh = parameter.device_mesh
     ones = torch.ones(mesh.size(), device=parameter.device)
-    copied = DTensor.from_local(ones, mesh, [Replicate()] * mesh.ndim, run_check=False).requires_grad_()
+    copied = DTensor.from_local(ones, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    copied.requires_grad_()
     divided = copied.redistribute(mesh, [Shard(0)] * mesh.ndim)
     (slope,) = torch.autograd.grad(divided.square().sum(), copied, create_graph=True)
     return slope.grad_fn is not None

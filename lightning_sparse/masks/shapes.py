@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Size, Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_sparse.masks.plan import canonical_name
