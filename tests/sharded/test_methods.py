@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch.distributed.tensor
+import torch
+from torch.distributed.tensor import _redistribute
 
 from tests.methods.cases import CASES, Case
 from tests.sharded.processes import MESHES, ONE, Mesh, assert_same, fit, forked, processes_of, recorded
@@ -21,7 +22,7 @@ NOT_IN_TENSOR_PARALLEL = ("srigl", "east")
 
 
 # What torch loses, GraSP refuses.
-KEEPS_SECOND_DERIVATIVES = hasattr(torch.distributed.tensor._redistribute, "NestedRedistribute")
+KEEPS_SECOND_DERIVATIVES = hasattr(_redistribute, "NestedRedistribute")
 
 
 def train(mesh: Mesh, case: Case, root: Path) -> None:

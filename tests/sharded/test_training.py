@@ -130,9 +130,9 @@ class Embedding(ShardedToy):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        head = nn.Linear(8, 10, bias=False)
-        self.network = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), head).double()
-        head.weight = self.network[0].weight
+        words, head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        head.weight = words.weight
+        self.network = nn.Sequential(words, nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), head).double()
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.network((3 * inputs[:, :3].abs()).long().clamp(max=9))
