@@ -110,8 +110,7 @@ def is_second_moment(key: str) -> bool:
 
 def has_second_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether ``optimizer`` has stepped some of these, and keeps a second moment of each of their entries."""
-    states = [(parameter, optimizer.state.get(parameter, {})) for parameter in parameters]
-    return any(is_second_moment(key) for parameter, state in states for key, _ in _like(parameter, state))
+    return any(is_second_moment(key) for parameter in parameters for key, _ in _like(parameter, optimizer))
 
 
 @torch.no_grad()
