@@ -240,7 +240,7 @@ class TestTheModuleReturned:
 
 def test_a_network_without_its_dead_units_takes_no_gradients_either() -> None:
     network = sparsify(residual_network())
-    network[8].weight.data[:, :4] = 0
+    network.get_parameter("8.weight").data[:, :4] = 0
     x = torch.randn(2, 3, 32, 32)
     recipe = Recipe(frozenset({"8"}), True, available_kernels()[0], 1, (InputSpec.of(x),), {}, shrink=True)
     fast = recipe.make(network)
