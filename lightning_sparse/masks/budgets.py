@@ -17,6 +17,7 @@ from lightning_sparse.functional.allocation import (
 )
 from lightning_sparse.masks.patterns import AnyPattern, Pattern
 from lightning_sparse.masks.pool import MaskPool
+from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 
 __all__ = [
@@ -124,13 +125,13 @@ def told_of_starved(group: MaskPool, budgets: Sequence[int], *, at_random: bool)
     if not names:
         return ""
     few = (
-        "no more than one weight to an output, at random"
+        "no more than one weight per output, at random places"
         if at_random
-        else f"less than one weight to {_STARVED} outputs"
+        else f"fewer than one weight for every {_STARVED} outputs"
     )
-    remedy = "Give allocation='erk', or leave it dense with exclude="
     return (
-        f"pruned like all other layers, {', '.join(names)} will have {few}, and let hardly anything through. {remedy}"
+        f"with the same sparsity as all other layers, {enumerated(names)} will have {few}, and hardly any signal"
+        " passes. Give allocation='erk', or leave it dense with exclude="
     )
 
 

@@ -47,6 +47,8 @@ from lightning_sparse.trainer import callbacks_of, set_callbacks
 
 __all__ = ["SparseMethod", "methods_of", "total_target_sparsity"]
 
+_WRITTEN_BY_MONITOR = {"sparsity", "sparsity_target"}
+
 
 @method
 class SparseMethod(Method):
@@ -165,10 +167,12 @@ class SparseMethod(Method):
         # The values are equal on every rank; sync_dist tells Lightning so. Two methods log the same: those of both.
         values = {"sparsity": self.registry.sparsity, "sparsity_target": total_target_sparsity(trainer)}
         values |= _numbered(self, trainer)
-        _tell_of_others(self, trainer, values)
-        # Loggers get them once, from a monitor if there is one, which writes them at the steps of updates.
-        written = any(getattr(callback, "writes_sparsity", False) for callback in callbacks_of(trainer))
-        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, logger=False if written else None)
+        theirs = _tell_of_others(self, trainer, values)
+        # Loggers get sparsities once, from a monitor if there is one, which writes them at the steps of updates.
+        is_watched = any(getattr(callback, "writes_sparsity", False) for callback in callbacks_of(trainer))
+        for name, value in values.items():
+            logger = False if is_watched and name in _WRITTEN_BY_MONITOR - theirs else None
+            pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, logger=logger)
 
     @final
     @override
@@ -238,8 +242,8 @@ def _numbered(method: SparseMethod, trainer: pl.Trainer) -> dict[str, float]:
     return {f"{key}_{1 + taken.count(key)}" if key in taken else key: value for key, value in values.items()}
 
 
-def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Name metrics that the module logs under the same keys."""
+def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[str, float]) -> set[str]:
+    """Name metrics that the module logs under the same keys, and return them."""
     results = getattr(trainer, "_results", None) or {}
     metas = [item.meta for item in results.values() if hasattr(item, "meta")]
     # What goes to the progress bar alone, as SparsityMonitor's sparsity of each step does, is in nobody's way.
@@ -254,6 +258,7 @@ def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[s
             f"the module logs {enumerated(folders)}, as in a folder of what this callback logs, and loggers that keep a"
             " file for each key, as MLflow's does, fail on that. Log yours under another name"
         )
+    return theirs
 
 
 def methods_of(trainer: pl.Trainer) -> list[SparseMethod]:

@@ -312,11 +312,10 @@ class DyReLUPhasing(TrainerCallback):
             check_fields(state, {"sites": names}, "The checkpoint's state of DyReLUPhasing")
         saved = state["sites"] if state else None
         if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
-            theirs = "none at all" if not saved else f"some at {', '.join(map(printable, saved))}"
+            others = f" (but at {', '.join(map(printable, saved))})" if saved else ""
             raise MisconfigurationException(
-                f"This training has Dynamic ReLUs at {', '.join(self._site_names)}; the one that wrote"
-                f" {trainer.ckpt_path} had {theirs}, so its optimizers lack their parameters. Resume with the callbacks"
-                " that wrote the checkpoint."
+                f"{trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}{others}, so its"
+                " optimizers lack their parameters. Resume with the callbacks that wrote it."
                 " To begin with its weights, load them with load_from_checkpoint and call fit without ckpt_path."
             )
         self._trained = checkpoint.get("global_step", 0) > 0  # it is 0 in the learning-rate finder's file

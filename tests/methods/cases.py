@@ -61,7 +61,7 @@ CASES = [
         "rigl-itop",
         RigL,
         {
-            "sparsity": 0.9,
+            "sparsity": 0.8,
             "allocation": "uniform",
             "drop_fraction": Cosine(0.5, 0.005),
             "update_every": 2,

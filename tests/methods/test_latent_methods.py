@@ -107,7 +107,7 @@ def test_weight_decay_draws_the_threshold_of_str_up(tmp_path: Path) -> None:
     assert float(own.parameters["layer.weight"].detach()) == pytest.approx(-3200 * 0.5**2)
 
 
-@pytest.mark.filterwarnings("ignore:.*no more than one weight to an output")
+@pytest.mark.filterwarnings("ignore:.*no more than one weight per output")
 def test_topkast_by_hand(tmp_path: Path) -> None:
     # A: the two largest, 4 and -3; B: the four largest, 2 and -2.5 besides.
     model = _Eight(
@@ -264,7 +264,7 @@ def test_two_processes_train_as_two_processes_of_autograd(name: str, tmp_path: P
 # 3. What each of them promises.
 
 
-@pytest.mark.filterwarnings("ignore:.*no more than one weight to an output")
+@pytest.mark.filterwarnings("ignore:.*no more than one weight per output")
 @pytest.mark.parametrize("update_every", [1, 5])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_nothing_outside_b_moves_under_topkast(optimizer: str, update_every: int, tmp_path: Path) -> None:

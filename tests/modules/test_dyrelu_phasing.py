@@ -302,7 +302,7 @@ def test_a_checkpoint_of_a_run_without_it_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.fit(ToyModel())
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    sentence = r"Dynamic ReLUs at network\.1; .* had none at all.*load_from_checkpoint"
+    sentence = r"holds no Dynamic ReLUs at network\.1, so its optimizers lack .*load_from_checkpoint"
     with pytest.raises(MisconfigurationException, match=sentence):
         make_trainer(tmp_path, max_epochs=3, callbacks=[DyReLUPhasing()]).fit(
             ToyModel(), ckpt_path=tmp_path / "plain.ckpt"
