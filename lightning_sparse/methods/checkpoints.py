@@ -227,7 +227,9 @@ def hold_saved(method: Method, checkpoint: dict[str, Any]) -> None:
     if run is None or not run.active:
         return
     stored = _stored(checkpoint, method)
-    others = [(name, value, weight) for name, value, weight in stored if value.data_ptr() != weight.value.data_ptr()]
+    # Whole values of a sharded weight were gathered for the checkpoint just now.
+    own = [(name, value, weight) for name, value, weight in stored if not is_sharded(weight.parameter)]
+    others = [(name, value, weight) for name, value, weight in own if value.data_ptr() != weight.value.data_ptr()]
     if others:
         checkpoint["state_dict"] = copy(checkpoint["state_dict"])
     for name, value, weight in others:
@@ -262,7 +264,8 @@ def look_at_saved(method: Method) -> None:
 def _stored(checkpoint: Mapping[str, Any], method: Method) -> list[tuple[str, Tensor, MaskedWeight]]:
     """The tensors of masked weights in a checkpoint, by their names there, where they are whole."""
     weights = {weight.name: weight for weight in method.weights}
-    written = ((name, value, weights.get(canonical_name(name))) for name, value in checkpoint["state_dict"].items())
+    state = checkpoint.get("state_dict", {})  # which ModelParallelStrategy takes out as it writes
+    written = ((name, value, weights.get(canonical_name(name))) for name, value in state.items())
     return [
         (name, value, weight)
         for name, value, weight in written

@@ -158,7 +158,7 @@ def test_one_write_past_the_counters_is_found_before_the_next_forward(name: str,
 
     watch, said = fit(METHODS[name](), Once(), tmp_path)
     assert watch.found == []
-    assert len([line for line in said if "written past autograd's counters" in line]) == 1
+    assert len([line for line in said if "written without autograd's notice" in line]) == 1
 
 
 # Checkpoints that others change.
