@@ -26,7 +26,7 @@ def why_dense_attention(attention: nn.MultiheadAttention) -> str | None:
     Example:
         >>> from torch import nn
         >>> why_dense_attention(nn.MultiheadAttention(8, 2, kdim=4))
-        'torch computes attention whose keys and values differ in size from the queries'
+        'its keys or values differ in size from the queries, which only torch computes'
     """
     joined: Any = attention.in_proj_weight
     if joined is None:
