@@ -186,10 +186,13 @@ def _look_for_classes_here() -> None:
 
 def _report(options: argparse.Namespace) -> None:
     for checkpoint in options.checkpoints:
-        source, example = (checkpoint, None) if options.model is None else loaded(options, checkpoint)
-        if options.model is not None and example is None:
-            print(printable(f"For dead units and FLOPs too: {no_example(options.model)}"))
-        result = report(source, example, all_tensors=options.all)
+        if options.model is None:
+            result = report(checkpoint, all_tensors=options.all)
+        else:
+            module, example = loaded(options, checkpoint)
+            if example is None:
+                print(printable(f"For dead units and FLOPs too: {no_example(options.model)}"))
+            result = report(module, example, all_tensors=options.all)
         _print_table(sparsity_table(result.layers, title=checkpoint))
         if result.gains is not None:
             _print_table(result.gains.table())

@@ -165,7 +165,8 @@ class _Acceleration:
         calls: dict[str, Callable[[], Any]] = {"dense": lambda: self.call(self.dense)}
         calls |= {str(number): _calling(self.call, made) for number, made in enumerate(candidates)}
         rounds = compare_rounds(calls, budget=self.seconds, rounds=11, device=self.device)
-        fastest, best = min(((rounds[str(number)], made) for number, made in enumerate(candidates)), key=_least)
+        timed = [(rounds[str(number)], made) for number, made in enumerate(candidates)]
+        fastest, best = min(timed, key=lambda pair: min(pair[0]))
         gains = [dense / fast for dense, fast in zip(rounds["dense"], fastest, strict=True)]
         low, middle, high = quantiles(gains, n=4)
         dense, fast = min(rounds["dense"]), min(fastest)
@@ -324,10 +325,6 @@ def _unread(module: nn.Module) -> str:
 
 def _calling(call: _Call, module: nn.Module) -> Callable[[], Any]:
     return lambda: call(module)
-
-
-def _least(timed: tuple[list[float], AcceleratedModule]) -> float:
-    return min(timed[0])
 
 
 def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:

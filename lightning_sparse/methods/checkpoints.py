@@ -226,10 +226,12 @@ def hold_saved(method: Method, checkpoint: dict[str, Any]) -> None:
     run = method.last_run
     if run is None or not run.active:
         return
-    stored = _stored(checkpoint, method)
-    # Whole values of a sharded weight were gathered for the checkpoint just now.
-    own = [(name, value, weight) for name, value, weight in stored if not is_sharded(weight.parameter)]
-    others = [(name, value, weight) for name, value, weight in own if value.data_ptr() != weight.value.data_ptr()]
+    others = [
+        (name, value, weight)
+        for name, value, weight in _stored(checkpoint, method)
+        # Whole values of a sharded weight were gathered for the checkpoint just now.
+        if not is_sharded(weight.parameter) and value.data_ptr() != weight.value.data_ptr()
+    ]
     if others:
         checkpoint["state_dict"] = copy(checkpoint["state_dict"])
     for name, value, weight in others:
