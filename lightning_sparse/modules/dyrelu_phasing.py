@@ -314,8 +314,8 @@ class DyReLUPhasing(TrainerCallback):
         if trainer.state.fn == "fit" and self._sites and saved != self._site_names:
             others = f" (but at {', '.join(map(printable, saved))})" if saved else ""
             raise MisconfigurationException(
-                f"{trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}{others}, so its"
-                " optimizers lack their parameters. Resume with the callbacks that wrote it."
+                f"The checkpoint {trainer.ckpt_path} holds no Dynamic ReLUs at {', '.join(self._site_names)}{others},"
+                " so its optimizers lack their parameters. Resume with the callbacks that wrote it."
                 " To begin with its weights, load them with load_from_checkpoint and call fit without ckpt_path."
             )
         self._trained = checkpoint.get("global_step", 0) > 0  # it is 0 in the learning-rate finder's file
