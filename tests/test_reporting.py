@@ -212,7 +212,11 @@ def test_the_module_is_left_as_it_was_and_runs_in_evaluation_mode() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("example", [(torch.ones(1, 4), torch.ones(1, 3)), {"right": torch.ones(1, 3)}])
+@pytest.mark.parametrize(
+    "example",
+    [(torch.ones(1, 4), torch.ones(1, 3)), [torch.ones(1, 4), torch.ones(1, 3)], {"right": torch.ones(1, 3)}],
+    ids=["tuple", "list", "mapping"],
+)
 def test_an_example_may_be_arguments_by_place_or_by_name(example: Any) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

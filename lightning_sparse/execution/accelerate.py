@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import quantiles
 from typing import Any, final
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
 from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import can_shrink, shrunk
-from lightning_sparse.execution.examples import unfit
+from lightning_sparse.execution.examples import arguments_of, unfit
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import (
     SEMI_STRUCTURED,
@@ -43,7 +43,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 def accelerate(
     module: nn.Module,
-    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    example_input: Tensor | Sequence[Any] | Mapping[str, Any],
     *,
     threads: int | None = None,
     kernels: str | None = None,
@@ -58,7 +58,7 @@ def accelerate(
     Args:
         module: Any torch module, in fp32 or fp64, on the CPU. It is never changed. The result computes as the module
             does in evaluation mode.
-        example_input: The input of a call: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+        example_input: The input of a call: a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
         threads: Number of threads; by default torch's current number. The dense module is timed with the same number.
             Sparse layers use only one thread if that is faster.
         kernels: ``llvm`` or ``torch_csr``; by default the fastest that is installed.
@@ -106,8 +106,7 @@ class _Call:
 
     @classmethod
     def of(cls, example: Any) -> _Call:
-        args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-        call = cls((), dict(example)) if isinstance(example, Mapping) else cls(args, {})
+        call = cls(*arguments_of(example))
         if not call.kwargs and not any(isinstance(value, Tensor) for value in call.args):
             raise ValueError(
                 f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"

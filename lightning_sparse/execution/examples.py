@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -14,15 +14,18 @@ def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by place and by name.
 
     Args:
-        example: One tensor, a tuple of arguments, or a dictionary of them by name.
+        example: One argument, a tuple or list of arguments, or a mapping of them by name, as Lightning reads a module's
+            ``example_input_array``. A list that is itself an argument stands in a tuple: ``([first, second],)``.
 
     Example:
         >>> arguments_of({"x": 1})
         ((), {'x': 1})
+        >>> arguments_of([1, 2])
+        ((1, 2), {})
     """
     if isinstance(example, Mapping):
         return (), dict(cast("Mapping[str, Any]", example))
-    return (tuple(cast("tuple[Any, ...]", example)) if isinstance(example, tuple) else (example,)), {}
+    return (tuple(cast("Sequence[Any]", example)) if isinstance(example, tuple | list) else (example,)), {}
 
 
 def unfit(module: nn.Module, example: Any, error: Exception) -> ValueError:
@@ -30,7 +33,7 @@ def unfit(module: nn.Module, example: Any, error: Exception) -> ValueError:
 
     Args:
         module: What was called.
-        example: One tensor, a tuple of arguments, or a dictionary of them by name.
+        example: What it was called with; see :func:`arguments_of`.
         error: What the call has raised.
 
     Example:

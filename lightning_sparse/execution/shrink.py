@@ -83,7 +83,7 @@ def shrink(module: _Module, example: Any) -> _Module:
 
     Args:
         module: Any module; it is not changed.
-        example: Its input: one tensor, a tuple of arguments, or a dictionary of arguments by name.
+        example: Its input: one tensor, a tuple or list of arguments, or a mapping of arguments by name.
 
     Returns:
         The copy, in evaluation mode. Other batch and image sizes than the example's work as before. If the module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_sparse.execution.examples import arguments_of
 from lightning_sparse.masks.derivatives import first_gradients, total
 from lightning_sparse.masks.layout import local_part
 from lightning_sparse.masks.weight import MaskedWeight
@@ -24,7 +25,8 @@ def inputs_of(module: pl.LightningModule, batch: Any) -> Any:
     example = module.example_input_array
     if example is not None:
         return example
-    return batch[0] if isinstance(batch, list | tuple) and batch else batch
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    return (first,) if isinstance(first, list) else first  # such as images of several sizes, which are one argument
 
 
 def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[MaskedWeight]) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
 
     Args:
         module: Stays as it is, to the bit.
-        inputs: A tensor, or a tuple or mapping of arguments, of which floating-point tensors are taken as ones.
+        inputs: A tensor, or a tuple, list or mapping of arguments, of which floating-point tensors are taken as ones.
         weights: Those that are asked for; what their masks prune counts as zero.
 
     Returns:
@@ -42,7 +44,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
         MisconfigurationException: The module cannot compute on such inputs.
     """
     numbers = next(module.parameters())
-    ones = tree_map(lambda part: _ones(part, numbers), inputs)
+    args, kwargs = arguments_of(tree_map(lambda part: _ones(part, numbers), inputs))
     parameters = [weight.parameter for weight in weights]
     with untouched(module), _without_gradients(module):
         for tensor in (*module.parameters(), *module.buffers()):
@@ -52,7 +54,7 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
             weight.value.mul_(weight.mask)
         try:
             with torch.enable_grad(), torch.autocast(numbers.device.type, enabled=False):
-                outputs = _call(module, ones)
+                outputs = module(*args, **kwargs)
                 sums = [total(out) for out in tree_flatten(outputs)[0] if _is_number(out)]
                 flows = first_gradients(torch.stack(sums).sum(), parameters)
         except Exception as error:  # whatever a user's code may raise
@@ -105,12 +107,6 @@ def _without_gradients(module: nn.Module) -> Generator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-def _call(module: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return module(**inputs)
-    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
 def _ones(part: Any, numbers: Tensor) -> Any:

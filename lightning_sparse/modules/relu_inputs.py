@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self, override
+
+from lightning_sparse.execution.examples import arguments_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -144,8 +146,8 @@ def _ways_to_compute(
 
     example = module.example_input_array
     if example is not None:
-        example = converted(example)
-        yield lambda: module(**example) if isinstance(example, Mapping) else module(*_as_tuple(example))
+        args, kwargs = arguments_of(converted(example))
+        yield lambda: module(*args, **kwargs)
         return
 
     def batch() -> Any:
@@ -157,8 +159,8 @@ def _ways_to_compute(
     yield lambda: module.training_step(batch(), 0)
     # What computes losses in training mode alone, as the detectors of torchvision do.
     yield lambda: module.train().training_step(batch(), 0)
-    yield lambda: module.eval()(_as_tuple(batch())[0])
+    yield lambda: module.eval()(_first_of(batch()))
 
 
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def _first_of(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, list | tuple) else batch

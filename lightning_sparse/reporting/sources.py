@@ -54,7 +54,7 @@ def report(
         source: A module or the path of a checkpoint; for checkpoints, see :func:`checkpoint_sparsity`. In a module,
             these weights are counted: those that a method would mask, including frozen ones, and those that have a mask
             or many zeros after sparse training.
-        example: An input of the module, for counting FLOPs: one tensor, a tuple of arguments, or a dictionary of
+        example: An input of the module, for counting FLOPs: one tensor, a tuple or list of arguments, or a mapping of
             arguments by name. The module runs on it once, in evaluation mode.
         include: Patterns of the weights to count, as for a method.
         exclude: Patterns of the weights to leave out.

@@ -88,6 +88,13 @@ def test_a_network_that_cannot_be_traced_is_replaced_layer_by_layer() -> None:
     assert_close(fast(x), in_float64(network, x))
 
 
+@pytest.mark.filterwarnings("ignore:The module has no zeros")
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_list_of_arguments_is_an_example_as_a_tuple_is(kind: type) -> None:
+    report = accelerate(nn.Bilinear(8, 8, 4), kind([torch.randn(2, 8)] * 2), seconds=QUICK).report
+    assert report.input_shapes == [(2, 8), (2, 8)]
+
+
 def test_keyword_arguments_are_an_example_too() -> None:
     network = wide_perceptron()
     fast = accelerate(network, {"input": torch.randn(16, 512)}, threads=1, seconds=QUICK)

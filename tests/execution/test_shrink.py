@@ -647,9 +647,10 @@ def test_arguments_by_name_and_left_out() -> None:
             return self.down(features) * scale
 
     module = randomise(Optional(), 0.9)
-    for example in (noise(5, 6), {"inputs": noise(5, 6)}, (noise(5, 6),)):
+    for example in (noise(5, 6), {"inputs": noise(5, 6)}, (noise(5, 6),), [noise(5, 6)]):
         assert shrink(module, example).up.out_features < 8
-    assert shrink(module, (noise(5, 6), noise(5, 8))).up.out_features == 8
+    for several in ((noise(5, 6), noise(5, 8)), [noise(5, 6), noise(5, 8)]):
+        assert shrink(module, several).up.out_features == 8
 
 
 def test_wrong_arguments_are_sentences() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sparse import GMP, SNIP, GraSP, SynFlow
 from lightning_sparse.masks import MaskRegistry, select_weights
-from lightning_sparse.methods.probe import synaptic_flow
+from lightning_sparse.methods.probe import inputs_of, synaptic_flow
 from lightning_sparse.schedules import Linear
 from tests.helpers import ConvToy, ToyModel, make_trainer, within_training
 from tests.methods.hand import Row, layers, prepared, updated
@@ -281,11 +281,14 @@ def test_a_forward_that_fails_is_named_and_nothing_has_changed(tmp_path: Path) -
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_example_input_array_may_be_several_arguments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [dict, tuple, list])
+def test_an_example_input_array_may_be_several_arguments(kind: type, tmp_path: Path) -> None:
+    arguments = {"inputs": torch.zeros(2, 12), "scale": torch.zeros(1)}
+
     class Model(ToyModel):
         def __init__(self) -> None:
             super().__init__()
-            self.example_input_array = {"inputs": torch.zeros(2, 12), "scale": torch.zeros(1)}
+            self.example_input_array = arguments if kind is dict else kind(arguments.values())
 
         def forward(self, inputs: Tensor, scale: Any = 1.0) -> Tensor:
             return super().forward(inputs) * scale
@@ -293,6 +296,18 @@ def test_an_example_input_array_may_be_several_arguments(tmp_path: Path) -> None
     synflow = SynFlow(0.5, iterations=3)
     make_trainer(tmp_path, callbacks=[synflow], max_epochs=1).fit(Model())
     assert synflow.registry.num_active == 172
+
+
+def test_a_list_that_comes_first_in_a_batch_is_one_argument() -> None:
+    """As images of several sizes, which a detector takes."""
+
+    class Model(L.LightningModule):
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return torch.stack([image.sum() for image in images])
+
+    images = [torch.zeros(2, 3), torch.zeros(4, 5)]
+    (argument,) = inputs_of(Model(), (images, ["cat", "dog"]))
+    assert argument is images
 
 
 def test_a_flow_that_is_too_large_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

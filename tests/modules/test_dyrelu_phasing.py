@@ -268,9 +268,11 @@ def test_a_relu_that_is_used_twice_takes_both_numbers_of_channels(tmp_path: Path
     assert model.network[1] is model.network[3]
 
 
-def test_convolutions_and_example_inputs(tmp_path: Path) -> None:
-    model = ConvToy()
-    model.example_input_array = torch.zeros(2, 2, 6, 6)
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "mapping"])
+def test_convolutions_and_example_inputs(kind: str, tmp_path: Path) -> None:
+    model, inputs = ConvToy(), torch.zeros(2, 2, 6, 6)
+    examples = {"tensor": inputs, "tuple": (inputs,), "list": [inputs], "mapping": {"inputs": inputs}}
+    model.example_input_array = examples[kind]  # type: ignore[assignment]
     relus = [type(module) for module in model.modules()]
     fit(model, tmp_path, DyReLUPhasing(4, 8), FGGP(0.5, update_every=2, stop=12))
     assert [type(module) for module in model.modules()] == relus

@@ -23,7 +23,7 @@ def trace(module: nn.Module, example: Any) -> fx.Graph:
 
     Args:
         module: A module in evaluation mode; the graph refers to its submodules by name.
-        example: One tensor, a tuple of arguments, or a dictionary of them by name.
+        example: One tensor, a tuple or list of arguments, or a mapping of them by name.
 
     Raises:
         NotTraceableError: It depends on values, or does what torch.fx cannot record.
