@@ -81,11 +81,6 @@ class Plan(Sequence[Candidate]):
         return [candidate for candidate in self if candidate.reason in ("", "frozen")]
 
     @property
-    def depthwise(self) -> list[str]:
-        """The names of masked depthwise convolutions, whose filters have few weights and are soon without any."""
-        return [candidate.name for candidate in self.masked if "@depthwise" in candidate.traits]
-
-    @property
     def coverage(self) -> float:
         """Fraction of the entries of the module's matrices that are masked, in [0, 1]: 1 where there are none.
 

@@ -232,11 +232,6 @@ def test_a_trait_that_nothing_has_is_answered_like_a_name_that_nothing_has() -> 
         select_weights(nn.Linear(2, 2), exclude=["@depthwise"])
 
 
-def test_the_plan_names_the_depthwise_weights_that_are_masked() -> None:
-    assert select_weights(Mobile()).depthwise == ["1.weight", "4.weight"]
-    assert select_weights(Mobile(), exclude=["@depthwise"]).depthwise == []
-
-
 # Unknown modules
 
 
