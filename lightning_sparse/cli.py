@@ -185,6 +185,7 @@ def _look_for_classes_here() -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    remarks: set[str] = set()
     for checkpoint in options.checkpoints:
         if options.model is None:
             result = report(checkpoint, all_tensors=options.all)
@@ -197,6 +198,9 @@ def _report(options: argparse.Namespace) -> None:
         if result.gains is not None:
             _print_table(result.gains.table())
             print(*result.gains.sentences(), sep="\n")
+        remarks.add(result.remark)
+    for remark in filter(None, remarks):
+        print(remark)
 
 
 def _consolidate(options: argparse.Namespace) -> None:

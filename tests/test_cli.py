@@ -201,6 +201,8 @@ def test_report_takes_several_checkpoints(capsys: pytest.CaptureFixture[str]) ->
     assert main(["report", "a.ckpt", "b.ckpt"]) == 0
     shown = capsys.readouterr().out
     assert shown.index("a.ckpt") < shown.index("50.00%") < shown.index("b.ckpt") < shown.index("75.00%")
+    assert shown.count("embeddings too") == 1
+    assert "embeddings too" in shown.splitlines()[-1]
 
 
 def test_report_breaks_no_name_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,6 +260,29 @@ def test_the_report_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path) -> No
         report(path, torch.ones(1, 4))
 
 
+def test_the_report_of_a_checkpoint_says_that_it_counts_what_a_module_leaves_dense(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    module[1].weight.data[0] = 0.0
+    path = saved(tmp_path, module.state_dict())
+    result = report(path)
+    assert [layer.name for layer in result.layers] == ["0.weight", "1.weight"]
+    said = " ".join(str(result).split())
+    assert "All floating-point tensors with at least two dimensions are counted, embeddings too" in said
+    assert "report(module), or --model" in said
+    assert result.to_dict()["remark"] == result.remark
+    of_the_module = report(module)
+    assert [layer.name for layer in of_the_module.layers] == ["1.weight"]
+    assert of_the_module.remark == report(path, all_tensors=True).remark == ""
+
+
+def test_a_checkpoint_that_is_masked_throughout_needs_no_such_remark(tmp_path: Path) -> None:
+    for method, remarks in ((GMP(sparsity=0.75), 0), (GMP(sparsity=0.75, exclude=["@last"]), 1)):
+        trainer = make_trainer(tmp_path, callbacks=[method], max_epochs=1)
+        trainer.fit(ToyModel())
+        trainer.save_checkpoint(path := tmp_path / "sparse.ckpt")
+        assert str(report(path)).count("All floating-point tensors") == remarks
+
+
 def test_what_is_neither_module_nor_path_is_an_error_that_says_what_to_report(tmp_path: Path) -> None:
     method: Any = GMP(sparsity=0.75)
     trainer: Any = make_trainer(tmp_path, callbacks=[method])

@@ -71,12 +71,14 @@ class SparsityReport:
         flops: FLOPs of a forward pass without those of zero weights; ``None`` without an example input.
         dense_flops: FLOPs of a forward pass of the same network if it were dense.
         gains: What the zeros gain; ``None`` if only the counts are known.
+        remark: A sentence on what is counted, if that may be more than a method would mask, as in a file; else empty.
     """
 
     layers: tuple[LayerSparsity, ...]
     flops: int | None = None
     dense_flops: int | None = None
     gains: Gains | None = None
+    remark: str = ""
 
     @property
     def numel(self) -> int:
@@ -109,6 +111,7 @@ class SparsityReport:
             "dense_flops": self.dense_flops,
             "layers": layers,
             "gains": None if self.gains is None else asdict(self.gains),
+            "remark": self.remark,
         }
 
     def __rich__(self) -> RenderableType:
@@ -123,9 +126,10 @@ class SparsityReport:
                 f"{self.flops:,} of {self.dense_flops:,} dense FLOPs for the whole example, {rest:,} of them in layers"
                 " that are not listed; theoretical: dense kernels compute all"
             )
-        if self.gains is None:
-            return [table]
-        return [table, *([] if joined else [self.gains.table()]), *self.gains.sentences()]
+        parts: list[Table | str] = [table]
+        if self.gains is not None:
+            parts += [*([] if joined else [self.gains.table()]), *self.gains.sentences()]
+        return [*parts, self.remark] if self.remark else parts
 
     def __str__(self) -> str:
         parts = self._parts(joined=True)  # a row for each layer, as wide as it needs to be, unless a terminal breaks it

@@ -39,6 +39,11 @@ from lightning_sparse.reporting.layers import LayerSparsity, SparsityReport
 
 __all__ = ["checkpoint_sparsity", "read_state", "report"]
 
+_OF_A_FILE = (
+    "All floating-point tensors with at least two dimensions are counted, embeddings too: a file does not say what its"
+    " tensors are. report(module), or --model on the command line, counts what a method would mask."
+)
+
 
 def report(
     source: nn.Module | str | Path,
@@ -51,9 +56,10 @@ def report(
     """Count the zeros of a module, or of a checkpoint.
 
     Args:
-        source: A module or the path of a checkpoint; for checkpoints, see :func:`checkpoint_sparsity`. In a module,
-            these weights are counted: those that a method would mask, including frozen ones, and those that have a mask
-            or many zeros after sparse training.
+        source: A module or the path of a checkpoint. In a module, these weights are counted: those that a method would
+            mask, including frozen ones, and those that have a mask or many zeros after sparse training. In a
+            checkpoint, which does not say what layers its tensors are of, all that :func:`checkpoint_sparsity` counts
+            are, embeddings too; the report's ``remark`` says so.
         example: An input of the module, for counting FLOPs: one tensor, a tuple or list of arguments, or a mapping of
             arguments by name. The module runs on it once, in evaluation mode.
         include: Patterns of the weights to count, as for a method.
@@ -106,7 +112,8 @@ def report(
     counted = {layer.name for layer in layers}
     weights = {name: Layer(tensor, tensor) for name, tensor in tensors.items() if name in counted and tensor.ndim > 1}
     others = [tensor for name, tensor in tensors.items() if name not in weights]
-    return SparsityReport(tuple(layers), gains=Gains.of(weights, others))
+    remark = "" if all_tensors or all(layer.masked for layer in layers) else _OF_A_FILE
+    return SparsityReport(tuple(layers), gains=Gains.of(weights, others), remark=remark)
 
 
 def checkpoint_sparsity(path: str | Path, *, all_tensors: bool = False) -> list[LayerSparsity]:
