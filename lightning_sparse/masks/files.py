@@ -34,7 +34,7 @@ from lightning_sparse.masks.layout import is_sharded, layout_of, local_part
 from lightning_sparse.masks.places import canonical_name, printable
 from lightning_sparse.masks.plan import judge_parameters
 from lightning_sparse.masks.reading import as_path, is_archive, metadata_of
-from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.registry import ELSEWHERE, MaskRegistry
 from lightning_sparse.masks.sums import rank
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.masks.wrappers import as_named, unwrapped
@@ -92,7 +92,7 @@ def save_masks(
     if not tensors:
         raise ValueError(
             f"There is no mask to write to {path}. A callback has masks from the start of its training on; to save"
-            " those of a checkpoint, use `lightning-sparse masks extract`."
+            f" those of a checkpoint, use `lightning-sparse masks extract`. {ELSEWHERE}."
         )
     for name, mask in tensors.items():
         _check_mask(name, mask)

@@ -19,7 +19,13 @@ from lightning_sparse.masks.plan import Candidate, canonical_name
 from lightning_sparse.masks.sums import sum_over_processes
 from lightning_sparse.masks.weight import MaskedWeight
 
-__all__ = ["Left", "MaskRegistry"]
+__all__ = ["ELSEWHERE", "Left", "MaskRegistry"]
+
+ELSEWHERE = (
+    "Under ddp_fork, ddp_spawn and ddp_notebook, masks stay in the processes that trained:"
+    " lightning_sparse.masks.read_masks reads those of a checkpoint, and lightning_sparse.report(module) counts zeros"
+)
+"""What to know where a registry is empty, the end of a sentence; nothing tells a process what others have trained."""
 
 
 @final
@@ -271,6 +277,8 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         return len(self._weights)
 
     def __repr__(self) -> str:
+        if not self:
+            return f"MaskRegistry(no masks in this process. {ELSEWHERE}.)"
         return f"MaskRegistry({len(self)} weights, sparsity={self.sparsity:.4f})"
 
 

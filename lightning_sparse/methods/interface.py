@@ -19,7 +19,7 @@ from lightning_sparse.functional.hashing import content_hash
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.moments import all_finite
 from lightning_sparse.masks.plan import Candidate, as_patterns
-from lightning_sparse.masks.registry import MaskRegistry
+from lightning_sparse.masks.registry import ELSEWHERE, MaskRegistry
 from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.schema import Check
 from lightning_sparse.masks.weight import MaskedWeight
@@ -194,12 +194,17 @@ class Method(TrainerCallback, ABC):
             RuntimeError: There was none.
         """
         if self.last_run is None:
-            raise RuntimeError(f"{type(self).__name__} has not trained a module yet; fit begins a training.")
+            raise RuntimeError(
+                f"{type(self).__name__} has not trained a module in this process; fit begins a training. {ELSEWHERE}."
+            )
         return self.last_run
 
     @property
     def registry(self) -> MaskRegistry:
-        """The masks of the module, by parameter name, including those of other methods; empty before training."""
+        """The masks of the module, by parameter name, including those of other methods.
+
+        Empty before training, and in a process that only started those that train, as under ``ddp_fork``.
+        """
         return MaskRegistry() if self.last_run is None else self.last_run.registry
 
     @property

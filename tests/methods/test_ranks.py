@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import pytest
+import torch
 from torch import nn
 
-from lightning_sparse import DST, FGGP, GMP, SNIP, FixedMask, GraSP, RigL, SparseMethod
+from lightning_sparse import DST, FGGP, GMP, SNIP, FixedMask, GraSP, RigL, SparseMethod, report, save_masks
+from lightning_sparse.masks import read_masks
 from lightning_sparse.testing import ToyModel, fit_two_processes, random_masks
 
 if TYPE_CHECKING:
@@ -23,6 +25,22 @@ METHODS: dict[str, Callable[..., SparseMethod]] = {
     "dst": lambda **kw: DST(0.03, **kw),
 }
 SECONDS = 60  # of a busy machine; the process groups wait for 30 minutes
+
+
+def test_after_a_training_in_other_processes_an_empty_registry_says_where_masks_are(tmp_path: Path) -> None:
+    method, model = GMP(0.75, update_every=2), ToyModel()
+    (dump, _) = fit_two_processes(model, tmp_path, [method], max_epochs=1)
+    said = repr(method.registry)
+    assert "0 weights" not in said
+    assert "masks stay in the processes that trained" in said
+    for ask in (lambda: method.run, lambda: save_masks(tmp_path / "file.masks", method)):
+        with pytest.raises((RuntimeError, ValueError), match="masks stay in the processes that trained"):
+            ask()
+    # what it advises helps
+    torch.save({"state_dict": dump["weights"], "callbacks": dump["callbacks"]}, tmp_path / "file.ckpt")
+    masks = read_masks(tmp_path / "file.ckpt")
+    pruned = sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    assert report(model).sparsity == pytest.approx(pruned) == pytest.approx(0.75)
 
 
 class OtherwiseOnRank1(L.Callback):
