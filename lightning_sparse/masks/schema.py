@@ -36,6 +36,7 @@ __all__ = [
     "refuse",
     "shape_of",
     "tensor",
+    "text",
     "whole",
     "wrong_names",
 ]
@@ -124,6 +125,16 @@ def names(value: Any) -> str:
     if wrong:
         return f"is a list with {_shown(wrong[0])} in it, not a list of names"
     return "" if len({*value}) == len(value) else "names something twice"
+
+
+def text(value: Any) -> str:
+    """A text.
+
+    Example:
+        >>> text(3)
+        'is 3, not a text'
+    """
+    return "" if isinstance(value, str) else f"is {_shown(value)}, not a text"
 
 
 def nothing(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import ref
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import checkpoints, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
+from lightning_sparse.methods.settings import changes_since
 from lightning_sparse.methods.state import check_digest
 from lightning_sparse.trainer import steps_of_training, steps_taken
 
@@ -171,9 +173,19 @@ def _resume(method: Method, run: Run) -> None:
     method.load_method_state(state["method"])
     if run.beginning.source == "checkpoint":
         check_digest(state, method.state_key)
-    if not run.beginning.goes_on:
+    if run.beginning.goes_on:
+        _tell_of_changes(method, state)
+    else:
         for group in run.groups:
             method.clock_starts(group)
+
+
+def _tell_of_changes(method: Method, state: Mapping[str, Any]) -> None:
+    if changes := changes_since(method, state):
+        method.warn_once(
+            f"resumed with {', '.join(map(printable, changes))}. Masks go on from where they were, by the new settings;"
+            " give the old ones to go on as before"
+        )
 
 
 def _warn_of_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from typing_extensions import dataclass_transform
 
@@ -18,9 +18,14 @@ _SECTION = re.compile(r"^(Raises|Example|Examples|References|Warning|Note|Attrib
 _WIDTH = 112
 
 
-def doc(text: str) -> Mapping[str, str]:
-    """The description of an argument, as ``metadata=`` of its :func:`dataclasses.field`."""
-    return {"doc": text}
+def doc(text: str, *, at_first: bool = False) -> Mapping[str, Any]:
+    """The description of an argument, as ``metadata=`` of its :func:`dataclasses.field`.
+
+    Args:
+        text: It.
+        at_first: Whether the argument says only how a training begins, so that one that is resumed may have another.
+    """
+    return {"doc": text, "at_first": at_first}
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))

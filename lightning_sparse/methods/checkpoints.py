@@ -24,6 +24,7 @@ from lightning_sparse.masks.shapes import shapes_in
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
+from lightning_sparse.methods.settings import asked_of
 from lightning_sparse.methods.state import check_state, sealed
 from lightning_sparse.trainer import callbacks_of, is_a
 
@@ -85,6 +86,7 @@ def _state(method: Method, run: Run) -> dict[str, Any]:
         "frozen": [candidate.name for candidate in run.plan.frozen],
         "not_finite_for": [group.not_finite_for for group in run.groups],
         "method": method.method_state(),
+        **asked_of(method),
     }
 
 

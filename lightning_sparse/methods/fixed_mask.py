@@ -99,7 +99,7 @@ class FixedMask(HardMaskMethod):
     masks_new_weights: ClassVar[bool] = False
 
     masks: str | Path | Mapping[str, Tensor] | None = field(
-        default=None, kw_only=False, metadata=doc("Where the masks come from; see above.")
+        default=None, kw_only=False, metadata=doc("Where the masks come from; see above.", at_first=True)
     )
 
     def __post_init__(self) -> None:

@@ -66,7 +66,8 @@ class GrowingMethod(ScoredMethod, ABC):
         metadata=doc(
             'How the initial weights are scaled: ``"density"`` multiplies the active weights of a layer with sparsity'
             " s by 1/√(1 − s), so that its outputs have the variance of the dense layer's outputs. This helps sparse"
-            " networks without normalisation."
+            " networks without normalisation.",
+            at_first=True,
         ),
     )
     stop: Duration = field(default=0.75, metadata=doc("Time after which the masks no longer change."))

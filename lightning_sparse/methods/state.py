@@ -14,16 +14,20 @@ from lightning_sparse.masks.checkpoint import STATE_VERSION, fault_of_seal
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.places import printable
 from lightning_sparse.masks.schema import (
+    LARGEST_STEP,
     Check,
+    any_of,
     anything,
     check_fields,
     list_of,
     mapping_of,
     names,
+    nothing,
     packed_mask,
     record,
     refuse,
     tensor,
+    text,
     whole,
 )
 
@@ -41,6 +45,12 @@ _FIELDS: Mapping[str, Check] = {
     "frozen": names,
     "not_finite_for": list_of(whole(0, 1_000)),
     "digest": anything,
+}
+
+# States of this version may be older than these fields.
+_LATER: Mapping[str, Check] = {
+    "settings": mapping_of(text),
+    "total_steps": any_of(nothing, whole(-LARGEST_STEP)),
 }
 
 
@@ -71,7 +81,8 @@ def check_state(state: Any, owner: str, method: Mapping[str, Check] | None = Non
             f" {STATE_VERSION}. Resume with the version that wrote it; or load its weights with load_from_checkpoint,"
             " and keep their zeros with FixedMask."
         )
-    check_fields(state, {**_FIELDS, "method": record(method or {}, closed=method is not None)}, whose)
+    later = {name: check for name, check in _LATER.items() if isinstance(state, Mapping) and name in state}
+    check_fields(state, {**_FIELDS, **later, "method": record(method or {}, closed=method is not None)}, whose)
     if fault := _contradiction(state):
         refuse(f"{whose} is damaged: {fault}")
     return state

@@ -87,7 +87,9 @@ class STR(LatentMethod):
 
     initial: float = field(
         kw_only=False,
-        metadata=doc("First value of s in every layer; -10 prunes weights below 5e-5, and -5 those below 7e-3."),
+        metadata=doc(
+            "First value of s in every layer; -10 prunes weights below 5e-5, and -5 those below 7e-3.", at_first=True
+        ),
     )
     decay: float | None = field(
         default=None, metadata=doc("Weight decay on s; by default that of the weights, as in the paper.")

@@ -237,6 +237,7 @@ def test_masks_do_not_go_before_a_checkpoint_that_is_validated_later(tmp_path: P
     assert_same(look.steps[0], own)
 
 
+@pytest.mark.filterwarnings("ignore:FGGP at step 16. resumed with 32 steps of training")
 def test_the_checkpoint_of_a_fit_goes_before_masks_that_were_given(tmp_path: Path) -> None:
     method, model, others = _evaluated(tmp_path)
     own = masks_of(method)

@@ -257,6 +257,7 @@ def test_a_dense_norm_that_is_none_is_refused(limit: Any) -> None:
 # The scale of sparse initial weights.
 
 
+@pytest.mark.filterwarnings("ignore:RigL at step 16. resumed with 32 steps of training")
 def test_initial_weights_are_scaled_by_the_root_of_their_density_once(tmp_path: Path) -> None:
     plain, model = ToyModel(), ToyModel()
     rigl = RigL(0.75, allocation="uniform", update_every=10, initial_scale="density")

@@ -184,6 +184,8 @@ def test_mutated_states_of_other_callbacks_are_refused_or_harmless(kind: str, tm
         (("method", "stop"), "late", "stop is 'late'"),
         (("method", "memory"), {"m": {"x": torch.tensor([float("nan")])}}, "of m of x has entries that are inf or NaN"),
         (("method", "memory"), {"m": {"x": torch.zeros(1)}}, "its m of x is not of a weight that it masks"),
+        (("settings", "sparsity"), 0.8, "settings of sparsity is 0.8, not a text"),
+        (("total_steps",), "late", "total_steps is 'late', not a whole number"),
         (("bogus",), 1, "bogus is an unknown field"),
         (("version",), 3, "has version 3, and this lightning_sparse reads version 2"),
     ],

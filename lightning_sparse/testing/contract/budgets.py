@@ -80,7 +80,8 @@ class BudgetContract(Contract):
         with pytest.raises(KilledError):
             fit(case.make(**longer), tmp_path, Kill(20, path), model=StepIndexedToy(), max_epochs=4)
         resumed = case.make(**longer)
-        make_trainer(tmp_path, callbacks=[resumed], max_epochs=3).fit(StepIndexedToy(), ckpt_path=path)
+        with pytest.warns(UserWarning, match=r"resumed with 24 steps of training \(was 32\)"):
+            make_trainer(tmp_path, callbacks=[resumed], max_epochs=3).fit(StepIndexedToy(), ckpt_path=path)
         assert resumed.registry.num_active == num_active(resumed.target_sparsity(), resumed.registry.numel)
 
     @gradual_only

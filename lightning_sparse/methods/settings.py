@@ -1,0 +1,79 @@
+"""What a method is asked for, as text for its checkpoints, and what a training that is resumed does otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_sparse.methods.interface import Method
+from lightning_sparse.schedules import Timetable
+
+__all__ = ["asked_of", "changes_since"]
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
+_IN_THE_KEY = {"include", "exclude"}  # of a state, so that one with others is never found
+_LONGEST = 200
+
+
+def asked_of(method: Method) -> dict[str, Any]:
+    """What a training by ``method`` goes by: arguments, each as text, and its length in steps, ``None`` if endless."""
+    names = [
+        item.name
+        for item in dataclasses.fields(method)
+        if item.name not in _IN_THE_KEY and not item.metadata.get("at_first")
+    ]
+    total = method.run.total_steps
+    return {
+        "settings": {name: _in_brief(getattr(method, name)) for name in names},
+        "total_steps": int(total) if math.isfinite(total) else None,
+    }
+
+
+def changes_since(method: Method, state: Mapping[str, Any]) -> list[str]:
+    """What ``method`` is asked for that it was not when ``state`` was written, each with what was.
+
+    The length of training counts only where it decides on what the method does and when. States that are older than
+    these fields say nothing of them.
+    """
+    now = asked_of(method)
+    before = state.get("settings", {})
+    changes = [
+        f"{name}={its} (was {before[name]})" for name, its in now["settings"].items() if its != before.get(name, its)
+    ]
+    total, was = now["total_steps"], state.get("total_steps", now["total_steps"])
+    if total != was and (_times(method, total) != _times(method, was) or _steers(method)):
+        changes.append(f"{_count(total)} steps of training (was {_count(was)})")
+    return changes
+
+
+def _times(method: Method, total: int | None) -> Timetable | str | None:
+    """When ``method`` updates its masks in a training of that length, or why it cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is to be said of times was said of the true ones
+            return method.timetable(math.inf if total is None else total)
+    except ValueError as error:
+        return str(error)
+
+
+def _steers(method: Method) -> bool:
+    """Whether ``method`` acts at every step, and looks at how far the end is."""
+    return method.run.timetable is None and _times(method, None) is not None
+
+
+def _in_brief(value: Any) -> str:
+    """A setting as text that is the same in every process, or else its type."""
+    if isinstance(value, Tensor | Mapping | pl.Callback) or type(value).__repr__ is object.__repr__:
+        return type(value).__name__
+    return _ADDRESS.sub("", repr(value))[:_LONGEST]
+
+
+def _count(steps: int | None) -> str:
+    return "endless" if steps is None else f"{steps:,}"
