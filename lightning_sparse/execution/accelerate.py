@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import quantiles
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_sparse.execution.accelerated import AcceleratedModule, Recipe
 from lightning_sparse.execution.copying import frozen_copy, with_linear_layers
 from lightning_sparse.execution.dead_units import can_shrink, shrunk
-from lightning_sparse.execution.examples import arguments_of, unfit
+from lightning_sparse.execution.examples import Call, unfit
 from lightning_sparse.execution.kernels import KernelsUnavailableError, available_kernels, default_kernels
 from lightning_sparse.execution.layers import (
     SEMI_STRUCTURED,
@@ -26,7 +26,7 @@ from lightning_sparse.execution.layers import (
     unread_layers,
 )
 from lightning_sparse.execution.report import AccelerationReport, LayerChoice
-from lightning_sparse.execution.timing import compare_rounds, num_threads
+from lightning_sparse.execution.timing import compare_rounds, num_threads, shown
 from lightning_sparse.execution.tracing import UntraceableError, trace
 
 __all__ = ["accelerate"]
@@ -91,54 +91,15 @@ def accelerate(
     seconds = _checked_seconds(seconds)
     device = _checked_device(module)
     kernels = SEMI_STRUCTURED if device.startswith("cuda") else _checked_kernels(kernels)
-    call = _Call.of(example_input)
+    call = Call.of(example_input)
     with torch.no_grad(), num_threads(threads):
         return _Acceleration(module, call, kernels, threads, seconds, device).result()
-
-
-@final
-@dataclass(frozen=True)
-class _Call:
-    """What a module is called with."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, example: Any) -> _Call:
-        call = cls(*arguments_of(example))
-        if not call.kwargs and not any(isinstance(value, Tensor) for value in call.args):
-            raise ValueError(
-                f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
-                " keyword arguments, as the module is called."
-            )
-        if any(x.is_nested for x in call.tensors):
-            raise ValueError("example_input is nested; give a plain tensor, as torch.nested.to_padded_tensor makes.")
-        if call.numel == 0:
-            raise ValueError(f"example_input is empty, of shapes {call.shapes}; nothing can be timed on it.")
-        return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
-
-    def __call__(self, module: nn.Module) -> Any:
-        return module(*self.args, **self.kwargs)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-
-    @property
-    def numel(self) -> int | None:
-        """How many numbers the tensors have; ``None`` if there is no tensor."""
-        return sum(x.numel() for x in self.tensors) if self.tensors else None
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(x.shape) for x in self.tensors]
 
 
 class _Acceleration:
     """One call of ``accelerate``: what is known of the module, and what was found."""
 
-    def __init__(self, module: nn.Module, call: _Call, kernels: str, threads: int, seconds: float, device: str) -> None:
+    def __init__(self, module: nn.Module, call: Call, kernels: str, threads: int, seconds: float, device: str) -> None:
         self.module = module
         self.call = call
         self.kernels = kernels
@@ -158,12 +119,14 @@ class _Acceleration:
             )
         if self._changes():
             return self._as_it_is("Two calls on the example differ, or a call writes the module's buffers")
-        candidates = [made for made in map(self._try, self._recipes()) if made is not None]
+        tried = map(self._try, shown(self._recipes(), "Making variants"))
+        candidates = [made for made in tried if made is not None]
         if not candidates:
             return self._as_it_is("No layer is faster sparse on this example")
         calls: dict[str, Callable[[], Any]] = {"dense": lambda: self.call(self.dense)}
         calls |= {str(number): _calling(self.call, made) for number, made in enumerate(candidates)}
-        rounds = compare_rounds(calls, budget=self.seconds, rounds=11, device=self.device)
+        what = f"Timing the module and {len(candidates)} variants"
+        rounds = compare_rounds(calls, budget=self.seconds, rounds=11, device=self.device, what=what)
         timed = [(rounds[str(number)], made) for number, made in enumerate(candidates)]
         fastest, best = min(timed, key=lambda pair: min(pair[0]))
         gains = [dense / fast for dense, fast in zip(rounds["dense"], fastest, strict=True)]
@@ -247,10 +210,14 @@ class _Acceleration:
         self, network: nn.Module, specs: Mapping[str, InputSpec], threads: int, *, inside: bool
     ) -> list[LayerChoice]:
         """Time every layer that has zeros, and among convolutions in a graph those without, too."""
-        return [
-            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=threads, inside=inside)
+        layers = [
+            (name, layer, share)
             for name, layer, share in layers_with_zeros(network)
             if share or (inside and self.kernels == "llvm" and isinstance(layer, nn.Conv2d))
+        ]
+        return [
+            time_layer(name, layer, share, specs.get(name), kernels=self.kernels, threads=threads, inside=inside)
+            for name, layer, share in shown(layers, "Timing layers")
         ]
 
     def _try(self, recipe: Recipe) -> AcceleratedModule | None:
@@ -322,7 +289,7 @@ def _unread(module: nn.Module) -> str:
     return f" whose weights are plain tensors; those of {', '.join(names[:3])}{more} are not, as of quantised layers"
 
 
-def _calling(call: _Call, module: nn.Module) -> Callable[[], Any]:
+def _calling(call: Call, module: nn.Module) -> Callable[[], Any]:
     return lambda: call(module)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast, final
 
 from torch import Tensor, nn
 
-__all__ = ["arguments_of", "unfit"]
+__all__ = ["Call", "arguments_of", "unfit"]
 
 
 def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -26,6 +27,59 @@ def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(cast("Mapping[str, Any]", example))
     return (tuple(cast("Sequence[Any]", example)) if isinstance(example, tuple | list) else (example,)), {}
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """What a module is called with, by place and by name; of tensors, :meth:`of` takes the values alone.
+
+    Example:
+        >>> import torch
+        >>> Call.of([torch.zeros(2, 3), 4]).shapes
+        [(2, 3)]
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, example: Any) -> Call:
+        """Read an example; see :func:`arguments_of`.
+
+        Raises:
+            ValueError: It has no tensor, a nested one, or no numbers.
+        """
+        call = cls(*arguments_of(example))
+        if not call.kwargs and not any(isinstance(value, Tensor) for value in call.args):
+            raise ValueError(
+                f"example_input is {type(example).__name__}; give a tensor, a tuple of arguments, or a mapping of"
+                " keyword arguments, as the module is called."
+            )
+        if any(x.is_nested for x in call.tensors):
+            raise ValueError("example_input is nested; give a plain tensor, as torch.nested.to_padded_tensor makes.")
+        if call.numel == 0:
+            raise ValueError(f"example_input is empty, of shapes {call.shapes}; nothing can be timed on it.")
+        return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
+
+    def __call__(self, module: nn.Module) -> Any:
+        """What the module returns for them."""
+        return module(*self.args, **self.kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The arguments that are tensors."""
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
+    @property
+    def numel(self) -> int | None:
+        """How many numbers the tensors have; ``None`` if there is no tensor."""
+        return sum(x.numel() for x in self.tensors) if self.tensors else None
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Theirs."""
+        return [tuple(x.shape) for x in self.tensors]
 
 
 def unfit(module: nn.Module, example: Any, error: Exception) -> ValueError:

@@ -1,15 +1,23 @@
-"""Timing of calls on a noisy machine: calls take turns in several rounds, and the fastest round of each counts."""
+"""Timing of calls on a noisy machine: calls take turns in several rounds, and the fastest round of each counts.
+
+On a terminal, a line shows how far it is.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
-__all__ = ["compare", "compare_rounds", "num_threads"]
+__all__ = ["compare", "compare_rounds", "num_threads", "shown"]
+
+_Item = TypeVar("_Item")
 
 _FINE = 1e-6  # seconds: what a clock has to tell apart
 
@@ -25,10 +33,28 @@ def num_threads(threads: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
+def shown(items: Sequence[_Item], what: str) -> Iterable[_Item]:
+    """Give the items one by one, and show on a terminal how many there have been; elsewhere show nothing.
+
+    No thread draws, for what happens between two items may be timed.
+
+    Args:
+        items: They.
+        what: Says what is done with them.
+
+    Example:
+        >>> list(shown([1, 2], "Counting"))
+        [1, 2]
+    """
+    if not what or not sys.stderr.isatty():
+        return items
+    return track(items, what, console=Console(stderr=True), transient=True, auto_refresh=False)
+
+
 def compare(
     calls: Mapping[str, Callable[[], Any]], *, budget: float = 0.03, rounds: int = 10, device: str = "cpu"
 ) -> dict[str, float]:
-    """Return the seconds that each call takes: the least of :func:`compare_rounds`, which takes the same arguments.
+    """Return the seconds that each call takes: the least of :func:`compare_rounds`, with its arguments.
 
     What else a machine does can only slow a call down.
 
@@ -42,7 +68,7 @@ def compare(
 
 
 def compare_rounds(
-    calls: Mapping[str, Callable[[], Any]], *, budget: float, rounds: int, device: str = "cpu"
+    calls: Mapping[str, Callable[[], Any]], *, budget: float, rounds: int, device: str = "cpu", what: str = ""
 ) -> dict[str, list[float]]:
     """Return the seconds that each call takes, round by round; in a round all are run one after the other.
 
@@ -54,6 +80,7 @@ def compare_rounds(
         budget: Seconds that each may take altogether, about; each is called ``rounds`` times and twice at least.
         rounds: How often each has its turn.
         device: What computes; a GPU is waited for.
+        what: Says on a terminal what is done; without it nothing is shown.
 
     Example:
         >>> rounds_of = compare_rounds({"sum": lambda: sum(range(10))}, budget=0.01, rounds=3)
@@ -63,7 +90,7 @@ def compare_rounds(
     clock = _clock(device)
     repeats = {name: _repeats(call, budget / rounds, device) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in shown(range(rounds), what):
         for name, call in calls.items():
             start = clock()
             for _ in range(repeats[name]):

@@ -18,6 +18,7 @@ from lightning_sparse import accelerate
 from lightning_sparse.execution import AcceleratedModule, LayerChoice, StaleWeightsError
 from lightning_sparse.execution import accelerate as _function_of_the_package
 from lightning_sparse.execution.accelerated import Recipe
+from lightning_sparse.execution.examples import Call
 from lightning_sparse.execution.kernels import available_kernels
 from lightning_sparse.execution.layers import InputSpec
 from lightning_sparse.execution.report import AccelerationReport
@@ -69,7 +70,7 @@ def test_the_report_is_a_table_with_conditions_and_the_whole() -> None:
 def test_of_several_threads_one_alone_is_tried_too() -> None:
     x = torch.randn(1, 512)
     module = _module("accelerate")
-    trial = module._Acceleration(wide_perceptron(), module._Call.of(x), "llvm", 2, QUICK, "cpu")
+    trial = module._Acceleration(wide_perceptron(), Call.of(x), "llvm", 2, QUICK, "cpu")
     assert {recipe.threads for recipe in trial._recipes()} == {1, 2}
     network = wide_perceptron()
     fast = accelerate(network, x, threads=2, kernels="llvm", seconds=QUICK)
@@ -93,6 +94,30 @@ def test_a_network_that_cannot_be_traced_is_replaced_layer_by_layer() -> None:
 def test_a_list_of_arguments_is_an_example_as_a_tuple_is(kind: type) -> None:
     report = accelerate(nn.Bilinear(8, 8, 4), kind([torch.randn(2, 8)] * 2), seconds=QUICK).report
     assert report.input_shapes == [(2, 8), (2, 8)]
+
+
+class Terminal(io.StringIO):
+    """A stream that says of itself that somebody looks at it, or not."""
+
+    def __init__(self, looked_at: bool) -> None:
+        super().__init__()
+        self.looked_at = looked_at
+
+    @override
+    def isatty(self) -> bool:
+        return self.looked_at
+
+
+@pytest.mark.parametrize("looked_at", [True, False], ids=["terminal", "pipe"])
+def test_on_a_terminal_alone_a_line_shows_how_far_it_is(looked_at: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream := Terminal(looked_at))
+    monkeypatch.setenv("TERM", "xterm")
+    accelerate(wide_perceptron(), torch.randn(16, 512), threads=1, seconds=QUICK)
+    said = stream.getvalue()
+    if looked_at:
+        assert all(what in said for what in ("Timing layers", "Making variants", "Timing the module and"))
+    else:
+        assert said == ""
 
 
 def test_keyword_arguments_are_an_example_too() -> None:
