@@ -262,7 +262,7 @@ def test_the_report_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path) -> No
 
 def test_the_report_of_a_checkpoint_says_that_it_counts_what_a_module_leaves_dense(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
-    module[1].weight.data[0] = 0.0
+    module.get_parameter("1.weight").data[0] = 0.0
     path = saved(tmp_path, module.state_dict())
     result = report(path)
     assert [layer.name for layer in result.layers] == ["0.weight", "1.weight"]

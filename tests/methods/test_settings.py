@@ -39,7 +39,8 @@ def told(method: SparseMethod, path: Path, epochs: int = 2) -> list[str]:
 
 
 def rigl(sparsity: Any = 0.8, **settings: Any) -> RigL:
-    return RigL(sparsity, **{"update_every": 2, "start": 0, "stop": 7, **settings})
+    times: dict[str, Any] = {"update_every": 2, "start": 0, "stop": 7}
+    return RigL(sparsity, **(times | settings))
 
 
 @pytest.mark.parametrize(
