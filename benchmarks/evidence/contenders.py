@@ -63,7 +63,7 @@ def n_of_m(inputs: int, sparsity: float) -> str:
 
     Example:
         >>> n_of_m(784, 0.9), n_of_m(300, 0.99), n_of_m(16, 0.98)
-        ('5:49', '1:100', '1:16')
+        ('39:392', '1:100', '1:16')
     """
     pairs = [(n, m) for m in range(2, inputs + 1) if inputs % m == 0 for n in range(1, m)]
     n, m = min(pairs, key=lambda pair: (abs(1.0 - pair[0] / pair[1] - sparsity), pair[1]))
