@@ -165,7 +165,7 @@ def sparse_nbytes(tensor: Tensor) -> int:
 
 
 def _state_of(source: Any) -> dict[str, Tensor]:
-    """The tensors of a module or of a mapping, each of which can be stored."""
+    """The tensors of a module or of a mapping; all of them can be stored."""
     state = source.state_dict() if isinstance(source, nn.Module) else source
     if not isinstance(state, Mapping):
         raise TypeError(f"{_HOW_TO_SAVE}; what is to be saved is a {type(source).__name__}.")

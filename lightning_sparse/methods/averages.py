@@ -37,7 +37,7 @@ class _Copy:
     """A module that holds copies of masked weights.
 
     Attributes:
-        module: The module. Its parameters are asked for anew, for an average may put others in their place.
+        module: The module. Its parameters are looked up each time, because an average may replace them.
         names: Its own name of each copy, by that of the masked weight.
         before: A hash of each when it was first seen; None once it is known to be an average.
         sample: A few entries of each at that time.

@@ -178,7 +178,7 @@ def _refuse_other_shapes(masks: Mapping[str, Tensor], module: pl.LightningModule
 
 
 def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
-    """Refuse to go on where weights had other numbers of uses: neither masks nor optimizers would fit."""
+    """Refuse to resume if weights had other numbers of uses: masks and optimizers would not fit."""
     uses = {candidate.name: candidate.uses for candidate in judge_parameters(module)}
     masks = [its["masks"] for its in states.values() if isinstance(its, Mapping) and isinstance(its.get("masks"), dict)]
     differ = [
