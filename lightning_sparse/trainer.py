@@ -21,6 +21,7 @@ __all__ = [
     "copy_again",
     "count_dense_peak",
     "is_a",
+    "is_lightnings",
     "refuse_twins",
     "set_callbacks",
     "steps_between_records",
@@ -100,10 +101,12 @@ def check_in_optimizer(
 
 def clips_gradients(trainer: pl.Trainer) -> bool:
     """Whether gradients are clipped between ``on_before_optimizer_step`` and the step."""
-    module = trainer.lightning_module
-    own = type(module).configure_gradient_clipping
-    plain = own.__module__.startswith(("lightning.", "pytorch_lightning."))
-    return bool(trainer.gradient_clip_val) and plain
+    return bool(trainer.gradient_clip_val) and is_lightnings(type(trainer.lightning_module).configure_gradient_clipping)
+
+
+def is_lightnings(function: Callable[..., object]) -> bool:
+    """Whether a method of a module is Lightning's own, which no user has overridden."""
+    return function.__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def is_a(value: object, *names: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -52,6 +52,9 @@ class MaskPool(Sequence[MaskedWeight]):
 
     def __getitem__(self, index: int) -> MaskedWeight:  # type: ignore[override]
         return self._weights[index]
+
+    def __iter__(self) -> Iterator[MaskedWeight]:
+        return iter(self._weights)  # Sequence's own asks __getitem__ for each, several times in every step
 
     def __len__(self) -> int:
         return len(self._weights)

@@ -95,7 +95,7 @@ class SparseMethod(Method):
         checkpoints.look_at_saved(self)
         if batch_idx == 0 or following.is_replaced(self):
             following.follow_parameters(self, trainer, pl_module)
-        holding.repair_written(self)
+        holding.repair_written(self, by_counters=steps.looks_before_forward(self, trainer))
         self.on_batch(batch)
 
     @final
@@ -122,7 +122,6 @@ class SparseMethod(Method):
 
     @final
     @override
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

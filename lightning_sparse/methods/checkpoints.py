@@ -239,7 +239,6 @@ def hold_saved(method: Method, checkpoint: dict[str, Any]) -> None:
     run.saved = checkpoint
 
 
-@torch.no_grad()
 def look_at_saved(method: Method) -> None:
     """Warn where pruned weights are not zero in the checkpoint that was written last.
 

@@ -72,9 +72,13 @@ def forget_moments(group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
         clear_moments(group.optimizer, weight.parameter, ~weight.mask)
 
 
-@torch.no_grad()
-def repair_written(method: Method) -> None:
-    """If other code has written to weights since our last action, zero the pruned ones again."""
+def repair_written(method: Method, *, by_counters: bool = False) -> None:
+    """If other code has written to weights since our last action, zero the pruned ones again.
+
+    Args:
+        method: Whose weights.
+        by_counters: Trust autograd's counters; another look follows before the weights are used.
+    """
     run = method.last_run
     if run is None or not run.active:
         return
@@ -82,7 +86,7 @@ def repair_written(method: Method) -> None:
         written = guard.written_weights()
         if written:
             _mend(method, group, written, "were written between two steps")
-        if guard.suspects or guard.finds_some_awake():
+        if not by_counters and (guard.suspects or guard.finds_some_awake()):
             _look(method, group)
 
 
@@ -101,6 +105,7 @@ def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModu
         run.averages.apply_(group)
 
 
+@torch.no_grad()
 def _look(
     method: Method, group: MaskGroup, cause: str = "were written without autograd's notice (.data, numpy)"
 ) -> None:
@@ -148,6 +153,7 @@ def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWei
     )
 
 
+@torch.no_grad()
 def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cause: str) -> None:
     if method.run.guards[group].has_moved():
         _refuse_shared_memory(method)

@@ -21,13 +21,14 @@ from lightning_sparse.methods.interface import Method
 __all__ = ["notice_within"]
 
 
-@torch.no_grad()
 def notice_within(method: Method) -> None:
     """After a forward pass: find writes to weights since the last check; if there were any, check from now on."""
     run = method.last_run
     if run is None or not run.active or run.watched:
         return
     written = [weight for guard in run.guards.values() for weight in guard.written_weights()]
+    if not written:
+        return
     module = run.module()
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
     if awake and module is not None:

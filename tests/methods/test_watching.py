@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_sparse import GMP, SparseMethod
 from lightning_sparse.masks.checkpoint import load_checkpoint, masks_by_method
+from lightning_sparse.methods.guard import Guard
 from tests.helpers import ToyModel, make_trainer
 from tests.methods.test_guard import METHODS
 
@@ -159,6 +160,72 @@ def test_one_write_past_the_counters_is_found_before_the_next_forward(name: str,
     watch, said = fit(METHODS[name](), Once(), tmp_path)
     assert watch.found == []
     assert len([line for line in said if "written without autograd's notice" in line]) == 1
+
+
+class Manual(ToyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()  # type: ignore[union-attr]
+
+
+class StepsAfterItsClosure(ToyModel):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+class StepsAtEverySecondBatch(ToyModel):
+    """Lightning's documentation has one such, for gradients that some batches add up."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (ToyModel, {}),
+        (ToyModel, {"accumulate_grad_batches": 3}),
+        (Manual, {}),
+        (StepsAfterItsClosure, {}),
+        (StepsAtEverySecondBatch, {}),
+    ],
+    ids=["automatic", "accumulated", "manual", "after its closure", "at every second batch"],
+)
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_a_write_between_two_batches_is_found_before_the_next_forward(
+    at: int, model: type[ToyModel], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    class Once(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.fit_loop.total_batch_idx == at:
+                for parameter in pl_module.parameters():
+                    parameter.detach().numpy()[...] += 0.01
+
+    method = METHODS["fixed"]()
+    watch = AwakeInForwards(method)
+    trainer = make_trainer(tmp_path, callbacks=[method, Once(), watch], **settings)
+    with pytest.warns(UserWarning, match="written without autograd's notice"):
+        trainer.fit(model())
+    assert watch.found == []
+
+
+def test_entries_are_looked_at_once_for_each_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    look = Guard.finds_some_awake
+    monkeypatch.setattr(Guard, "finds_some_awake", lambda guard: looks.append(1) or look(guard))
+    make_trainer(tmp_path, callbacks=[METHODS["fixed"]()], limit_val_batches=0).fit(ToyModel())
+    first_batch = 2  # as the batch begins too: who steps is not known yet
+    assert len(looks) == first_batch + 15
 
 
 # Checkpoints that others change.
