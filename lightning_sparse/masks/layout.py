@@ -348,11 +348,11 @@ def obstacle_of_shards(tensor: Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return ""
     if tensor.device_mesh.get_coordinate() is None:
-        return "this process holds nothing of it, as in a pipeline"
+        return "this process holds no part of it, as in a pipeline"
     layout = Block(tensor.shape, tensor.device_mesh, tensor.placements)
     for placement in tensor.placements:
         if not (_is_copied(placement) or placement.is_shard() or _is_strided(placement)):
-            return f"its placement {placement} is no part of it"
+            return f"its placement {placement} is neither a shard nor a copy of it"
         dim = _dim(placement)
         if _is_strided(placement) and tensor.shape[dim] % layout.divides(dim):
             return (
