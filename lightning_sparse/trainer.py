@@ -21,7 +21,6 @@ __all__ = [
     "copy_again",
     "count_dense_peak",
     "is_a",
-    "is_lightnings",
     "refuse_twins",
     "set_callbacks",
     "steps_between_records",
@@ -101,12 +100,11 @@ def check_in_optimizer(
 
 def clips_gradients(trainer: pl.Trainer) -> bool:
     """Whether gradients are clipped between ``on_before_optimizer_step`` and the step."""
-    return bool(trainer.gradient_clip_val) and is_lightnings(type(trainer.lightning_module).configure_gradient_clipping)
-
-
-def is_lightnings(function: Callable[..., object]) -> bool:
-    """Whether a method of a module is Lightning's own, which no user has overridden."""
-    return function.__module__.startswith(("lightning.", "pytorch_lightning."))
+    module, hook = trainer.lightning_module, "configure_gradient_clipping"
+    # By the class that defines it: functools.wraps gives a user's function the __module__ of Lightning's.
+    owner = next(kind for kind in type(module).__mro__ if hook in vars(kind))
+    is_lightnings = hook not in vars(module) and owner.__module__.startswith(("lightning.", "pytorch_lightning."))
+    return bool(trainer.gradient_clip_val) and is_lightnings
 
 
 def is_a(value: object, *names: str) -> bool:

@@ -30,7 +30,7 @@ __all__ = ["Averages"]
 _SAMPLE = 64  # entries of a copy at which a quick look looks
 _OF_EVERY_MODULE = frozenset(vars(pl.LightningModule()))
 _MOST = 100  # entries of a container in which copies are looked for
-_HOLD_NOTHING = frozenset({type(None), bool, int, float, str, Tensor, nn.Parameter})
+_HOLD_NOTHING = frozenset({type(None), bool, int, float, str})
 
 
 @dataclass

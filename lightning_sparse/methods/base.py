@@ -95,7 +95,7 @@ class SparseMethod(Method):
         checkpoints.look_at_saved(self)
         if batch_idx == 0 or following.is_replaced(self):
             following.follow_parameters(self, trainer, pl_module)
-        holding.repair_written(self, by_counters=steps.looks_before_forward(self, trainer))
+        holding.repair_written(self)
         self.on_batch(batch)
 
     @final

@@ -80,7 +80,7 @@ class Guard:
             return False
         if self._some_active is None:
             self._some_active = torch.cat(self._some_masks)
-        return bool(torch.cat(self._some).masked_fill_(self._some_active, 0.0).any())
+        return bool(torch.cat(self._some).masked_fill(self._some_active, 0.0).any())
 
     def step_begins(self) -> None:
         """To be called when the optimizer is about to step."""

@@ -72,13 +72,8 @@ def forget_moments(group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
         clear_moments(group.optimizer, weight.parameter, ~weight.mask)
 
 
-def repair_written(method: Method, *, by_counters: bool = False) -> None:
-    """If other code has written to weights since our last action, zero the pruned ones again.
-
-    Args:
-        method: Whose weights.
-        by_counters: Trust autograd's counters; another look follows before the weights are used.
-    """
+def repair_written(method: Method) -> None:
+    """If other code has written to weights since our last action, zero the pruned ones again."""
     run = method.last_run
     if run is None or not run.active:
         return
@@ -86,7 +81,7 @@ def repair_written(method: Method, *, by_counters: bool = False) -> None:
         written = guard.written_weights()
         if written:
             _mend(method, group, written, "were written between two steps")
-        if not by_counters and (guard.suspects or guard.finds_some_awake()):
+        if guard.suspects or guard.finds_some_awake():
             _look(method, group)
 
 

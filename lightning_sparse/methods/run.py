@@ -81,8 +81,7 @@ class StepWatch:
         awaiting: Groups whose gradients were prepared, and whose optimizer has not stepped yet.
         seen: Groups that Lightning has ever announced a step of.
         had_gradients: Groups that had gradients without ever being announced.
-        given_closures: Groups whose optimizer was given a closure since the batch began, by which Lightning announces a
-            step.
+        given_closures: Groups whose optimizer was given a closure in this batch, by which Lightning announces a step.
         stepped: Whether a step was taken in this batch.
         handles: The hooks on optimizers, by group.
         clip_val: What the Trainer clips gradients to, while it is kept from it in a step that is left out.

@@ -17,7 +17,7 @@ from lightning_sparse.masks.moments import scaler_of_step, skipped_step
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods import holding
 from lightning_sparse.methods.interface import Method
-from lightning_sparse.trainer import clips_gradients, is_lightnings
+from lightning_sparse.trainer import clips_gradients
 
 __all__ = [
     "announced",
@@ -26,7 +26,6 @@ __all__ = [
     "dissolve",
     "form",
     "leave_out",
-    "looks_before_forward",
     "put_to_work",
     "regroup",
     "warn_of_unseen",
@@ -190,20 +189,6 @@ def _hook(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
         ]
 
 
-def looks_before_forward(method: Method, trainer: pl.Trainer) -> bool:
-    """As a batch begins: whether the hooks on optimizers will look at the weights before its forward.
-
-    They did so in the last batch if each optimizer was given a closure. In automatic optimization, forward and backward
-    run in it. The next batch has one too, unless batches are accumulated or a user's own ``optimizer_step`` decides.
-    """
-    run, module = method.last_run, trainer.lightning_module
-    if run is None or not run.active:
-        return False
-    given, run.steps.given_closures = run.steps.given_closures, set()
-    is_alike = trainer.accumulate_grad_batches == 1 and is_lightnings(type(module).optimizer_step)
-    return module.automatic_optimization and is_alike and given.issuperset(run.groups)
-
-
 def _before_step(method: Method, group: MaskGroup) -> Callable[..., None]:
     # In automatic optimization the closure, with forward and backward in it, runs between this hook and the next.
     def repair(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -285,6 +270,7 @@ def batch_ended(method: Method) -> None:
         if any(weight.parameter.grad is not None for weight in group):
             steps.had_gradients.add(group)  # looked for now, because validation clears them
     steps.awaiting.clear()
+    steps.given_closures.clear()
     if steps.stepped:
         steps.stepped = False
         method.step += 1

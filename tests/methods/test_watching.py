@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_sparse import GMP, SparseMethod
 from lightning_sparse.masks.checkpoint import load_checkpoint, masks_by_method
-from lightning_sparse.methods.guard import Guard
 from tests.helpers import ToyModel, make_trainer
 from tests.methods.test_guard import METHODS
 
@@ -219,13 +218,38 @@ def test_a_write_between_two_batches_is_found_before_the_next_forward(
     assert watch.found == []
 
 
-def test_entries_are_looked_at_once_for_each_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[int] = []
-    look = Guard.finds_some_awake
-    monkeypatch.setattr(Guard, "finds_some_awake", lambda guard: looks.append(1) or look(guard))
-    make_trainer(tmp_path, callbacks=[METHODS["fixed"]()], limit_val_batches=0).fit(ToyModel())
-    first_batch = 2  # as the batch begins too: who steps is not known yet
-    assert len(looks) == first_batch + 15
+@every_method
+def test_a_write_is_found_where_optimizers_are_set_up_anew(name: str, tmp_path: Path) -> None:
+    class Anew(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            trainer.strategy.setup_optimizers(trainer)
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            for parameter in pl_module.parameters() if trainer.current_epoch else ():
+                parameter.detach().numpy()[...] += 0.01
+
+    method = METHODS[name]()
+    watch = AwakeInForwards(method)
+    with pytest.warns(UserWarning, match="written without autograd's notice"):
+        make_trainer(tmp_path, callbacks=[method, Anew(), watch]).fit(ToyModel())
+    assert watch.found == []
+
+
+@every_method
+def test_who_computes_as_a_batch_begins_finds_zeros(name: str, tmp_path: Path) -> None:
+    class Computes(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.network(batch[0])
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            for parameter in pl_module.parameters():
+                parameter.detach().numpy()[...] += 0.01
+
+    method = METHODS[name]()
+    watch = AwakeInForwards(method)
+    with pytest.warns(UserWarning, match="written without autograd's notice"):
+        make_trainer(tmp_path, callbacks=[method, Computes(), watch]).fit(ToyModel())
+    assert watch.found == []
 
 
 # Checkpoints that others change.
