@@ -1,1 +1,1 @@
-"""What is measured: speed beside dense training, and what the methods reach on MNIST."""
+"""Benchmarks: speed relative to dense training, and the accuracy that the methods reach."""

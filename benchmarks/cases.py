@@ -1,4 +1,4 @@
-"""What is trained where speed is measured: four networks, their batches, and a module that costs nothing besides."""
+"""What the speed benchmarks train: four networks, their batches, and a module that adds no cost of its own."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Case:
     """A network, its batch, and how it is timed.
 
     Attributes:
-        name: What it is called in the tables.
+        name: Its name in the tables.
         network: Makes it.
         batch: Shape of a batch of images on a CPU.
         rounds: How often each contender trains.
         steps: Steps of each of these trainings.
-        every: Steps of a turn, the first of which is not timed.
+        every: Steps in a turn; the first is not timed.
         skip: Timed steps at the beginning of a training that do not count.
     """
 
@@ -52,7 +52,7 @@ class Case:
 
 
 def resnet18() -> nn.Module:
-    """Make torchvision's ResNet-18 as it is used on 32 x 32 images: a 3 x 3 stem, and no pooling after it."""
+    """Make torchvision's ResNet-18 for 32 x 32 images: with a 3 x 3 stem, and no pooling after it."""
     network = torchvision.models.resnet18(num_classes=CLASSES)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     network.add_module("maxpool", nn.Identity())
@@ -81,7 +81,7 @@ class Timed(L.LightningModule):
     Args:
         network: What is trained.
         batch: Shape of a batch of images.
-        steps: Steps of an epoch.
+        steps: Steps in an epoch.
         optimizer: Makes the optimizer from the parameters.
     """
 
@@ -98,7 +98,7 @@ class Timed(L.LightningModule):
         return F.cross_entropy(self.network(images), labels)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Make batches, of noise."""
+        """Make batches of noise."""
         distinct = min(self.steps, 8)
         batches = [(torch.randn(self.batch), torch.randint(0, CLASSES, self.batch[:1])) for _ in range(distinct)]
         return DataLoader([batches[step % distinct] for step in range(self.steps)], batch_size=None)  # type: ignore[arg-type]

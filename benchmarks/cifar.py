@@ -1,15 +1,15 @@
-"""ResNet-20 on CIFAR-10, dense and at extreme sparsity by SET, RigL and EAST: the same few epochs for all.
+"""ResNet-20 on CIFAR-10, dense and at extreme sparsity with SET, RigL and EAST, all for the same few epochs.
 
-A bounded trial for a CPU, far from the 250 epochs of the papers: what it compares is how the methods fare beside each
-other. All train with SGD (Nesterov 0.9, learning rate 0.1, a tenth of it after one half and a hundredth after three
-quarters, weight decay 1e-4), batch 128, gradients clipped to a norm of 1. SET and RigL are set as ITOP has them, with
-the intervals scaled to the length: updates every 0.017 and 0.045 of training (1500 and 4000 of 88 000 steps). EAST has
-its defaults; ``east-masks`` is EAST without DyReLU and weight sharing, ``rigl+dyrelu`` and ``rigl+sharing`` are RigL
-with one of EAST's parts.
+A small trial for a CPU, far from the 250 epochs of the papers: it compares the methods with each other. All train with
+SGD (Nesterov 0.9; learning rate 0.1, a tenth of it after one half and a hundredth after three quarters; weight decay
+1e-4), batch size 128, and gradients clipped to a norm of 1. SET and RigL have ITOP's settings, with the intervals
+scaled to the length: updates every 0.017 and 0.045 of training (1500 and 4000 of 88 000 steps). EAST has its defaults.
+``east-masks`` is EAST without DyReLU and weight sharing; ``rigl+dyrelu`` and ``rigl+sharing`` are RigL with one of
+EAST's parts.
 
-Reported after the last epoch: test accuracy; the share of weights that were ever active (ITOP's R_s); the share of
-filters without an active weight. Each run is a process of its own with one thread, and appends one line to ``--out``;
-runs that are there already are not repeated::
+Results are those after the last epoch: test accuracy; the share of weights that were ever active (ITOP's R_s); the
+share of filters without an active weight. Each run is a process of its own with one thread, and appends one line to
+``--out``. Runs that are already there are not repeated::
 
     python -m benchmarks.cifar --data data --out cifar.jsonl --jobs 2
     python -m benchmarks.cifar --out cifar.jsonl --table
@@ -55,7 +55,7 @@ SPARSITIES = (0.99, 0.999)
 
 @dataclass(frozen=True)
 class Run:
-    """One training: by which method, how sparse, from which seed, for how long."""
+    """One training run: its method, sparsity, seed and length."""
 
     method: str
     sparsity: float
@@ -68,11 +68,11 @@ class Run:
 
 
 class Scheduled(Plain):
-    """The classifier with the learning rate of the papers."""
+    """The classifier, with the learning rates of the papers."""
 
     @override
     def configure_optimizers(self) -> Any:
-        """Make the optimizer, and a scheduler that is stepped at every step."""
+        """Make the optimizer, and a scheduler that acts at every step."""
         optimizer = super().configure_optimizers()
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
@@ -80,7 +80,7 @@ class Scheduled(Plain):
 
 
 class Explored(L.Callback):
-    """Notes which weights were ever active."""
+    """Records which weights were ever active."""
 
     def __init__(self, method: SparseMethod) -> None:
         self.method = method
@@ -91,7 +91,7 @@ class Explored(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look where masks have changed."""
+        """Observe the masks, if they have changed."""
         registry = self.method.registry
         if registry.num_updates != self._seen:
             self._seen = registry.num_updates
@@ -148,10 +148,10 @@ def all_runs(
     """Return the runs, seed by seed.
 
     Args:
-        only: Names of methods; dense, SET, RigL and EAST where it has none.
+        only: Names of methods; dense, SET, RigL and EAST if empty.
         seeds: Seeds of each.
-        sparsities: Sparsities of each but the dense one.
-        settings: Fields of :class:`Run` that are to differ.
+        sparsities: Sparsities of each method but dense.
+        settings: Other values for fields of :class:`Run`.
     """
     return [
         Run(method, sparsity, seed, **settings)

@@ -1,18 +1,19 @@
-"""Who is measured: dense training, the methods of this package, and others' ways to train sparse.
+"""Who is measured: dense training, the methods of this package, and other ways to train sparse.
 
 Every sparse contender masks the same weights, 90 % of each layer or of all together, and is measured between updates:
-masks are made before the first step that counts, and then only hold. The rivals are what the registry and torch offer:
+it makes its masks before the first step that counts, and then only keeps them. The rivals come with torch and
+Lightning, or are reference loops, as in published code:
 
 - ``torch.nn.utils.prune``: weight ⊙ mask in a hook before each forward; autograd goes through the product. It cannot
-  prune the output layers of attention, whose hooks never run: these stay dense.
-- ``ModelPruning``: Lightning's callback over the same.
+  prune the output layers of attention, because their hooks never run: these stay dense.
+- ``ModelPruning``: Lightning's callback, which uses ``torch.nn.utils.prune``.
 - ``parametrize``: weight ⊙ mask as a parametrization, with a float mask.
-- ``torch.ao``: its WeightNormSparsifier, which is a parametrization too. Its ``step`` fails on convolutions, so the
-  masks are given to it.
-- float masks: reference loop; gradients are multiplied by masks of floats before each step, weights after it, as in
-  the code of RigL's ports to torch.
-- ``masked_fill_``: reference loop; the same by ``masked_fill_`` of ``bool`` masks.
-- thresholds by ``parametrize``: DST without a callback, autograd through an explicit mask.
+- ``torch.ao``: its WeightNormSparsifier, which is a parametrization too. Its ``step`` fails on convolutions, so it is
+  given the masks.
+- float masks: a reference loop. It multiplies gradients before each step, and weights after it, by masks of floats, as
+  the code of RigL's ports to torch does.
+- ``masked_fill_``: the same reference loop, with ``masked_fill_`` and ``bool`` masks.
+- thresholds by ``parametrize``: DST without a callback; autograd goes through an explicit mask.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Contender:
 
     Attributes:
         callbacks: Makes the callbacks of the Trainer.
-        prepare: What is done to the network before.
+        prepare: Changes the network before training.
     """
 
     callbacks: Callable[[], Sequence[L.Callback]] = tuple
@@ -60,7 +61,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Masked:
-    """A weight that is masked: where it is in the network."""
+    """A masked weight: the module that holds it, and its name there."""
 
     owner: nn.Module
     name: str
@@ -71,7 +72,7 @@ class Masked:
         return getattr(self.owner, self.name)
 
     def mask(self) -> Tensor:
-        """Its mask by magnitude."""
+        """Return its mask by magnitude."""
         magnitudes = self.value.detach().abs()
         return magnitudes > magnitudes.flatten().kthvalue(int(SPARSITY * magnitudes.numel())).values
 
@@ -103,14 +104,14 @@ def _reached_by_hooks(network: nn.Module) -> list[Masked]:
 
 
 class PruneAtStart(ModelPruning):
-    """Lightning's callback, told to prune when training starts, not when an epoch ends."""
+    """Lightning's callback, which prunes here when training starts, not when an epoch ends."""
 
     def __init__(self) -> None:
         super().__init__("l1_unstructured", amount=SPARSITY, apply_pruning=False, use_lottery_ticket_hypothesis=False)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Name the weights, which the callback cannot find by itself in attention layers."""
+        """List the weights, because the callback cannot find those of attention layers itself."""
         self._parameters_to_prune = [(weight.owner, weight.name) for weight in _reached_by_hooks(pl_module)]
         super().setup(trainer, pl_module, stage)
 
@@ -121,7 +122,7 @@ class PruneAtStart(ModelPruning):
 
 
 class Product(nn.Module):
-    """The weight with a float mask."""
+    """The product of a weight and a float mask."""
 
     mask: Tensor
 
@@ -153,7 +154,7 @@ def prepare_by_torch_ao(network: nn.Module) -> None:
 
 
 class ReferenceLoop(L.Callback):
-    """What is done by hand: gradients are masked before the optimizer's step, and weights after it."""
+    """Masks by hand: gradients before the optimizer's step, and weights after it."""
 
     def __init__(self) -> None:
         self.weights: list[tuple[nn.Parameter, Tensor]] = []
@@ -228,7 +229,7 @@ class _Step(torch.autograd.Function):
 
 
 class Thresholded(nn.Module):
-    """The weight with what lies below its row's threshold masked."""
+    """A weight whose entries below their row's threshold are masked."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -242,7 +243,7 @@ class Thresholded(nn.Module):
 
 
 class Penalty(L.Callback):
-    """The gradient of α Σ exp(−t), which a loss would bring."""
+    """The gradient of α Σ exp(−t), which is usually part of the loss."""
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -254,13 +255,13 @@ class Penalty(L.Callback):
 
 
 def parametrize_thresholds(network: nn.Module) -> None:
-    """Write DST with ``torch.nn.utils.parametrize``."""
+    """Implement DST with ``torch.nn.utils.parametrize``."""
     for weight in list(masked_weights(network)):
         parametrize.register_parametrization(weight.owner, weight.name, Thresholded(len(weight.value)))
 
 
 def phasing() -> list[L.Callback]:
-    """EAST while its Dynamic ReLUs last; Trainers of the benchmarks are told to end before they do."""
+    """EAST while its Dynamic ReLUs last: longer than any training run of the benchmarks."""
     return [EAST(SPARSITY, **STILL, cycles=0, sharing=False, phasing=DyReLUPhasing(start=10**6, stop=10**6 + 1))]
 
 
@@ -275,7 +276,7 @@ METHODS: dict[str, Contender] = {
     "DST": Contender(lambda: [DST(ALPHA)]),
     "EAST, Dynamic ReLUs": Contender(phasing),
 }
-"""The methods of this package, between updates; EAST after its phase of Dynamic ReLUs and within it."""
+"""The methods of this package, between updates; EAST after its phase of Dynamic ReLUs, and during it."""
 
 RIVALS: dict[str, Contender] = {
     "torch.nn.utils.prune": Contender(prepare=prune_by_torch),
@@ -286,4 +287,4 @@ RIVALS: dict[str, Contender] = {
     "masked_fill_": Contender(lambda: [MaskedFill()]),
     "thresholds by parametrize": Contender(lambda: [Penalty()], parametrize_thresholds),
 }
-"""What others offer; the last is the rival of DST."""
+"""Other ways to train sparse; the last is the rival of DST."""

@@ -1,15 +1,15 @@
-"""What DST reaches on MNIST: how much is left, and how accurate it is, as alpha grows (table 1 of the paper).
+"""What DST reaches on MNIST: how many weights are left, and the accuracy, as alpha grows (table 1 of the paper).
 
-Set-up of "Dynamic Sparse Training" (Liu et al., ICLR 2020, https://arxiv.org/abs/2005.06870) and of its authors' code:
-20 epochs; the LeNets with batch 64 and SGD (learning rate 0.01, momentum 0.9), the LSTMs with batch 100 and Adam
-(learning rate 0.001); no weight decay. The classifier of the LSTMs stays dense and is not counted, as there. Pixels
-are in [0, 1], as there. The alphas of the paper's rows are not known, so several are tried; and as users ask for a
-sparsity, ``DST(sparsity=)`` is asked for what is left in the paper's rows.
+Settings of "Dynamic Sparse Training" (Liu et al., ICLR 2020, https://arxiv.org/abs/2005.06870) and of its authors'
+code: 20 epochs; the LeNets with batch size 64 and SGD (learning rate 0.01, momentum 0.9), the LSTMs with batch size 100
+and Adam (learning rate 0.001); no weight decay. As there, the classifier of the LSTMs stays dense and is not counted,
+and pixels are in [0, 1]. The alphas of the paper's rows are not known, so several are tried. Because users ask for a
+sparsity, ``DST(sparsity=)`` is also run with the sparsities of the paper's rows.
 
-Reported are the last epoch and, beside it, the two ways of the authors' code, which choose an epoch of each run on the
-test set: that with the best accuracy, and that with the fewest weights left. Each run is a process of its own with one
-thread, and appends one line to ``--out``; runs that are there already are not repeated, so the command may be stopped
-and given again::
+The table shows the last epoch. Beside it are the two choices of the authors' code, which picks an epoch of each run on
+the test set: the one with the best accuracy, and the one with the fewest weights left. Each run is a process of its own
+with one thread, and appends one line to ``--out``. Runs that are already there are not repeated, so you can stop the
+command and start it again::
 
     python -m benchmarks.dst --data data --out dst.jsonl --jobs 2
     python -m benchmarks.dst --out dst.jsonl --table
@@ -42,7 +42,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Setting:
-    """How one network of the table is trained, with which alphas, and what is left of it in the paper."""
+    """How one network of the table is trained, with which alphas, and its sparsity in the paper."""
 
     network: Callable[[], nn.Module]
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -65,7 +65,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: of which network, by which alpha or to which sparsity (neither: dense), from which seed."""
+    """One training run: its network, its alpha or target sparsity (neither if dense), and its seed."""
 
     network: str
     alpha: float | None
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """What distinguishes it from other runs of the network."""
+        """What distinguishes the run from other runs of its network."""
         if self.sparsity is not None:
             return f"sparsity {self.sparsity:g}"
         return "dense" if self.alpha is None else f"alpha {self.alpha:g}"
@@ -86,7 +86,7 @@ class Run:
 
 
 class Remaining(L.Callback):
-    """Notes after each epoch the accuracy and the share of the weights that is left, both in percent."""
+    """Records the accuracy and the share of weights left after each epoch, both in percent."""
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = weights
@@ -155,11 +155,11 @@ def all_runs(
     """Return the runs of the reproduction, seed by seed.
 
     Args:
-        only: Names of networks; all where it has none.
+        only: Names of networks; all if empty.
         seeds: Seeds of each.
-        alphas: Strengths of the regulariser; those of each network's setting where it has none.
-        sparsity: What DST is asked for; that of each network's setting where it is ``None``.
-        settings: Fields of :class:`Run` that are to differ from the reproduction's.
+        alphas: Strengths of the regulariser; those of each network's setting if empty.
+        sparsity: The target sparsity of DST; that of each network's setting if ``None``.
+        settings: Other values for fields of :class:`Run` than the reproduction's.
     """
     runs: list[Run] = []
     for seed in seeds:

@@ -1,8 +1,8 @@
 """Write docs/measured.md from benchmarks/results: ``python -m benchmarks.figures``, or ``make figures``.
 
-The text, and the command of each table, are in benchmarks/measured.md. Each ``<!-- TABLE: name -->`` in it becomes the
+The text, and the command of each table, are in benchmarks/measured.md. Each ``<!-- TABLE: name -->`` there becomes the
 table of that name, with the machine and the versions that it was measured with. A test compares the page with what this
-writes, so no table can show a figure that was not measured.
+module writes, so no table can show a figure that was not measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["TABLES", "main", "page"]
 
 METHODS = {"gmp": "`GMP`", "fggp": "`FGGP`", "set": "`SET`", "rigl": "`RigL`", "east": "`EAST`", "dst": "`DST`"}
 
-# What a reader knows the networks, methods and rivals by, where results are shorter.
+# The names that readers know, for networks, methods and rivals that have shorter names in the results.
 NAMES = {
     "lenet300": "LeNet-300-100",
     "lenet5": "LeNet-5-Caffe",
@@ -76,13 +76,13 @@ def page() -> str:
 
 
 def lines_of(name: str) -> list[dict[str, Any]]:
-    """The results of a file with one JSON object a line."""
+    """The results in a file with one JSON object in each line."""
     text = (RESULTS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def content_of(name: str) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a file of results, and what they were measured with, as a sentence."""
+    """The rows of a file of results, and a sentence that says what they were measured with."""
     content = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return content["rows"], measured_with([content["conditions"]])
 
@@ -91,7 +91,7 @@ def content_of(name: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def measured_with(conditions: Rows) -> str:
-    """Machine and versions, as a sentence; where rows were measured with several, all that there were."""
+    """Machine and versions, as a sentence. If rows were measured with different ones, it lists all of them."""
     found: dict[str, list[str]] = {}
     for condition in conditions:
         for key, value in condition.items():
@@ -115,13 +115,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], conditions: s
 
 
 def of_rich(table: Table, conditions: str) -> str:
-    """The table that a benchmark prints."""
+    """The table that a benchmark prints, in Markdown."""
     columns = [[number(str(cell)) for cell in column.cells] for column in table.columns]
     return markdown([str(column.header) for column in table.columns], list(zip(*columns, strict=True)), conditions)
 
 
 def number(text: str) -> str:
-    """A number as one reads it: with a minus sign, not a hyphen; without trailing zeros, and without a sign at zero."""
+    """A number for readers: with a minus sign, not a hyphen; without trailing zeros, and without a sign at zero."""
     if re.fullmatch(r"[-+]0\.0+", text):
         return text[1:]
     text = re.sub(r"^(0\.\d*?)0{4,}$", r"\1", text).removesuffix(".")
@@ -129,12 +129,12 @@ def number(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, with the digits that it needs."""
+    """A share in percent, with as many digits as it needs."""
     return f"{100 * share:.4g} %"
 
 
 def crossed(rows: Rows, row: str, column: str, cell: Callable[[Mapping[str, Any]], str]) -> tuple[list[str], Any]:
-    """A table of two keys: the header, and a line for each value of ``row`` with a cell for each of ``column``."""
+    """A table of two keys: the header, and a line for each value of ``row``, with a cell for each of ``column``."""
     columns = list(dict.fromkeys(str(each[column]) for each in rows))
     cells: dict[str, dict[str, str]] = {}
     for each in rows:
@@ -152,13 +152,13 @@ def quartiles(ratio: Mapping[str, float], digits: int = 2) -> str:
 
 
 def trained(name: str, tabulate: Callable[[Sequence[dict[str, Any]]], Table]) -> str:
-    """What a benchmark that trains has reached."""
+    """The table of a benchmark that trains networks."""
     results = lines_of(name)
     return of_rich(tabulate(results), measured_with([result["versions"] for result in results]))
 
 
 def inference(batch: int) -> str:
-    """How many times as fast calls are."""
+    """How many times as fast calls are, at one batch size."""
     results = [row for row in lines_of("inference.jsonl") if row.get("batch") == batch and row["threads"] == 1]
     results.sort(key=lambda row: (row["network"], row["sparsity"]))
     header = [
@@ -184,7 +184,7 @@ def inference(batch: int) -> str:
 
 
 def small_layers() -> str:
-    """How often small layers are swapped, and what they then gain."""
+    """How many small layers are replaced, and what they gain."""
     (content,) = (row for row in lines_of("inference.jsonl") if "grid" in row)
     layers = content["grid"]
     swapped = [layer["gain"] for layer in layers if layer["swapped"]]
@@ -196,7 +196,7 @@ def small_layers() -> str:
 
 
 def limits() -> str:
-    """What bounds linear layers of one input."""
+    """What limits linear layers with one input."""
     rows, conditions = content_of("limits.json")
     parts = ("accelerated", "kernel", "bytes", "call")
     header = ["width", "zeros", "goal", "times as fast", "at the floor", *(f"{part}, µs" for part in parts)]
@@ -233,7 +233,7 @@ def files() -> str:
 
 
 def whole_runs() -> str:
-    """Whole trainings over dense."""
+    """The time of whole training runs over dense."""
     rows, conditions = content_of("whole_runs.json")
     named = [
         row | {"run": f"{row['steps']:,} steps, {row['threads']} thread" + "s" * (row["threads"] > 1)}
@@ -246,7 +246,7 @@ def whole_runs() -> str:
 
 
 def overhead(optimizer: str, precision: str) -> str:
-    """A training step over dense."""
+    """The time of a training step over dense."""
     rows, conditions = content_of("overhead.json")
     chosen = [row for row in rows if (row["optimizer"], row["precision"]) == (optimizer, precision)]
     chosen = [row for row in chosen if row["contender"] != "dense"]
@@ -256,7 +256,7 @@ def overhead(optimizer: str, precision: str) -> str:
 
 
 def update() -> str:
-    """One update over one sort."""
+    """The time of one update over one sort."""
     rows, conditions = content_of("update.json")
     header = ["", "weights", "update, ms", "update / sort (quartiles)", "goal"]
     cells = [
@@ -273,7 +273,7 @@ def update() -> str:
 
 
 def scaling() -> str:
-    """How an update grows."""
+    """How the time of an update grows."""
     rows, conditions = content_of("scaling.json")
     header = ["", "what grows", "ms by number", "exponent", "goal"]
     cells = [
@@ -290,7 +290,7 @@ def scaling() -> str:
 
 
 def memory() -> str:
-    """Bytes for each weight."""
+    """The bytes that masks take for each weight."""
     rows, conditions = content_of("memory.json")
     keys = {
         "bytes / weight between updates": "between updates",
@@ -339,7 +339,7 @@ def sync() -> str:
 
 
 def goals_met() -> str:
-    """Every goal, and whether it is met; each is measured as the table of its section says."""
+    """Every goal, and whether it is met. The sections below say how each was measured."""
     rows = goals.summary(lambda name: content_of(name)[0])
     return markdown(goals.HEADER, rows, "").rstrip()
 

@@ -1,8 +1,8 @@
-"""Size and time to load of a ResNet-18's state dict, as a sparse file and as others write it.
+"""Size and loading time of a ResNet-18's state dict, as a sparse file and in other formats.
 
-Weights are normal with zeros at random, the same share in every matrix; what the norms hold is random too, as after
-training, and not the zeros and ones that they begin with, which compress. Every way gives dense tensors in memory. All
-take turns, each in a process of its own, where it has to ask the system for memory, as a program does that loads once::
+Weights are normal, with zeros at random places, the same share in every matrix. The tensors of norms are random too, as
+after training: their initial zeros and ones would compress. Every format loads dense tensors into memory. All formats
+take turns. Each load has a process of its own and must ask the system for memory, like a program that loads once::
 
     OMP_NUM_THREADS=1 python -m benchmarks.files --cpu-time
 """
@@ -41,7 +41,7 @@ Reader = Callable[[Path], State]
 
 
 def _with_torch(compress: Callable[[bytes], bytes], decompress: Callable[[bytes], bytes]) -> tuple[Writer, Reader]:
-    """What ``torch.save`` writes, compressed."""
+    """A writer that compresses what ``torch.save`` writes, and its reader."""
 
     def write(state: State, path: Path) -> None:
         buffer = io.BytesIO()
@@ -52,7 +52,7 @@ def _with_torch(compress: Callable[[bytes], bytes], decompress: Callable[[bytes]
 
 
 def ways() -> Iterator[tuple[str, Writer, Reader]]:
-    """Names, writers and readers; zstd where it is installed."""
+    """Names, writers and readers; zstd only if it is installed."""
     yield BASELINE, torch.save, torch.load
     yield "torch.save, load with mmap", torch.save, lambda path: torch.load(path, mmap=True)
     yield "gzip -6", *_with_torch(lambda data: gzip.compress(data, 6), gzip.decompress)
@@ -68,7 +68,7 @@ def ways() -> Iterator[tuple[str, Writer, Reader]]:
 
 
 def in_a_process(work: Callable[[], float]) -> float:
-    """What ``work`` returns in a child process, so that whatever it does to the memory ends with it."""
+    """Return the result of ``work`` in a child process, so that its effects on memory end with the process."""
     ours, theirs = os.pipe()
     if not os.fork():
         os.write(theirs, struct.pack("d", work()))
@@ -81,7 +81,7 @@ def in_a_process(work: Callable[[], float]) -> float:
 
 
 def sparse_state(sparsity: float, *, smallest: bool) -> dict[str, Tensor]:
-    """A state dict as after sparse training."""
+    """A state dict like one after sparse training."""
     generator = torch.Generator().manual_seed(0)
     state = (LeNet300100() if smallest else resnet18()).state_dict()
     for tensor in state.values():
@@ -95,7 +95,7 @@ def sparse_state(sparsity: float, *, smallest: bool) -> dict[str, Tensor]:
 def measure(
     sparsity: float, folder: Path, rounds: int, clock: Callable[[], float], *, smallest: bool
 ) -> list[dict[str, Any]]:
-    """Rows of the table: what each way takes."""
+    """The rows of the table: the size and loading time of each format."""
     state = sparse_state(sparsity, smallest=smallest)
     paths: dict[str, Path] = {}
     readers: dict[str, Reader] = {}

@@ -1,11 +1,12 @@
-"""What one-shot pruning leaves of a trained transformer, and what fine-tuning gives back: docs/fine-tuning.md counted.
+"""What accuracy one-shot pruning costs a trained transformer, and what tuning gives back: for docs/fine-tuning.md.
 
-A vision transformer of transformers (two layers of 64, from its config) is trained on scikit-learn's 8 x 8 digits, then
-pruned at once to each sparsity, its classifier left dense: by magnitude, by Wanda, without and with 2:4. At 70 % the
-network that magnitude has pruned, layers alike, is then tuned for five epochs: with fixed masks, with the dense network
-as a teacher besides, and by adapters of rank 4 (LoRA) that are masked in training, or only when they are merged.
+A vision transformer from transformers (two layers of 64, from its config) is trained on scikit-learn's 8 x 8 digits,
+then pruned at once to each sparsity: by magnitude and by Wanda, without and with 2:4. Its classifier stays dense. The
+network that was pruned to 70 % by magnitude, all layers alike, is then tuned for five epochs: with fixed masks; with
+fixed masks and the dense network as a teacher; and by adapters of rank 4 (LoRA) that are masked in training, or only
+when merged.
 
-Accuracy on the 360 images that are held out, after the last epoch; mean ± sample standard deviation over seeds::
+Accuracy is on the 360 held-out images, after the last epoch; mean ± sample standard deviation over seeds::
 
     python -m benchmarks.fine_tuning --seeds 0 1 2
     python -m benchmarks.fine_tuning --docs
@@ -47,7 +48,7 @@ class Tuned(L.LightningModule):
 
     Args:
         network: What is trained.
-        teacher: What it learns from besides, if anything.
+        teacher: A network that it also learns from, if any.
     """
 
     def __init__(self, network: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -56,7 +57,7 @@ class Tuned(L.LightningModule):
         self.teacher = teacher
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross entropy; with a teacher, half of it and two times the divergence at temperature 2."""
+        """Return the cross entropy; with a teacher, half of it plus two times the divergence at temperature 2."""
         images, labels = batch
         logits = self.network(pixel_values=images).logits
         loss = F.cross_entropy(logits, labels)
@@ -73,17 +74,17 @@ class Tuned(L.LightningModule):
         self.log("accuracy", correct.double().mean(), batch_size=len(correct))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what is trained."""
+        """AdamW over the parameters that are trained."""
         return torch.optim.AdamW([its for its in self.network.parameters() if its.requires_grad], lr=1e-3)
 
 
 class MaskedLoRA(nn.Module):
-    """W + 2 (B A) ⊙ M, or without M: a change of low rank, which keeps the zeros of W.
+    """W + 2 (B A) ⊙ M: a change of low rank, which keeps the zeros of W; or the same without M.
 
     Args:
         weight: W.
-        masked: Whether M is there.
-        rank: Of the change.
+        masked: Whether to use M.
+        rank: The rank of the change.
     """
 
     def __init__(self, weight: Tensor, *, masked: bool = True, rank: int = 4) -> None:
@@ -106,7 +107,7 @@ def fit(network: nn.Module, data: DigitsDataModule, epochs: int, *callbacks: L.C
 
 @torch.no_grad()
 def accuracy(network: nn.Module, data: DigitsDataModule) -> float:
-    """Accuracy on what is held out, in percent."""
+    """Accuracy on the held-out images, in percent."""
     network.eval()
     right = [(network(pixel_values=x).logits.argmax(dim=1) == y).double() for x, y in data.val_dataloader()]
     return 100.0 * float(torch.cat(right).mean())
@@ -132,7 +133,7 @@ def adapted(network: nn.Module, data: DigitsDataModule, *, masked: bool) -> floa
 
 
 def measure(seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a row for each that is measured with one seed."""
+    """Yield a row for each measurement with one seed."""
     begin(seed)
     data = DigitsDataModule()
     config = ViTConfig(
@@ -160,7 +161,7 @@ def measure(seed: int) -> Iterator[dict[str, Any]]:
             yield _row(way, seed, accuracy(network, data), network, sparsity)
     pruned = deepcopy(dense)
     prune(pruned, 0.7, exclude=HEAD, allocation="uniform")
-    tuned = deepcopy(pruned)  # a copy has no record of masks: they are its zeros
+    tuned = deepcopy(pruned)  # a copy has no record of masks, so its zeros are the masks
     yield _row("then fixed masks", seed, fit(tuned, data, TUNING_EPOCHS, FixedMask(exclude=HEAD)), tuned)
     taught = deepcopy(pruned)
     yield _row(
@@ -179,12 +180,12 @@ def _row(what: str, seed: int, its: float, network: nn.Module, sparsity: float =
 
 
 def zeros_of(network: nn.Module) -> int:
-    """Zeros of its weights, counted one by one."""
+    """The number of zeros in the weights of a network."""
     return sum(its.numel() - int(its.count_nonzero()) for its in network.parameters() if its.dim() > 1)
 
 
 def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
-    """Make the table: mean ± sample standard deviation, and the zeros that were counted."""
+    """Make the table: mean ± sample standard deviation, and the number of zeros."""
     cells: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         cells[row["what"], row["sparsity"]].append(row)
@@ -196,13 +197,13 @@ def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def figures(content: dict[str, Any]) -> str:
-    """What stands in the documentation: the table, and how it was measured."""
+    """The text for the documentation: the table, and how it was measured."""
     measured_on = ", ".join(f"{name} {value}" for name, value in content["conditions"].items())
     return f"{as_markdown(tabulate(content['rows']))}\n\n`python -m benchmarks.fine_tuning`: {measured_on}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, or write what was measured."""
+    """Measure, or write the results into the documentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where the figures are kept")

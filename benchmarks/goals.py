@@ -1,4 +1,4 @@
-"""The goals of speed and size, and what was measured: the summary of docs/measured.md."""
+"""The goals for speed and size, and the measured values: the summary in docs/measured.md."""
 
 from __future__ import annotations
 

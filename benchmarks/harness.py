@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs that alternate, ratios of medians, and how they are printed."""
+"""What the benchmarks share: runs that alternate, ratios of medians, and printing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import lightning_sparse
 
 
 class Baton:
-    """Lets threads take turns: whoever holds it runs, and all others wait."""
+    """Lets threads take turns: the one that holds it runs, and all others wait."""
 
     def __init__(self, runners: Sequence[str]) -> None:
         self._queue = list(runners)
@@ -40,7 +40,7 @@ class Baton:
             self._changed.wait_for(lambda: self._queue[0] == runner)
 
     def pass_on(self) -> None:
-        """Give the turn to the next; the one who had it is the last now."""
+        """Give the turn to the next thread, and put the current one at the end of the queue."""
         with self._changed:
             self._queue.append(self._queue.pop(0))
             self._changed.notify_all()
@@ -55,12 +55,12 @@ class Baton:
 class Turns(L.Callback):
     """Times steps, from one ``on_train_batch_start`` to the next, and passes the baton on after some of them.
 
-    The first step of a turn, which finds the caches full of what others did, does not count.
+    The first step of a turn does not count, because the caches are full of other fits' data.
 
     Args:
         runner: Name of this fit.
-        baton: What its fits share.
-        every: Steps of a turn, at least 2.
+        baton: Shared by all fits.
+        every: Steps in a turn, at least 2.
         clock: Tells the time in seconds.
     """
 
@@ -75,7 +75,7 @@ class Turns(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time, or wait where a turn is over."""
+        """Record the time, or wait if the turn is over."""
         if self._start is not None:
             self.seconds.append(self.clock() - self._start)
         if batch_idx % self.every:
@@ -91,19 +91,19 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Run fits in turns of a few steps, in one process, one at a time.
 
-    What else a machine does changes within milliseconds, so a figure is compared only with one taken right beside it.
-    Start and end of a fit are not timed. Who goes first, and whose memory lies where, matters by a few per cent: in
-    each round another one goes first.
+    The other load of a machine changes within milliseconds, so a time is compared only with one measured right beside
+    it. The start and end of a fit are not timed. Which fit goes first, and where its memory lies, changes results by a
+    few per cent, so in each round another fit goes first.
 
     Args:
-        fits: By name, what trains with a callback; all take the same number of steps.
+        fits: By name, functions that train with a given callback; all take the same number of steps.
         rounds: How often each is run.
-        every: Steps of a turn, the first of which is not timed.
+        every: Steps in a turn; the first is not timed.
         skip: Timed steps at the beginning that do not count.
         clock: Tells the time in seconds.
 
     Returns:
-        Seconds of each step of each fit. Steps of the same index were taken beside each other.
+        Seconds of each step of each fit. Steps of the same index were measured beside each other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in fits}
     names = list(fits)
@@ -135,7 +135,7 @@ def _one_round(
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians, and the quartiles of the ratios of neighbours.
+    """A ratio of medians, and the quartiles of the ratios of neighbouring steps.
 
     Example:
         >>> Ratio.of([2.0, 3.0, 2.0], [1.0, 1.0, 1.0])
@@ -191,7 +191,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache
 def cpu_name() -> str:
-    """Return the processor's name, and how wide its vectors are."""
+    """Return the processor's name, and whether it has AVX-512."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -205,7 +205,7 @@ def machine() -> str:
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser with the options that the benchmarks of speed share; keeps Lightning's remarks out of them."""
+    """Make a parser with the options that the speed benchmarks share, and silence Lightning's remarks."""
     silence_lightning()
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smallest", action="store_true", help="one tiny case, in seconds: to see that it runs")
@@ -223,20 +223,20 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def wall_time() -> float:
-    """Return the time in seconds when all that was given to a GPU is done."""
+    """Return the time in seconds, once a GPU has finished all its work."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def conditions() -> dict[str, Any]:
-    """Return what figures were measured on."""
+    """Return the versions and the machine of a measurement."""
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return versions() | {"cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()} | device
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None = None) -> None:
-    """Print a table of ``rows``, whose keys are its columns, below a line on what was measured on."""
+    """Print a table of ``rows``, whose keys are its columns, below a line on machine and versions."""
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
@@ -246,7 +246,7 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None
 
 
 def write(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
-    """Write the figures, where a file is named."""
+    """Write the figures to a file, if there is one."""
     if json_file is not None:
         content = {"title": title, "conditions": conditions(), "rows": [dict(row) for row in rows]}
         json_file.write_text(json.dumps(content, default=vars, indent=2) + "\n")

@@ -1,13 +1,13 @@
-"""How fast networks with zeros run when ``accelerate`` has been at them, beside dense ones by torch and others.
+"""How fast networks with zeros run after ``accelerate``, compared with dense ones in torch and other engines.
 
-Masks are random and uniform; the first convolution and the classifier stay dense, as in the literature, but for the
-perceptrons, where all layers are sparse. Every contender computes the same network, in turns with all others; a figure
-is the least of its turns. Each row is one line of JSON; a case that stands in the file already is not run again::
+Masks are random and uniform. The first convolution and the classifier stay dense, as in the literature, except in the
+perceptrons, where all layers are sparse. Every contender computes the same network, in turns with all others; its time
+is that of its fastest turn. Each row is one line of JSON. A case that is already in the file is not run again::
 
     python -m benchmarks.inference --out benchmarks/results/inference.jsonl --networks resnet18-32 --batch 1 16
     python -m benchmarks.inference --grid  # never slower: many small layers, most of which cannot gain
 
-The baselines ONNX Runtime and OpenVINO come with the extra ``benchmarks``, and are left out where not installed.
+The baselines ONNX Runtime and OpenVINO come with the extra ``benchmarks``. They are left out if not installed.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def sparse_network(name: str, sparsity: float) -> nn.Module:
         if isinstance(layer, nn.MultiheadAttention):
             layer.in_proj_weight.mul_(torch.rand_like(layer.in_proj_weight) >= sparsity)
         if layer_name == "heads.head":
-            nn.init.normal_(layer.get_parameter("weight"))  # torchvision begins with zeros, and all outputs would be
+            nn.init.normal_(layer.get_parameter("weight"))  # torchvision begins with zeros: all outputs would be zero
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer_name not in dense:
             layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)
     return network
 
 
 def contenders(network: nn.Module, x: Tensor, threads: int, *, compiled: bool) -> dict[str, Call]:
-    """Return the dense baselines that are installed, by name; names end in bf16 where they do not compute in fp32."""
+    """Return the dense baselines that are installed, by name; those that do not compute in fp32 end in bf16."""
     calls: dict[str, Call] = {"torch": lambda: network(x)}
     if x.dim() == 4:
         last = copy.deepcopy(network).to(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ def contenders(network: nn.Module, x: Tensor, threads: int, *, compiled: bool) -
 
 
 def onnx_bytes(network: nn.Module, x: Tensor) -> bytes | None:
-    """Export a network; ``None`` where the exporter is not installed."""
+    """Export a network; ``None`` if the exporter is not installed."""
     if not importlib.util.find_spec("onnxscript"):
         return None
     with warnings.catch_warnings():
@@ -145,21 +145,21 @@ def openvino(model: bytes, x: Tensor, threads: int, precision: str) -> Call:
 
 
 def least_times(calls: dict[str, Call], seconds: float, clock: Call = time.perf_counter) -> dict[str, float]:
-    """Return the seconds of the quickest turn of each call, by a clock; all take turns for so long."""
+    """Return the seconds of the fastest turn of each call, by a clock. All calls take turns for ``seconds``."""
     best = dict.fromkeys(calls, float("inf"))
     repeats: dict[str, int] = {}
     for name, call in calls.items():
         call()
         start = time.perf_counter()
         call()
-        # A clock of the processor ticks slowly: some calls of a short one are timed together.
+        # A processor clock ticks slowly, so several short calls are timed together.
         repeats[name] = max(1, int(5e-4 / max(time.perf_counter() - start, 1e-7)))
     end = time.perf_counter() + seconds
     rounds = 0
     while time.perf_counter() < end or rounds < 5:
         rounds += 1
         for name, call in calls.items():
-            call()  # finds the caches full of what others did
+            call()  # not timed, because the caches are full of other calls' data
             start = clock()
             for _ in range(repeats[name]):
                 call()
@@ -170,7 +170,7 @@ def least_times(calls: dict[str, Call], seconds: float, clock: Call = time.perf_
 def measure(
     name: str, sparsity: float, batch: int, threads: int, seconds: float, clock: Call, *, compiled: bool
 ) -> dict[str, Any]:
-    """Time one case: a row of the results."""
+    """Time one case; return its row of the results."""
     network = sparse_network(name, sparsity)
     x = torch.randn(batch, *NETWORKS[name][1])
     with num_threads(threads), torch.no_grad():
@@ -199,12 +199,12 @@ def measure(
 
 
 def conditions() -> dict[str, Any]:
-    """Return what figures depend on."""
+    """Return what the figures depend on: versions, kernels and processor."""
     return versions() | {"kernels": "llvm" if importlib.util.find_spec("llvmlite") else "torch_csr", "cpu": cpu_name()}
 
 
 def small_layers(smallest: bool) -> list[tuple[str, nn.Module, Tensor]]:
-    """Layers so small that most cannot gain: name, layer, input."""
+    """Return layers so small that most cannot gain: name, layer, input."""
     sizes, batches, sparsities = (8, 64, 512), (1, 16, 128), (0.5, 0.9)
     if smallest:
         sizes, batches, sparsities = (8,), (1,), (0.5,)
@@ -239,7 +239,7 @@ def grid(seconds: float, clock: Call, *, smallest: bool) -> list[dict[str, Any]]
 
 
 def summarize_grid(rows: Sequence[dict[str, Any]]) -> None:
-    """Print how many were swapped, what they gained, and the slowest."""
+    """Print how many layers were swapped, what they gained, and the five that gained least."""
     for swapped in (True, False):
         gains = sorted(row["gain"] for row in rows if row["swapped"] is swapped)
         if gains:

@@ -1,8 +1,8 @@
-"""What bounds a sparse linear layer of one input: its kernel, the memory, and a call from Python.
+"""What limits a sparse linear layer with one input: its kernel, the memory, and a call from Python.
 
-A square layer is timed dense; sparse as ``accelerate`` returns it; and by its kernel alone, without Python's part.
-Below that lies a floor: the bytes of its weights at the speed at which this machine sums as many, and a call of a
-module that does no more than make its output. Where dense time over the floor is below a goal, no kernel reaches it::
+A square layer is timed dense; sparse, as ``accelerate`` returns it; and by its kernel alone, without Python's part. The
+floor below these times is the time in which this machine sums as many bytes as the weights have, plus a call of a
+module that only makes its output. If the dense time over the floor is below a goal, no kernel reaches that goal::
 
     OMP_NUM_THREADS=1 python -m benchmarks.limits --json benchmarks/results/limits.json
 """
@@ -30,7 +30,7 @@ GOALS = {0.9: 5, 0.95: 10, 0.99: 30}
 
 
 class Nothing(nn.Module):
-    """Makes its output, and computes nothing: what any module costs."""
+    """Makes its output, and computes nothing: the least that any module costs."""
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Nothing(nn.Module):
 
 
 def measure(width: int, sparsity: float, seconds: float) -> dict[str, Any]:
-    """Time a layer, its kernel and its floor: a row of the results."""
+    """Time a layer, its kernel and its floor; return a row of the results."""
     torch.manual_seed(0)
     layer = nn.Linear(width, width).eval().requires_grad_(False)
     layer.weight.mul_(torch.rand_like(layer.weight) >= sparsity)

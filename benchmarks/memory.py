@@ -1,14 +1,14 @@
-"""What masks weigh: between updates, within one, and in a checkpoint.
+"""How much memory masks take: between updates, during an update, and in a checkpoint.
 
 Each contender trains 25 million weights in ten layers with SGD and momentum for a few steps, in a process of its own:
 
-- bytes between updates: the storages of all tensors that Python's garbage collector knows, whoever holds them, at the
-  end of a step, less those of dense training, for each weight;
-- peak in an update: how much more than before the process held at most while masks were chosen and set
-  (on CUDA: what torch's allocator counted), for each weight; the rivals' masks change at no step here;
+- bytes between updates: the storages of all tensors that Python's garbage collector knows at the end of a step, whoever
+  holds them, minus those of dense training, for each weight;
+- peak of an update: how much the memory of the process (on CUDA: of torch's allocator) rose at most while masks were
+  chosen and set, for each weight; the rivals' masks do not change here;
 - checkpoint: how much larger the file is than that of dense training, over the bytes of the weights;
-- peak of training: the most that a process held which trained ResNet-18 for a few steps, less that of dense training,
-  for each weight. Where it is about 0, what masks take is less than what backward does.
+- peak of training: the most memory that a process held while it trained ResNet-18 for a few steps, minus that of dense
+  training, for each weight. If it is about 0, masks take less memory than backward does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a process of its own has found."""
+    """The results of one process."""
 
     weights: int
     in_tensors: int
@@ -54,23 +54,23 @@ class Bytes:
 
 
 class Scale(L.Callback):
-    """Weighs what the callback between ``begins`` and ``ends`` takes, at the last step."""
+    """Measures the memory of the callback that runs between ``begins`` and ``ends``."""
 
     def __init__(self) -> None:
         self.before = self.peak = self.in_tensors = 0
 
     def begins(self) -> None:
-        """The update begins."""
+        """Called before the update."""
         self.before = reset_peak()
 
     def ends(self) -> None:
-        """The update has ended."""
+        """Called after the update."""
         self.peak = max(self.peak, peak_bytes() - self.before)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count what is held between updates."""
+        """Count what is held between updates, at the last step."""
         if trainer.is_last_batch:
             self.in_tensors = bytes_in_tensors()
 
@@ -85,12 +85,12 @@ def bytes_in_tensors() -> int:
 
 
 def bytes_of_process() -> int:
-    """Return what the process occupies in memory, or torch on the GPU; 0 where the system does not tell."""
+    """Return the memory of the process, or that of torch on the GPU; 0 if the system does not say."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
 
 
 def reset_peak() -> int:
-    """Let :func:`peak_bytes` count from now; return what is held now."""
+    """Let :func:`peak_bytes` count from now on; return what is held now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR.exists():
@@ -109,11 +109,11 @@ def _status(key: str) -> int:
 
 
 def weigh(name: str, *, num_weights: int, case: Case, device: str) -> Bytes:
-    """Train as the contender of that name does; return what it takes. To be called in a process of its own."""
+    """Train as the contender of that name does; return its memory. Call this in a process of its own."""
     torch.set_num_threads(1)
     silence_lightning()
     L.seed_everything(0, verbose=False)
-    peak = peak_of_training(name, case, device)  # first, as it is a figure of the process
+    peak = peak_of_training(name, case, device)  # first, because it is the peak of the whole process
     gc.collect()
     module = ManyWeights(num_weights, STEPS)
     weights = module.num_weights

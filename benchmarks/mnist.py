@@ -1,11 +1,11 @@
-"""What GMP and FGGP reach on MNIST beside dense training: two LeNets, three sparsities, three seeds.
+"""What GMP and FGGP reach on MNIST, compared with dense training: two LeNets, three sparsities, three seeds.
 
-Set-up of "Dynamic Sparse Training" (Liu et al., ICLR 2020, https://arxiv.org/abs/2005.06870): batch 64, 20 epochs, SGD
-with learning rate 0.01 and momentum 0.9, no weight decay. Every method trains with the same; nothing is tuned. Reported
-is the test accuracy after the last epoch: no epoch is chosen by it.
+Settings of "Dynamic Sparse Training" (Liu et al., ICLR 2020, https://arxiv.org/abs/2005.06870): batch size 64, 20
+epochs, SGD with learning rate 0.01 and momentum 0.9, no weight decay. All methods train with these; nothing is tuned.
+The test accuracy is that after the last epoch: no epoch is chosen by it.
 
-Each run is a process of its own with one thread, and appends one line to ``--out``; runs that are there already are not
-repeated, so the command may be stopped and given again::
+Each run is a process of its own with one thread, and appends one line to ``--out``. Runs that are already there are not
+repeated, so you can stop the command and start it again::
 
     python -m benchmarks.mnist --data data --out mnist.jsonl --jobs 2
     python -m benchmarks.mnist --out mnist.jsonl --table
@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what is trained, how sparse, from which seed, for how long."""
+    """One training run: its network, method, sparsity, seed and length."""
 
     network: str
     method: str
@@ -66,7 +66,7 @@ def train(run: Run, data: Path) -> dict[str, Any]:
     start = time.process_time()
     trainer.fit(module, mnist)
     seconds = time.process_time() - start
-    # Counted on the weights themselves, not asked of the callback.
+    # Counted in the weights themselves, so that the callback is not trusted.
     weights = {name: value for name, value in module.network.state_dict().items() if value.dim() > 1}
     return asdict(run) | {
         "accuracy": 100 * float(trainer.callback_metrics["accuracy"]),
@@ -81,9 +81,9 @@ def all_runs(only: Sequence[str] = (), seeds: Sequence[int] = SEEDS, **settings:
     """Return the runs of the reproduction, seed by seed.
 
     Args:
-        only: Names of networks and methods; all where it has none.
+        only: Names of networks and methods; all if empty.
         seeds: Seeds of each.
-        settings: Fields of :class:`Run` that are to differ from the reproduction's.
+        settings: Other values for fields of :class:`Run` than the reproduction's.
     """
     variants = [("dense", 0.0), *((method, sparsity) for sparsity in SPARSITIES for method in METHODS)]
     networks = set(only) & NETWORKS.keys() or NETWORKS.keys()

@@ -1,13 +1,13 @@
-"""What it is worth that a grown weight steps like its neighbours: a small transformer under AdamW, RigL and SET.
+"""What is gained if a grown weight takes steps like its neighbours: a small transformer under AdamW, RigL and SET.
 
-Adam divides by the root of a second moment whose step count the whole tensor shares. A weight that is grown with a
-moment of 0 takes a first step of 3.2 learning rates, and up to 6.6 a dozen steps later, where its neighbours take 0.15.
-With ``warm_moments``, which is on by default, its second moment begins at the square of its gradient, or the mean of
-the layer's survivors where that is more (docs/decisions/0011).
+Adam divides by the root of a second moment, and the whole tensor shares one step count. A weight that grows with a
+moment of 0 takes a first step of 3.2 learning rates, and of up to 6.6 a dozen steps later; its neighbours take 0.15.
+With ``warm_moments``, which is on by default, its second moment begins at the square of its gradient, or at the mean of
+the layer's survivors if that is larger (docs/decisions/0011).
 
-torchvision's vision transformer (two layers of 64 or 128, four heads) on scikit-learn's 8 x 8 digits: AdamW
-with a learning rate of 1e-3, batch 64, 12 epochs, 95 %, an update every 6 steps until three quarters of training (34 of
-them). Accuracy on the 360 images that are held out, after the last epoch, five seeds::
+torchvision's vision transformer (two layers of 64 or 128, four heads) trains on scikit-learn's 8 x 8 digits: AdamW with
+learning rate 1e-3, batch size 64, 12 epochs, 95 %, an update every 6 steps until three quarters of training (34
+updates). Accuracy is on the 360 held-out images, after the last epoch, with five seeds::
 
     python -m benchmarks.moments --out moments.jsonl
     python -m benchmarks.moments --out moments.jsonl --table
@@ -45,7 +45,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 
 @dataclass(frozen=True)
 class Run:
-    """One training: by which method, with warm moments or without, from which seed, of how wide a transformer."""
+    """One training run: its method, whether moments are warm, its seed, and the transformer's width."""
 
     method: str
     warm: bool
@@ -58,7 +58,7 @@ class Run:
 
 
 class Noted(Plain):
-    """The classifier, which notes its accuracy at each epoch's end."""
+    """The classifier, which records its accuracy at the end of each epoch."""
 
     epochs_accuracy: list[float]
 
@@ -169,7 +169,7 @@ def draw(finished: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def figures(finished: Sequence[dict[str, Any]]) -> str:
-    """What stands in the documentation: the table, and how it was measured."""
+    """The text for the documentation: the table, and how it was measured."""
     measured_on = sorted(
         {", ".join([result["machine"], *map(" ".join, result["versions"].items())]) for result in finished}
     )

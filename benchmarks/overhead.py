@@ -1,9 +1,9 @@
-"""What a sparse method costs a training step, beside dense training and beside others' ways, in the same run.
+"""What a sparse method adds to a training step, compared with dense training and with other tools, in the same run.
 
-Contenders train by Trainers of their own and take turns of a few steps. A step lasts from one ``on_train_batch_start``
-to the next, so that start and end of a fit do not count. Pruned are 90 % of the weights; masks were made before the
-steps that count, and then only hold: see :mod:`benchmarks.contenders` for who takes part. What updates add is measured
-by :mod:`benchmarks.update`.
+Each contender has a Trainer of its own, and they take turns of a few steps. A step lasts from one
+``on_train_batch_start`` to the next, so the start and end of a fit do not count. 90 % of the weights are pruned. Masks
+are made before the steps that count, and then only kept. :mod:`benchmarks.contenders` says who takes part, and
+:mod:`benchmarks.update` measures what updates add.
 
     python -m benchmarks.overhead --cases resnet18 vit --optimizers SGD --precisions fp32 --rivals
 """
@@ -32,8 +32,8 @@ GOALS: dict[str, dict[str, float]] = {
     "resnet50": {},
     "vit": dict.fromkeys(HARD, 1.02),
 }
-"""Step over dense in fp32."""
-# Of ReLUs on (batch, channel, ...), which Dynamic ReLUs take the place of, these have none.
+"""Goals for a step over dense, in fp32."""
+# Left out where the network has no ReLUs on (batch, channel, ...), which Dynamic ReLUs replace.
 NOT_IN = {
     "lenet": {"EAST, Dynamic ReLUs"},
     "resnet18": set[str](),
@@ -62,7 +62,7 @@ def measure(
     precision: str = "fp32",
     device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """Time the steps of ``case``; return the seconds of each step by contender, the dense one first."""
+    """Time the steps of ``case``; return the seconds of each step by contender, dense first."""
     settings = {"optimizer": OPTIMIZERS[optimizer], "precision": PRECISIONS[precision], "device": device}
     everyone = {DENSE: Contender(), **contenders}
     fits = {name: partial(fit, case, contender=contender, **settings) for name, contender in everyone.items()}
@@ -72,7 +72,7 @@ def measure(
 def rows(
     seconds: Mapping[str, Sequence[float]], conditions: Mapping[str, Any], goals: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Make a row for each contender, from its steps and those of the rivals that do the same."""
+    """Make a row for each contender, from its steps and those of comparable rivals."""
     table: list[dict[str, Any]] = []
     for name, its_seconds in seconds.items():
         of_parametrize = "thresholds by parametrize" if name == "DST" else "parametrize"
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def resized(case: Case, rounds: int | None, batch: int | None) -> Case:
-    """Change how often ``case`` is run, and on how many images, where that is asked for."""
+    """Change the rounds and the batch size of ``case``, if they are given."""
     return replace(case, rounds=rounds or case.rounds, batch=(batch or case.batch[0], *case.batch[1:]))
 
 

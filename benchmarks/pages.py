@@ -1,4 +1,4 @@
-"""Figures in the documentation: a command writes them between two markers of a page, and nobody by hand."""
+"""Figures in the documentation. A command writes them between two markers of a page; nobody does by hand."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def as_markdown(table: Table) -> str:
 
 
 def written(page: str, name: str, text: str) -> str:
-    """A page with ``text`` between its markers.
+    """Return a page with ``text`` between its markers.
 
     Args:
         page: The text of the page.
-        name: Of the markers: ``<!-- name: begin -->`` and ``<!-- name: end -->``.
-        text: What stands between them.
+        name: The name in the markers ``<!-- name: begin -->`` and ``<!-- name: end -->``.
+        text: The text to put between them.
 
     Raises:
         ValueError: The page has no such markers.

@@ -1,4 +1,4 @@
-"""Trainings that are kept: each in a process of its own, one line of JSON as it finishes, none done twice."""
+"""Training runs whose results are kept: each has a process of its own, appends a line of JSON, and is done once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lightning_sparse.zoo import CIFAR10DataModule, MNISTDataModule
 
 R = TypeVar("R")
 
-# Of a run's process, read when it starts. glibc returns freed memory to the system by default, and asks for it again at
-# every step: a tenth of the time.
+# The environment of a run's process. By default, glibc returns freed memory to the system and asks for it again at
+# every step, which takes a tenth of the time.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 class Plain(L.LightningModule):
-    """A classifier that logs nothing in training, where logging would take a third of LeNet-300-100's step.
+    """A classifier that logs nothing in training: logging would take a third of LeNet-300-100's step.
 
     Args:
         network: What is trained.
@@ -39,12 +39,12 @@ class Plain(L.LightningModule):
 
     def __init__(self, network: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         super().__init__()
-        # oneDNN's convolutions take half the time in this order of memory.
+        # oneDNN's convolutions take half the time in this memory format.
         self.network = network.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits; methods that look at a module by itself call this."""
+        """Return the logits. Methods that examine a module outside of training call this."""
         return self.network(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -64,14 +64,14 @@ class Plain(L.LightningModule):
 
 
 def begin(seed: int) -> None:
-    """Prepare the process of a run: one thread, no remarks, the seed."""
+    """Prepare the process of a run: one thread, no remarks, and its seed."""
     torch.set_num_threads(1)
     silence_lightning()
     L.seed_everything(seed, verbose=False)
 
 
 def truncate(data: MNISTDataModule | CIFAR10DataModule, train_images: int) -> None:
-    """Leave the first so many images to train on."""
+    """Keep only the first ``train_images`` images for training."""
     data.train_set.images = data.train_set.images[:train_images]
     data.train_set.labels = data.train_set.labels[:train_images]
 
@@ -103,10 +103,10 @@ def reproduce(
     tabulate: Callable[[Sequence[dict[str, Any]]], Table],
     arguments: Namespace,
 ) -> None:
-    """Train the runs that are missing, unless only the table is asked for, and print the table of all that there are.
+    """Train the missing runs, unless only the table is asked for, and print the table of all finished runs.
 
     Args:
-        runs: What is wanted, dataclasses of one kind.
+        runs: The runs to train, dataclasses of one kind.
         train: Called with a run and ``data=``, in a process of its own.
         tabulate: Makes the table from the results.
         arguments: What :func:`argument_parser` has parsed.
@@ -117,11 +117,11 @@ def reproduce(
 
 
 def read(out: Path, kind: type[R]) -> dict[R, dict[str, Any]]:
-    """Read what is finished; a line that was cut short by a stop does not count.
+    """Read the finished runs. A line that was cut short by a stop does not count.
 
     Args:
-        out: File of one result a line.
-        kind: Dataclass of a run, whose fields are in the result.
+        out: File with one result in each line.
+        kind: Dataclass of a run; its fields are in each result.
     """
     finished: dict[R, dict[str, Any]] = {}
     for line in out.read_text().splitlines() if out.exists() else ():
@@ -139,9 +139,9 @@ def train_missing(
     """Train the runs that ``out`` does not hold, ``jobs`` at a time, and append each as it finishes.
 
     Args:
-        runs: What is wanted, dataclasses.
+        runs: The runs to train, dataclasses.
         train: Called with a run and the arguments, in a process of its own; returns the run's fields and its results.
-        out: File of one result a line.
+        out: File with one result in each line.
         jobs: Runs at a time, one thread each.
         arguments: Given to ``train``.
     """
@@ -152,7 +152,7 @@ def train_missing(
     missing = [run for run in runs if run not in finished]
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
-    # Read once, by a process that computes nothing: torch, Lightning and torchvision take as long as a short run.
+    # Imported once, by a process that computes nothing: torch, Lightning and torchvision take as long as a short run.
     context.set_forkserver_preload(["benchmarks.runs", train.__module__])
     one_process_per_run = context.Pool(jobs, maxtasksperchild=1)
     with one_process_per_run as pool, out.open("a") as file:
@@ -168,12 +168,12 @@ def train_missing(
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Write mean ± sample standard deviation, or what there is of them."""
+    """Format mean ± sample standard deviation; with fewer than two values, whatever there is."""
     if not values:
         return "not measured"
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def run_of(result: dict[str, Any], kind: type[R]) -> R:
-    """Return the run of which ``result`` tells."""
+    """Return the run to which ``result`` belongs."""
     return kind(**{field.name: result[field.name] for field in fields(kind) if field.name in result})  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 """How the cost of an update grows with the number of weights and of layers.
 
-The exponent b is the slope of a line through the logarithms, of the least-squares fit of ``seconds = a · n^b``: 1 is
-linear. Weights grow from one million to a hundred at ten layers; layers grow from 10 to 1000 at ten million weights,
-where linear would be the worst: what an update does once for each layer, and not once for each weight::
+The exponent b comes from a least-squares fit of ``seconds = a · n^b``: it is the slope of a line through the
+logarithms, and 1 is linear. Weights grow from one million to a hundred million in ten layers. Layers grow from 10 to
+1000 with ten million weights; there, linear growth would be the worst: all work would be done for each layer, none for
+each weight::
 
     python -m benchmarks.scaling --only FGGP RigL
 """
@@ -40,7 +41,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 def seconds_of_update(
     name: str, num_weights: int, layers: int, *, updates: int, clock: Callable[[], float], device: str
 ) -> float:
-    """The median of some updates."""
+    """The median time of some updates."""
     L.seed_everything(0, verbose=False)
     steps = updates + 2
     module = ManyWeights(num_weights, steps, layers)

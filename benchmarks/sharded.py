@@ -1,19 +1,19 @@
 r"""What an update of sharded masks sends and costs: collectives, bytes and CPU against weights, layers and processes.
 
-Processes train under FSDP2 (gloo, on CPUs), and masks change at every step. Counted is what the callback asks of
-``torch.distributed`` before the optimizer's step; timed is the CPU that this takes in process 0. Beside it: the same on
-one process that has as many weights as one of these holds.
+Processes train under FSDP2 (gloo, on CPUs), and masks change at every step. This counts what the callback asks of
+``torch.distributed`` before the optimizer's step, and times the CPU that process 0 spends on it. For comparison, it
+does the same on one process that has as many weights as one of these holds.
 
 The bytes follow from the algorithm, and do not depend on the number of weights. A selection finds the k-th key in
-:math:`d` rounds of 256 counts of :math:`c` bytes each (4, or 8 from 2³¹ weights on); from 32 768 weights on a sample
-replaces the first by rounds of its own. With :math:`L` layers ranked apart, or one pool, an update sends from each
-process
+:math:`d` rounds of 256 counts of :math:`c` bytes each (4, or 8 from 2³¹ weights on); from 32 768 weights on, a sample
+replaces the first round by rounds of its own. With :math:`L` layers that are ranked separately, or :math:`L = 1` pool,
+an update sends from each process
 
 .. math:: \text{bytes} \approx \text{selections} \cdot L \cdot d \cdot 256\, c
 
-and each round is one all-reduce, whatever :math:`L` is; a ring sends twice its bytes from each process. CPU is that of
-the shard, which has :math:`N / P` weights. The last rows are what follows for ten billion weights on 64 processes, the
-network with 30 µs a transfer and 25 GB/s between machines::
+and each round is one all-reduce, whatever :math:`L` is; a ring sends twice its bytes from each process. The CPU time is
+that of the shard, which has :math:`N / P` weights. The last rows extrapolate to ten billion weights on 64 processes,
+with 30 µs for each transfer and 25 GB/s between machines::
 
     python -m benchmarks.sharded --weights 1_000_000 20_000_000 --processes 2 4
 """
@@ -46,7 +46,7 @@ TITLE = "An update of sharded masks"
 GOALS = {"collectives": 20, "ratio": 1.5}
 UPDATES = 9
 NAMES = ("FGGP", "RigL")
-LINK = 25e9  # bytes a second between machines, for what is extrapolated
+LINK = 25e9  # bytes per second between machines, for the extrapolation
 LATENCY = 30e-6  # seconds that a small all-reduce takes there
 
 
@@ -66,7 +66,7 @@ class Watch(L.Callback):
         self.updates: list[tuple[int, int, float]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look into every update from now on."""
+        """Watch every update from now on."""
         method = next(callback for callback in trainer.callbacks if isinstance(callback, HardMaskMethod))  # type: ignore[attr-defined]
         before_step, all_reduce, sizes = method.before_step, dist.all_reduce, list[int]()
 
@@ -85,7 +85,7 @@ class Watch(L.Callback):
 
 
 def train(name: str, weights: int, layers: int, processes: int, out: Path) -> None:
-    """Train in this process, one of several, and let the first write what updates were."""
+    """Train in this process, one of several; the first one writes its updates to ``out``."""
     L.seed_everything(0, verbose=False)
     steps, watch = UPDATES + 2, Watch()
     strategy = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1) if processes > 1 else "auto"
@@ -98,7 +98,7 @@ def train(name: str, weights: int, layers: int, processes: int, out: Path) -> No
 
 
 def forked(rank: int, processes: int, port: int, arguments: tuple[Any, ...]) -> None:
-    """Call :func:`train` in a process, as torchrun would have started it."""
+    """Call :func:`train` in a process that is set up as torchrun sets it up."""
     its = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
     os.environ |= {name: str(value) for name, value in its.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "benchmark"}
@@ -109,7 +109,7 @@ def forked(rank: int, processes: int, port: int, arguments: tuple[Any, ...]) -> 
 
 
 def measured(name: str, weights: int, layers: int, processes: int) -> dict[str, float]:
-    """Collectives, bytes and CPU milliseconds of an update: the medians of some."""
+    """Collectives, kilobytes and CPU milliseconds of an update: the medians of some updates."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         out, port = Path(folder) / "updates.json", probe.getsockname()[1]
@@ -122,13 +122,13 @@ def measured(name: str, weights: int, layers: int, processes: int) -> dict[str, 
 
 
 def extrapolated(rows: Sequence[dict[str, Any]], weights: float, layers: int, processes: int) -> dict[str, Any]:
-    """What follows for a larger network: CPU by a line through the measured milliseconds, bytes by the layers.
+    """Extrapolate to a larger network: CPU by a line through the measured milliseconds, bytes by the layers.
 
     Args:
-        rows: Measured with growing numbers of weights, all else being equal.
-        weights: How many there are.
-        layers: Among how many layers they are divided.
-        processes: Among how many processes.
+        rows: Measured with growing numbers of weights; all else is equal.
+        weights: Number of weights.
+        layers: Number of layers.
+        processes: Number of processes.
     """
     last, is_together = rows[-1], rows[-1]["layers"] == "together"
     line = linear_regression([row["weights"] / row["processes"] for row in rows], [row["ms"] for row in rows])

@@ -1,9 +1,9 @@
 """What masks add to the communication of two processes: transfers, bytes and time of an update.
 
-Two processes train under DDP (gloo; with ``--device cuda``, NCCL on two GPUs). Counted is what the callback asks of
-``torch.distributed`` while it updates masks, before the optimizer's step and after it, and the time that this takes,
-which is mostly waiting where the processes share cores. Beside it: the update as a whole, and the bytes of the
-gradients that DDP reduces at every step anyway.
+Two processes train under DDP (gloo; with ``--device cuda``, NCCL on two GPUs). This counts what the callback asks of
+``torch.distributed`` while it updates masks, before the optimizer's step and after it, and the time that this takes. If
+the processes share cores, most of it is waiting. For comparison, it measures the update as a whole, and the bytes of
+the gradients that DDP reduces at every step anyway.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FLOAT = 4  # bytes
 
 @dataclass
 class Transfers:
-    """What has passed through ``torch.distributed``, and how long updates took.
+    """What passed through ``torch.distributed``, and how long updates took.
 
     Attributes:
         calls: Number of transfers.
         bytes: Their size.
         seconds: The time that they took.
-        updates: The time that the updates took which they are part of.
+        updates: The time of the updates that they are part of.
     """
 
     calls: int = 0
@@ -49,7 +49,7 @@ class Transfers:
 
 
 class Watch:
-    """Counts the transfers between ``begin`` and ``end``, and writes what one step asked for to a file."""
+    """Counts the transfers between ``begin`` and ``end``, step by step. ``out`` is the file for the results."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -59,14 +59,14 @@ class Watch:
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def begin(self) -> None:
-        """The callback's turn comes."""
+        """Called before the callback."""
         self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
         for name, collective in self._originals.items():
             setattr(dist, name, partial(self._call, collective))
         self._start = time.perf_counter()
 
     def end(self) -> None:
-        """The callback's turn is over."""
+        """Called after the callback."""
         self.now.updates += time.perf_counter() - self._start
         for name, collective in self._originals.items():
             setattr(dist, name, collective)
@@ -81,7 +81,7 @@ class Watch:
 
 
 class Steps(L.Callback):
-    """Closes the account of each step, and hands the accounts over from one of the processes."""
+    """Closes the account of each step; one of the processes writes all accounts to the file."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -89,22 +89,22 @@ class Steps(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Close an account."""
+        """Close the account of the step."""
         self.watch.steps.append(self.watch.now)
         self.watch.now = Transfers()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hand them over."""
+        """Write the accounts."""
         if trainer.is_global_zero:
             self.watch.out.write_text(json.dumps([asdict(step) for step in self.watch.steps]))
 
 
 def fit(method: L.Callback, module: ManyWeights, device: str) -> list[Transfers]:
-    """Train on two processes; return what each step of the first of them asked for."""
+    """Train on two processes; return the transfers of each step in the first one."""
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(Path(folder, "steps.json"))
         callbacks = [Call(watch.begin), method, Call(watch.end), Steps(watch)]
-        # Forked processes begin at once; CUDA allows none.
+        # Forked processes begin at once, but CUDA does not allow them.
         strategy = "ddp_fork" if device == "cpu" else "ddp_spawn"
         trainer = quiet_trainer(max_epochs=1, callbacks=callbacks, devices=2, strategy=strategy, accelerator=device)
         trainer.fit(module)
@@ -117,7 +117,7 @@ def measure(num_weights: int, updates: int, names: Sequence[str], device: str) -
     for name in names:
         L.seed_everything(0, verbose=False)
         steps = updates + 2  # SET and RigL change nothing at the first step; the second warms up
-        module = ManyWeights(num_weights, 2 * steps)  # a half of the batches for each
+        module = ManyWeights(num_weights, 2 * steps)  # each process takes half of the batches
         of_steps = fit(METHODS[name](steps), module, device)[2:]
         seconds, of_updates = median(step.seconds for step in of_steps), median(step.updates for step in of_steps)
         rows.append(
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--only", nargs="+", choices=[*METHODS], default=[*METHODS], help="some of the methods")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # a forked process waits for ever for threads that only its parent has
+    torch.set_num_threads(1)  # a forked process would wait forever for threads that only its parent has
     num_weights, updates = (100_000, 2) if arguments.smallest else (arguments.weights, arguments.updates)
     names = ["RigL"] if arguments.smallest else arguments.only
     report(TITLE, measure(num_weights, updates, names, arguments.device), arguments.json)

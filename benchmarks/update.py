@@ -1,11 +1,12 @@
 """What one update of the masks costs, in units of one ``torch.sort`` of the same weights.
 
-A real Trainer trains a network of so many weights with SGD and momentum, and masks change at every step. Timed is the
-whole: the choice, the optimizer's moments, the masks of weights and gradients. Right after it ``torch.sort`` sorts the
-magnitudes of the initial weights, as other libraries do to find a threshold. GMP and FGGP rank all weights together and
-prune some more each time, from dense to 95 %; SET, RigL, EAST, MEST, SNFS and SRigL exchange 30 % of each layer at
-99 %, DSR what falls below its threshold; GraNet does both; DST, SR-STE, STR,
-Top-KAST and Feather, whose masks change at every step, are timed before and after the optimizer's step.
+A real Trainer trains a network of so many weights, with SGD and momentum, and masks change at every step. The time is
+that of the whole update: the choice of weights, the optimizer's moments, the masks of weights and gradients. Right
+after it, ``torch.sort`` sorts the magnitudes of the initial weights, as other libraries do to find a threshold. GMP and
+FGGP rank all weights together and prune some more each time, from dense to 95 %. SET, RigL, EAST, MEST, SNFS and SRigL
+exchange 30 % of each layer at 99 %; DSR exchanges what falls below its threshold. GraNet does both. The masks of DST,
+SR-STE, STR, Top-KAST and Feather always change at every step: these methods are timed before and after the optimizer's
+step.
 
 The rivals do the same on the same weights: a sort of all magnitudes; RigL with two sorts of each layer, as in the code
 of ITOP and GraNet; ``torch.nn.utils.prune.global_unstructured``; Lightning's ``ModelPruning``; torch.ao's sparsifier::
@@ -57,12 +58,12 @@ ALPHA = 1e-6
 
 
 class ManyWeights(L.LightningModule):
-    """Square linear layers whose loss gives every weight a gradient of its own, at little cost.
+    """Square linear layers whose loss gives every weight its own gradient, at little cost.
 
     Args:
-        num_weights: How many weights there are, about: each layer is square.
-        steps: Steps of an epoch.
-        layers: How many layers they are divided among.
+        num_weights: About how many weights there are; each layer is square.
+        steps: Steps in an epoch.
+        layers: How many layers there are.
     """
 
     def __init__(self, num_weights: int, steps: int, layers: int = LAYERS) -> None:
@@ -107,7 +108,7 @@ METHODS: dict[str, Callable[[int], L.Callback]] = {
     "TopKAST": lambda steps: TopKAST(0.95),
     "Feather": lambda steps: Feather(0.95, stop=steps - 1),
 }
-"""Each method, such that masks change at every one of so many steps."""
+"""Each method, with settings that change the masks at every one of so many steps."""
 
 
 def _every_step(steps: int) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Rival(L.Callback):
     """Updates masks at every step in another way."""
 
     def begin(self, layers: Sequence[nn.Linear]) -> None:
-        """Make what it needs for the layers."""
+        """Prepare for the layers."""
         self.layers = layers
 
     def update(self, sparsity: float) -> None:
@@ -165,7 +166,7 @@ class LayerSorts(Rival):
 
 
 def update_by_sorting(weight: Tensor, grad: Tensor, mask: Tensor, fraction: float) -> None:
-    """Prune and grow one layer as by RigL, with a sort of all magnitudes and a sort of all gradients.
+    """Prune and grow one layer as RigL does, with a sort of all magnitudes and a sort of all gradients.
 
     Example:
         >>> mask = torch.tensor([True, True, False, False])
@@ -182,7 +183,7 @@ def update_by_sorting(weight: Tensor, grad: Tensor, mask: Tensor, fraction: floa
 
 
 class TorchPrune(Rival):
-    """``torch.nn.utils.prune``, all layers together; what one update made is removed before the next."""
+    """``torch.nn.utils.prune``, all layers together. What one update made is removed before the next."""
 
     @override
     def update(self, sparsity: float) -> None:
@@ -212,7 +213,7 @@ class TorchAO(Rival):
 
 
 class PruneNow(ModelPruning):
-    """Lightning's callback, told to prune at every step; it makes masks permanent after each."""
+    """Lightning's callback, which prunes here at every step, and makes masks permanent each time."""
 
     def __init__(self) -> None:
         super().__init__("l1_unstructured", amount=0.95, apply_pruning=False, use_lottery_ticket_hypothesis=False)
@@ -235,7 +236,7 @@ RIVALS: dict[str, Callable[[], L.Callback]] = {
 
 @dataclass
 class Figures:
-    """Seconds of each update, and of the sort beside it."""
+    """Seconds of each update, and of the sort after it."""
 
     updates: list[float] = field(default_factory=list[float])
     sorts: list[float] = field(default_factory=list[float])
@@ -244,14 +245,14 @@ class Figures:
 class Call(L.Callback):
     """Calls a function where methods work: before the optimizer's step, and after it.
 
-    Between two of them in the list of callbacks, a method's time is between their calls.
+    Put a method between two of them in the list of callbacks: its time is that between their calls.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Come to it after the optimizer's step too, where hooks run in the order in which they were made."""
+        """Also call it after the optimizer's step, where hooks run in the order in which they were registered."""
         trainer.optimizers[0].register_step_post_hook(lambda *_: self.function())
 
     def on_before_optimizer_step(
@@ -262,7 +263,7 @@ class Call(L.Callback):
 
 
 class Watch(L.Callback):
-    """Times what happens between ``begin`` and ``end``, and after each step a sort of the initial magnitudes."""
+    """Times what happens between ``begin`` and ``end``, and, after each step, a sort of the initial magnitudes."""
 
     def __init__(self, clock: Callable[[], float], *, sort: bool) -> None:
         self.clock = clock
@@ -272,11 +273,11 @@ class Watch(L.Callback):
         self._start = self._of_step = 0.0
 
     def begin(self) -> None:
-        """The method's turn comes."""
+        """Called before the method."""
         self._start = self.clock()
 
     def end(self) -> None:
-        """The method's turn is over; it has two in a step."""
+        """Called after the method, which has two turns in a step."""
         self._of_step += self.clock() - self._start
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -287,7 +288,7 @@ class Watch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time of the step's update, and sort."""
+        """Record the time of the step's update, and sort."""
         start = self.clock()
         torch.sort(self.scores)
         self.figures.sorts.append(self.clock() - start)
@@ -298,7 +299,7 @@ class Watch(L.Callback):
 def fit(
     method: L.Callback, module: ManyWeights, clock: Callable[[], float], *, sort: bool = True, device: str = "cpu"
 ) -> Figures:
-    """Train ``module``; return the times of its updates, and of the sorts beside them."""
+    """Train ``module``; return the times of its updates, and of the sorts after them."""
     watch = Watch(clock, sort=sort)
     callbacks = [Call(watch.begin), method, Call(watch.end), watch]
     quiet_trainer(max_epochs=1, callbacks=callbacks, accelerator=device).fit(module)

@@ -1,7 +1,7 @@
-"""What whole trainings cost with default settings, updates included, beside dense ones, through a real Trainer.
+"""What whole training runs cost with default settings, updates included, relative to dense ones, in a real Trainer.
 
-An MLP 784-1000-500-10 at batch 64 trains for a stated number of steps; contenders take turns of a few steps in one
-process. The median step is that between updates; the mean holds the updates too, so its ratio is that of whole runs.
+An MLP 784-1000-500-10 with batch size 64 trains for a given number of steps; contenders take turns of a few steps in
+one process. The median step is one between updates. The mean includes the updates, so its ratio is that of whole runs.
 
     OMP_NUM_THREADS=1 python -m benchmarks.whole_runs --threads 1 2 --steps 120 300 3000
 """
@@ -33,7 +33,7 @@ METHODS: dict[str, Callable[[], SparseMethod]] = {
     "FixedMask": FixedMask,
 }
 GOALS = {120: None, 300: 1.3, 3000: 1.2}
-"""Mean step over dense."""
+"""Goals for the mean step over dense, by the number of steps."""
 
 
 def mlp() -> nn.Module:
@@ -57,7 +57,7 @@ def fit(turns: L.Callback, *, steps: int, method: Callable[[], SparseMethod] | N
 def measure(
     steps: int, rounds: int, names: Sequence[str], clock: Callable[[], float], device: str
 ) -> Mapping[str, Any]:
-    """Seconds of each step of each contender, the dense one first, one list for each round."""
+    """Seconds of each step of each contender, dense first, with one list for each round."""
     everyone: dict[str, Callable[[], SparseMethod] | None] = {"dense": None, **{name: METHODS[name] for name in names}}
     fits = {name: partial(fit, steps=steps, method=make, device=device) for name, make in everyone.items()}
     every = min(10, max(2, steps // 4))
@@ -68,7 +68,7 @@ def measure(
 def rows(
     seconds: Mapping[str, Sequence[Sequence[float]]], conditions: Mapping[str, Any], goal: Any
 ) -> list[dict[str, Any]]:
-    """Make a row for each contender: its steps, and the range of the ratios of rounds."""
+    """Make a row for each contender: its steps, and the quartiles of the ratios of rounds."""
     table: list[dict[str, Any]] = []
     for name, rounds in seconds.items():
         pairs = list(zip(rounds, seconds["dense"], strict=True))

@@ -21,13 +21,13 @@ _REASONS = {
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
-    """Write a file so that, whatever happens, there is the old one or the new one, and never a part of it.
+    """Write a file so that, whatever happens, the old or the new file is there, and never a part of one.
 
-    A file that is there keeps its mode, and a link still leads to it.
+    An existing file keeps its mode, and a link still points to it.
 
     Args:
         path: The file.
-        data: All that shall be in it.
+        data: The whole content.
 
     Raises:
         OSError: It cannot be written; the message says why.

@@ -148,7 +148,7 @@ class Timetable:
 
 
 def without_end(times: Mapping[str, object]) -> str:
-    """The sentence that refuses times, by the names of arguments, some of which are fractions of an endless training.
+    """The sentence that refuses times, by argument, if some are fractions of a training of unknown length.
 
     Example:
         >>> print(without_end({"start": 0, "stop": 0.5})[:48])

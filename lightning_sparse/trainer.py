@@ -100,10 +100,11 @@ def check_in_optimizer(
 
 def clips_gradients(trainer: pl.Trainer) -> bool:
     """Whether gradients are clipped between ``on_before_optimizer_step`` and the step."""
-    module = trainer.lightning_module
-    own = type(module).configure_gradient_clipping
-    plain = own.__module__.startswith(("lightning.", "pytorch_lightning."))
-    return bool(trainer.gradient_clip_val) and plain
+    module, hook = trainer.lightning_module, "configure_gradient_clipping"
+    # By the class that defines it: functools.wraps gives a user's function the __module__ of Lightning's.
+    owner = next(kind for kind in type(module).__mro__ if hook in vars(kind))
+    is_lightnings = hook not in vars(module) and owner.__module__.startswith(("lightning.", "pytorch_lightning."))
+    return bool(trainer.gradient_clip_val) and is_lightnings
 
 
 def is_a(value: object, *names: str) -> bool:

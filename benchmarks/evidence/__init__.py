@@ -1,1 +1,1 @@
-"""Every method beside every other and beside what costs nothing: see :mod:`benchmarks.evidence.__main__`."""
+"""Compares the methods with each other and with simple baselines: see :mod:`benchmarks.evidence.__main__`."""

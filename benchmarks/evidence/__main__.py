@@ -1,18 +1,18 @@
-"""Every method of the package at 90, 95, 98 and 99 %, three seeds, beside what costs nothing; on four small networks.
+"""Every method of the package at 90, 95, 98 and 99 %, with three seeds and simple baselines, on four small networks.
 
-LeNet-300-100 and a small CNN with and without BatchNorm on MNIST, and ResNet-8 on CIFAR-10. The schedule is short and
-the same for all, so that a run takes ten seconds to some minutes of one core: four epochs (1,200 steps of 200 images on
-MNIST, 1,564 of 128 on CIFAR-10), SGD with momentum 0.9 and a learning rate that falls from 0.05 (CIFAR-10: 0.1, weight
-decay 1e-4) to 0 along a cosine. Every method has its defaults and nothing is tuned, but for what has no target: STR's
-decay is that which ends nearest to the sparsity (``python -m benchmarks.evidence.calibrate``), and SRSTE has for each
-layer the N of M that comes nearest. The accuracy is that of the test set after the last epoch: no epoch is chosen by
-it.
+The networks are LeNet-300-100 and a small CNN with and without BatchNorm on MNIST, and ResNet-8 on CIFAR-10. The
+schedule is short and the same for all, so that a run takes ten seconds to some minutes of one core: four epochs (1,200
+steps of 200 images on MNIST, 1,564 of 128 on CIFAR-10), SGD with momentum 0.9 and a learning rate that falls from 0.05
+(CIFAR-10: 0.1, weight decay 1e-4) to 0 along a cosine. Every method has its defaults and nothing is tuned, except where
+a method has no target sparsity: STR has the decay that ends nearest to the sparsity, as found by
+``python -m benchmarks.evidence.calibrate``, and SRSTE has, for each layer, the nearest N of M. The accuracy is that of
+the test set after the last epoch: no epoch is chosen by it.
 
-Baselines: the dense network; a dense network of as many weights, narrower; random masks (ERK) from start to end; half
+Baselines: the dense network; a narrower dense network with as many weights; random masks (ERK) from start to end; half
 of training dense, one-shot magnitude pruning over all layers, and the other half with these masks.
 
-Each run is a process of its own with one thread, and appends one line to ``--out``; runs that are there already are not
-repeated, and they come seed by seed, so that what is cut off is a whole seed::
+Each run is a process of its own with one thread, and appends one line to ``--out``. Runs that are already there are not
+repeated. They run seed by seed, so that a stop leaves out whole seeds::
 
     python -m benchmarks.evidence --data data
     python -m benchmarks.evidence --table
@@ -37,7 +37,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 SPARSITIES = (0.95, 0.99, 0.9, 0.98)
 SEEDS = (0, 1, 2)
 STAGES = (("lenet300",), ("cnn-bn", "cnn"), ("resnet8",))
-"""What is trained first; within a stage, all of a seed before the next, and all methods of a sparsity."""
+"""The order of training: stage by stage, and in a stage by seed, by network, by sparsity and by method."""
 
 
 def all_runs(
@@ -46,10 +46,10 @@ def all_runs(
     """Return the runs of the evidence, in the order in which they are trained.
 
     Args:
-        networks: Names of networks; all where there are none.
-        methods: Names of methods, variants and baselines; all where there are none.
-        seeds: Of each.
-        shorter: ``train_images`` and ``epochs``, for a trial that is no part of the evidence.
+        networks: Names of networks; all if empty.
+        methods: Names of methods, variants and baselines; all if empty.
+        seeds: Seeds of each.
+        shorter: ``train_images`` and ``epochs``, for a trial that is not part of the evidence.
     """
     runs = [
         Run(network, method, sparsity, seed, **shorter)
@@ -64,7 +64,7 @@ def all_runs(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing, or write what is there."""
+    """Train the missing runs, or write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST's and CIFAR-10's files")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file that runs are appended to")

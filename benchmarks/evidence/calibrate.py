@@ -1,6 +1,6 @@
-"""The weight decay with which STR, which has no target, ends at a sparsity: by bisection, with a seed of its own.
+"""Find the weight decay with which STR ends at a sparsity, since STR has no target: by bisection, with its own seed.
 
-It looks at the sparsity alone and never at the accuracy::
+This looks only at the sparsity, and never at the accuracy::
 
     python -m benchmarks.evidence.calibrate --data data --networks lenet300
 """
@@ -18,17 +18,17 @@ from benchmarks.evidence.training import Run, fit, new_module
 from benchmarks.runs import begin
 from lightning_sparse import STR
 
-SEED = 100  # none of those that are reported
-CLOSE = 0.05  # of the density that is asked for
+SEED = 100  # not one of the seeds that are reported
+CLOSE = 0.05  # the allowed error, as a share of the density
 
 
 def nearest(reached: Callable[[float], float], sparsity: float, known: dict[float, float]) -> float:
-    """Return the decay that ends nearest to a sparsity, of those that are tried.
+    """Return the decay that ends nearest to a sparsity, among those that are tried.
 
     Args:
-        reached: The sparsity at which a decay ends, which rises with it.
-        sparsity: What is asked for.
-        known: What was tried already; what is tried is added.
+        reached: Returns the sparsity at which a decay ends; it rises with the decay.
+        sparsity: The sparsity to reach.
+        known: Sparsities by decay, of decays that were tried before. New ones are added.
     """
     for _ in range(8):
         best = min(known, key=lambda decay: abs(known[decay] - sparsity))
@@ -44,7 +44,7 @@ def nearest(reached: Callable[[float], float], sparsity: float, known: dict[floa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Find the decays, and print what belongs into ``STR_DECAY``."""
+    """Find the decays, and print the entries of ``STR_DECAY``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))

@@ -1,4 +1,4 @@
-"""Who takes part: every method of the package with its defaults, and the baselines that cost nothing."""
+"""Who takes part: every method of the package with its defaults, and simple baselines."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Make = Callable[[float, nn.Module, str], list[L.Callback]]
 """Makes the callbacks of a method from a sparsity, the network, and the network's name."""
 
 BASELINES = ("dense", "equal-weights", "static", "one-shot")
-"""Dense; a narrower dense network of as many weights; random masks (ERK) from the start to the end; half of training
-dense, magnitude pruning of all layers together at once, and the other half with these masks (:class:`FixedMask`)."""
+"""Dense; a narrower dense network with as many weights; random masks (ERK) from start to end; half of training dense,
+one-shot magnitude pruning of all layers together, and the other half with these masks (:class:`FixedMask`)."""
 
 STR_INITIAL = -5.0
 
@@ -46,8 +46,8 @@ STR_DECAY: Mapping[tuple[str, float], float] = {
     ("lenet300", 0.98): 0.0453,
     ("lenet300", 0.99): 0.0602,
 }
-"""STR has no target: the weight decay of s that ended nearest to the sparsity, as ``benchmarks.evidence.calibrate``
-has found it."""
+"""STR has no target sparsity. These are the weight decays of s that ended nearest to each sparsity, as found by
+``benchmarks.evidence.calibrate``."""
 
 
 def _with(kind: Callable[..., L.Callback], **settings: object) -> Make:
@@ -59,11 +59,11 @@ def _str(sparsity: float, network: nn.Module, name: str) -> list[L.Callback]:
 
 
 def n_of_m(inputs: int, sparsity: float) -> str:
-    """The N of M, M a divisor of the inputs, whose sparsity is the nearest; of equals the smallest M.
+    """The N of M with the nearest sparsity, where M divides the inputs; among equals, the one with the smallest M.
 
     Example:
         >>> n_of_m(784, 0.9), n_of_m(300, 0.99), n_of_m(16, 0.98)
-        ('5:49', '1:100', '1:16')
+        ('39:392', '1:100', '1:16')
     """
     pairs = [(n, m) for m in range(2, inputs + 1) if inputs % m == 0 for n in range(1, m)]
     n, m = min(pairs, key=lambda pair: (abs(1.0 - pair[0] / pair[1] - sparsity), pair[1]))
@@ -71,7 +71,7 @@ def n_of_m(inputs: int, sparsity: float) -> str:
 
 
 def _srste(sparsity: float, network: nn.Module, name: str) -> list[L.Callback]:
-    """One for each layer, as each has another number of inputs; a layer of one input stays dense."""
+    """One callback for each layer, since numbers of inputs differ. A layer with one input stays dense."""
     layers = {
         layer: int(module.weight.shape[1])
         for layer, module in network.named_modules()
@@ -114,7 +114,7 @@ VARIANTS: Mapping[str, Make] = {
     "SRSTE(last dense)": lambda sparsity, network, name: _srste(sparsity, network, name)[:-1],
     "TopKAST(erk)": _with(TopKAST, allocation="erk"),
 }
-"""What a user may set otherwise: how the budget is shared; kept weights scaled by 1/√density as training begins."""
+"""Other settings: how layers share the budget, or kept weights that are scaled by 1/√density as training begins."""
 
 ONLY_ON: Mapping[str, tuple[str, ...]] = {
     "DSR(erk)": ("lenet300",),
@@ -126,4 +126,4 @@ ONLY_ON: Mapping[str, tuple[str, ...]] = {
     "SRSTE(last dense)": ("lenet300",),
     "TopKAST(erk)": ("lenet300",),
 }
-"""The networks of what does not run on all: with BatchNorm the scale makes no difference."""
+"""The networks of variants that do not run on all of them. With BatchNorm, the scale makes no difference."""

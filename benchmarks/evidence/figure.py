@@ -23,18 +23,18 @@ _NAMES = {"one-shot": "one-shot", "static": "random masks", "equal-weights": "sm
 
 
 def draw(evidence: Evidence, path: Path) -> None:
-    """Draw it into a file.
+    """Draw the figure into a file.
 
     Args:
         evidence: The runs.
-        path: Of the figure; its ending says the format.
+        path: The path of the figure; its ending sets the format.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    mpl.rcParams["svg.hashsalt"] = "evidence"  # the same runs, the same file
+    mpl.rcParams["svg.hashsalt"] = "evidence"  # the same runs give the same file
     networks = evidence.networks
     figure, grid = plt.subplots(
         len(networks), len(FAMILIES), figsize=(13, 3.1 * len(networks) + 0.4), squeeze=False, layout="constrained"
@@ -46,7 +46,7 @@ def draw(evidence: Evidence, path: Path) -> None:
         values = sorted(value for _, ys in lines.values() for value in ys)
         dense = evidence.accuracies(network, 0.0, "dense")
         top = max([*values, *dense])
-        low = max(min(values), top - 12.0)  # what falls further leaves the panel
+        low = max(min(values), top - 12.0)  # points further down are outside the panel
         for (family, methods), axis in zip(FAMILIES.items(), axes, strict=True):
             for other in set(everything) - set(methods):
                 axis.plot(*lines[other], color="#dcdcdc", linewidth=0.8, zorder=1)
@@ -69,7 +69,7 @@ def draw(evidence: Evidence, path: Path) -> None:
 
 
 def _line(evidence: Evidence, network: str, method: str) -> tuple[list[int], list[float]]:
-    """Places of the sparsities, evenly, and mean accuracies; none where a run missed its sparsity."""
+    """Places of the sparsities, evenly spaced, and mean accuracies, without those where a run missed its sparsity."""
     points = [
         (place, mean(accuracies))
         for place, sparsity in enumerate(evidence.sparsities(network))

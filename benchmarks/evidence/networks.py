@@ -1,4 +1,4 @@
-"""The networks of the evidence, each in any width, and the data that they are trained on."""
+"""The networks of the evidence, each in any width, and the data sets that they are trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_sparse.zoo.resnet import BasicBlock, ZeroPaddedShortcut
 
 __all__ = ["NETWORKS", "Network", "equal_width", "num_weights"]
 
-_SMALLEST = 8  # the least units of a layer: fewer than there are classes, and not a bottleneck of one
+_SMALLEST = 8  # the fewest units of a layer: fewer than the classes, but not a bottleneck of one
 
 
 def _units(full: int, width: float) -> int:
@@ -28,7 +28,7 @@ def lenet300(width: float = 1.0) -> nn.Module:
 
 
 def cnn(width: float = 1.0, *, normalized: bool = False) -> nn.Module:
-    """Three 3 x 3 convolutions of stride 2 and two linear layers: 155,536 weights; BatchNorm after each, or none."""
+    """Three 3 x 3 convolutions of stride 2 and two linear layers: 155,536 weights. BatchNorm in between, or none."""
     channels = [max(1, round(full * width)) for full in (16, 32, 64)]
     hidden, layers, inputs = _units(128, width), list[nn.Module](), 1
     for outputs in channels:
@@ -47,7 +47,7 @@ def cnn_bn(width: float = 1.0) -> nn.Module:
 
 
 def resnet8(width: float = 1.0) -> nn.Module:
-    """ResNet-8 for CIFAR-10: one block in each of three stages, shortcuts of zeros; 77,360 weights."""
+    """ResNet-8 for CIFAR-10: one block in each of three stages, zero-padded shortcuts; 77,360 weights."""
     one, two, three = (max(1, round(full * width)) for full in (16, 32, 64))
     return nn.Sequential(
         nn.Conv2d(3, one, kernel_size=3, padding=1, bias=False),
@@ -67,14 +67,14 @@ class Network:
     """A network and how long it is trained.
 
     Attributes:
-        title: What it is called in tables.
+        title: Its name in tables.
         make: Makes it, in a width that is a fraction of the full one.
         data: The data set.
-        epochs: Of a training.
-        batch_size: Images of a batch.
+        epochs: Epochs of a training run.
+        batch_size: Images in a batch.
         lr: Learning rate at the beginning; it falls to 0 along a cosine.
-        weight_decay: Of the optimizer, SGD with momentum 0.9.
-        shape: Of one image.
+        weight_decay: Weight decay of the optimizer, SGD with momentum 0.9.
+        shape: Shape of one image.
     """
 
     title: str
@@ -96,7 +96,7 @@ NETWORKS = {
 
 
 def num_weights(network: nn.Module) -> int:
-    """How many weights a network has: entries of parameters with two dimensions or more."""
+    """The number of weights of a network: entries of parameters with two dimensions or more."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.dim() > 1)
 
 
@@ -105,7 +105,7 @@ def equal_width(make: Callable[..., nn.Module], sparsity: float) -> float:
 
     Args:
         make: Makes the network in a width.
-        sparsity: Of the sparse one, which has the full width.
+        sparsity: Sparsity of the sparse network, which has the full width.
     """
     allowed = (1.0 - sparsity) * num_weights(make(1.0))
     low, high = 0, 1000

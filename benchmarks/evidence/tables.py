@@ -1,4 +1,4 @@
-"""What the runs say: accuracy by network, sparsity and method; ranks with confidence intervals; who loses to what."""
+"""What the runs show: accuracy by network, sparsity and method; ranks with intervals; who loses to a baseline."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdo
 RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
 ALL = (*BASELINES, *METHODS, *VARIANTS)
 COMPETE = ("equal-weights", "static", "one-shot", *METHODS)
-"""Those that are ranked: neither the dense network, which is larger, nor a method under two names."""
+"""Those that are ranked. The dense network is not, as it is larger; variants are not, as no method is ranked twice."""
 
 MISSES = 0.1
-"""By how much of the density that is asked for a run may miss it, and still be one of that sparsity."""
+"""The share of the target density by which a run may miss it and still count for that sparsity."""
 MARGIN = 0.3
-"""Percentage points that count as a difference: about what two seeds differ by."""
+"""Percentage points that count as a difference: about as much as two seeds differ."""
 
 _RESAMPLES = 5_000
 _TITLES = {
@@ -46,10 +46,10 @@ class Ranks:
 
     Attributes:
         average: By method, best first.
-        intervals: 95 % of the bootstrap over blocks.
-        blocks: How many there are.
-        critical: Nemenyi's critical difference at 5 %: averages that are nearer are not told apart.
-        p_value: Friedman's, that all are alike.
+        intervals: By method, 95 % intervals of a bootstrap over blocks.
+        blocks: The number of blocks.
+        critical: Nemenyi's critical difference at 5 %. Averages that differ by less cannot be told apart.
+        p_value: Of Friedman's test that all are equal.
     """
 
     average: Mapping[str, float]
@@ -64,8 +64,8 @@ class Evidence:
 
     Args:
         rows: One for each run.
-        train_images: Those of a trial that was shorter, of which the rows are; 0 where all were trained on.
-        epochs: Likewise.
+        train_images: Keeps the rows of a shorter trial on so many images; 0 keeps those on all images.
+        epochs: Keeps the rows of a shorter trial of so many epochs; 0 keeps those of full length.
     """
 
     def __init__(self, rows: Iterable[Row], train_images: int = 0, epochs: int = 0) -> None:
@@ -76,16 +76,16 @@ class Evidence:
 
     @classmethod
     def read(cls, path: Path = RESULTS, train_images: int = 0, epochs: int = 0) -> Evidence:
-        """Read them from a file of one result a line."""
+        """Read the runs from a file with one result in each line."""
         return cls(read(path, Run).values(), train_images, epochs)
 
     @property
     def networks(self) -> list[str]:
-        """Those of which there is a run, in the order of the evidence."""
+        """The networks that have a run, in the order of the evidence."""
         return [name for name in NETWORKS if any(row["network"] == name for row in self.rows)]
 
     def sparsities(self, network: str) -> list[float]:
-        """Those of a network's sparse runs."""
+        """The sparsities of a network's sparse runs."""
         return sorted(sparsity for name, sparsity in self._cells if name == network and sparsity)
 
     def of(self, network: str, sparsity: float, method: str) -> list[Row]:
@@ -94,11 +94,11 @@ class Evidence:
         return sorted(self._cells[key][method], key=lambda row: row["seed"]) if key in self._cells else []
 
     def accuracies(self, network: str, sparsity: float, method: str) -> list[float]:
-        """In percent, those of a cell; of a run that failed, none."""
+        """The accuracies of a cell in percent, without runs that failed."""
         return [row["accuracy"] for row in self.of(network, sparsity, method) if row["accuracy"] is not None]
 
     def misses(self, network: str, sparsity: float, method: str) -> bool:
-        """Whether runs of a cell ended at another sparsity than was asked for: denser, by more than a little."""
+        """Whether a run of a cell missed its sparsity: it ended denser, by more than a little."""
         density = 1.0 - sparsity
         return method != "dense" and any(
             row["accuracy"] is not None and 1.0 - row["achieved_sparsity"] > (1.0 + MISSES) * density + 1e-9
@@ -106,13 +106,14 @@ class Evidence:
         )
 
     def methods(self, network: str) -> list[str]:
-        """Those of which the network has a run."""
+        """The methods that have a run of the network."""
         return [name for name in ALL if any(self.of(network, s, name) for s in self.sparsities(network))]
 
     def ranks(self) -> Ranks | None:
-        """Rank whoever competes, in every block that has all of them; None where there are fewer than two blocks.
+        """Rank the competing methods, in every block that has all of them.
 
-        Left out is who misses a sparsity, or has no run of a network of which most others have one.
+        Methods are left out that miss a sparsity, or have no run of a network of which most others have one. Returns
+        None if there are fewer than two blocks or three methods.
         """
         methods = [method for method in COMPETE if not self._left_out(method)]
         blocks = list(self._blocks(methods))
@@ -154,7 +155,7 @@ class Evidence:
 
 
 def _ranked(accuracies: Sequence[float]) -> list[float]:
-    """The rank of each, 1 the highest; those that are equal share the mean of their ranks."""
+    """The rank of each, 1 for the highest; equal ones share the mean of their ranks."""
     return [
         1 + sum(other > its for other in accuracies) + (sum(other == its for other in accuracies) - 1) / 2
         for its in accuracies
@@ -181,7 +182,7 @@ def _friedman(placed: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def beside_baselines(evidence: Evidence) -> dict[str, list[str]]:
-    """By method, a sentence for each baseline to which it loses, by more than ``MARGIN`` in the mean: where."""
+    """By method, one sentence for each baseline to which it loses by more than ``MARGIN`` in the mean, and where."""
     sentences: dict[str, list[str]] = {}
     for method in METHODS:
         for baseline in ("equal-weights", "static", "one-shot"):
@@ -208,7 +209,7 @@ def _loses(evidence: Evidence, network: str, sparsity: float, method: str, basel
 
 
 def markdown(evidence: Evidence) -> str:
-    """All tables, as they stand in the documentation."""
+    """All tables, as they appear in the documentation."""
     parts = [_conditions(evidence)]
     for network in evidence.networks:
         parts += [f"### {NETWORKS[network].title}", _accuracy_table(evidence, network), _cost_table(evidence, network)]
@@ -269,7 +270,7 @@ def _accuracy_table(evidence: Evidence, network: str) -> str:
 
 
 def _cost_table(evidence: Evidence, network: str, sparsity: float = 0.95) -> str:
-    """What it costs at one sparsity: operations, weights ever active, dead units, speed, size."""
+    """The costs at one sparsity: operations, weights ever active, dead units, speed, size."""
     rows: list[list[str]] = []
     for method in evidence.methods(network):
         runs = [row for row in evidence.of(network, sparsity, method) if row["accuracy"] is not None]
@@ -295,7 +296,7 @@ _COSTS = {
 
 def _mean(runs: Sequence[Row], key: str, form: str) -> str:
     values = [row[key] for row in runs if row.get(key) is not None]
-    # Of times the median: on a machine that others use, one of them can be far off.
+    # The median of times: on a machine that others use too, one of them can be far off.
     typical = median if key == "speed_gain" else mean
     return form.format(typical(values) / (1000 if key == "file_bytes" else 1)) if values else ""
 

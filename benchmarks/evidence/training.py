@@ -1,4 +1,4 @@
-"""One run of the evidence: trained by a Trainer with the method's callback, and what came of it."""
+"""One run of the evidence: a Trainer trains with the method's callback, and the results are measured."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ __all__ = ["Falling", "Run", "fit", "new_module", "train"]
 
 @dataclass(frozen=True)
 class Run:
-    """One training: of what, by what, how sparse, from which seed; on how many images, and for how many epochs.
+    """One training run: its network, method, sparsity and seed, and the numbers of images and epochs.
 
-    ``train_images`` and ``epochs`` of 0 are all, and those of the network.
+    ``train_images`` of 0 means all images; ``epochs`` of 0 means the network's own number of epochs.
     """
 
     network: str
@@ -76,7 +76,7 @@ def train(run: Run, data: Path) -> dict[str, Any]:
     start = time.process_time()
     try:
         accuracy, watched = _fit(run, module, data)
-    except (MisconfigurationException, RuntimeError, ValueError) as error:  # it is kept too: a method that cannot
+    except (MisconfigurationException, RuntimeError, ValueError) as error:  # a failure is a result too
         return asdict(run) | {"accuracy": None, "error": f"{type(error).__name__}: {error}", **_conditions(start)}
     conditions = _conditions(start)
     weights = {name: value for name, value in module.network.named_parameters() if value.dim() > 1}
@@ -95,10 +95,10 @@ def train(run: Run, data: Path) -> dict[str, Any]:
 
 
 def new_module(run: Run) -> Falling:
-    """Make the module that a run trains: of full width, but for the narrow baseline."""
+    """Make the module that a run trains: of full width, except for the narrow baseline."""
     setting = run.setting
     width = equal_width(setting.make, run.sparsity) if run.method == "equal-weights" else 1.0
-    L.seed_everything(run.seed, verbose=False)  # the widths that were tried have drawn numbers
+    L.seed_everything(run.seed, verbose=False)  # trying widths has drawn random numbers
     optimizer = partial(torch.optim.SGD, lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
     return Falling(setting.make(width), optimizer)
 
@@ -112,7 +112,7 @@ def _conditions(start: float) -> dict[str, Any]:
 
 
 def _fit(run: Run, module: Falling, data: Path) -> tuple[float, dict[str, Any]]:
-    """Train, and return the accuracy in [0, 1] and what was watched."""
+    """Train, and return the accuracy in [0, 1] and what the monitor measured."""
     epochs = run.epochs or run.setting.epochs
     if run.method in ("dense", "equal-weights"):
         accuracy, _ = fit(run, module, data, epochs, [])
@@ -141,14 +141,14 @@ def _fit(run: Run, module: Falling, data: Path) -> tuple[float, dict[str, Any]]:
 def fit(
     run: Run, module: Falling, data: Path, epochs: int, callbacks: list[L.Callback]
 ) -> tuple[float, dict[str, Any]]:
-    """Train with callbacks, and return the accuracy in [0, 1] and what was watched.
+    """Train with callbacks, and return the accuracy in [0, 1] and what the monitor measured.
 
     Args:
-        run: Says which data, and how many images.
-        module: What is trained.
+        run: Says which data to use, and how many images.
+        module: The module to train.
         data: Folder of the data.
-        epochs: How many.
-        callbacks: Those of a method, if any.
+        epochs: Number of epochs.
+        callbacks: Callbacks of a method, if any.
     """
     monitor = [SparsityMonitor(per_layer=False, histograms=False, heatmap=False)] if callbacks else []
     trainer = quiet_trainer(
@@ -178,7 +178,7 @@ def _watched(
 
 def _data(run: Run, folder: Path) -> MNISTDataModule | CIFAR10DataModule:
     kind = MNISTDataModule if run.setting.data == "mnist" else CIFAR10DataModule
-    own = folder / run.setting.data  # either has a folder of its own, or all files lie together
+    own = folder / run.setting.data  # each data set has a folder of its own, or all files lie together
     data = kind(own if own.is_dir() else folder, batch_size=run.setting.batch_size)
     if run.train_images:
         truncate(data, run.train_images)
@@ -199,7 +199,7 @@ def _file_bytes(network: nn.Module) -> int:
 
 
 def _speed(network: nn.Module, run: Run) -> dict[str, Any]:
-    """How many times faster it is than dense: accelerated than not, narrow than wide; one thread, a batch of 64."""
+    """How many times as fast as dense: accelerated over plain, or narrow over wide; one thread, a batch of 64."""
     network.eval()
     images = torch.randn(64, *run.setting.shape)
     if run.method == "dense":
@@ -211,7 +211,7 @@ def _speed(network: nn.Module, run: Run) -> dict[str, Any]:
 
 
 def _times_faster(one: nn.Module, other: nn.Module, images: torch.Tensor, rounds: int = 40) -> float:
-    """The median processor time of ten calls of ``other`` over that of ``one``, in turns."""
+    """The median processor time of ten calls of ``other`` over that of ``one``; the two take turns."""
     seconds: dict[nn.Module, list[float]] = {one: [], other: []}
     with torch.inference_mode():
         for _ in range(rounds):

@@ -258,7 +258,7 @@ class AcceleratedModule(nn.Module):
         self._executed = (module,)
         # What accelerate made has no hooks that a call would have to run, and small networks take microseconds.
         ours = isinstance(module, (SparseLinear, SparsePlanes, fx.GraphModule))
-        # nn.Module's own call has two frames, of which the outer looks whether the module was compiled: it is left out.
+        # nn.Module's own call has two frames. The outer one checks whether the module was compiled: it is left out.
         plain = type(module).__call__ is nn.Module.__call__ and module._compiled_call_impl is None
         self._call: Callable[..., Any] = module.forward if ours else module._call_impl if plain else module.__call__
         self._direct: Callable[..., Any] = self._call if self.recipe is None else self.forward

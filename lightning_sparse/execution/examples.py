@@ -32,7 +32,7 @@ def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 @final
 @dataclass(frozen=True)
 class Call:
-    """What a module is called with, by place and by name; of tensors, :meth:`of` takes the values alone.
+    """The arguments of a call, by place and by name.
 
     Example:
         >>> import torch
@@ -63,7 +63,7 @@ class Call:
         return replace(call, args=tuple(x.detach() if isinstance(x, Tensor) else x for x in call.args))
 
     def __call__(self, module: nn.Module) -> Any:
-        """What the module returns for them."""
+        """Call the module."""
         return module(*self.args, **self.kwargs)
 
     @property
@@ -78,7 +78,7 @@ class Call:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Theirs."""
+        """The shapes of the tensors."""
         return [tuple(x.shape) for x in self.tensors]
 
 

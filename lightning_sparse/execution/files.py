@@ -165,7 +165,7 @@ def sparse_nbytes(tensor: Tensor) -> int:
 
 
 def _state_of(source: Any) -> dict[str, Tensor]:
-    """The tensors of a module or of a mapping, each of which can be stored."""
+    """The tensors of a module or of a mapping; all of them can be stored."""
     state = source.state_dict() if isinstance(source, nn.Module) else source
     if not isinstance(state, Mapping):
         raise TypeError(f"{_HOW_TO_SAVE}; what is to be saved is a {type(source).__name__}.")
@@ -323,7 +323,7 @@ def _unpack_all(file: Any, metadata: Mapping[str, str], path: Path) -> dict[str,
     try:
         notes = parse_notes(metadata["sparse"])
     except ValueError as error:
-        raise SparseFileError(f"The notes on the tensors of {path} are damaged: {error}. Write it anew.") from error
+        raise SparseFileError(f"The notes on the tensors of {path} are damaged: {error}. Write it again.") from error
     keys = {*file.keys()}
     of_pieces = [f"{name}{suffix}" for name, note in notes.items() for suffix in _pieces(note)]
     plain = keys.difference(of_pieces)
@@ -331,7 +331,7 @@ def _unpack_all(file: Any, metadata: Mapping[str, str], path: Path) -> dict[str,
     missing = {*of_pieces} - keys | ({*tied.values()} - plain - notes.keys())
     if missing or len({*of_pieces}) < len(of_pieces) or plain & notes.keys():
         names = ", ".join(sorted(map(printable, missing))[:4]) or "two tensors have one name"
-        raise SparseFileError(f"{path} is damaged: it lacks tensors that its notes list: {names}. Write it anew.")
+        raise SparseFileError(f"{path} is damaged: it lacks tensors that its notes list: {names}. Write it again.")
     state: dict[str, Tensor] = {}
     for name in sorted(plain | notes.keys() - tied.keys()):
         note = notes.get(name)
@@ -340,7 +340,7 @@ def _unpack_all(file: Any, metadata: Mapping[str, str], path: Path) -> dict[str,
             state[name] = unpack_tensor(pieces, note) if isinstance(note, TensorNotes) else pieces[""].clone()
         except ValueError as error:
             raise SparseFileError(
-                f"The tensor {printable(name)} of {path} is damaged: {error}. Write it anew."
+                f"The tensor {printable(name)} of {path} is damaged: {error}. Write it again."
             ) from error
         except MemoryError as error:
             raise SparseFileError(

@@ -23,7 +23,7 @@ Integers = NDArray[Any]
 @final
 @dataclass(frozen=True, eq=False)
 class Sell:
-    """Slices of as many rows as a vector has lanes, the rows of a slice beside each other, sorted by length.
+    """Slices of as many rows as a vector has lanes. A slice's rows are side by side; rows are sorted by length.
 
     Args:
         slices: int64, where each slice begins, in columns, and where the last ends: (slices + 1,).
@@ -45,7 +45,7 @@ class Sell:
 @final
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """Compressed sparse rows of a weight, of which the first dimension is that of the outputs.
+    """Compressed sparse rows of a weight whose first dimension counts outputs.
 
     Args:
         shape: Of the dense weight.

@@ -1,7 +1,7 @@
-"""Puts sparse layers into a graph, each with what follows it: parts of the network that stay in their own layout.
+"""Replaces layers of a graph, and what follows them, by sparse ones. Each new part keeps its own layout inside.
 
-Neighbouring convolutions, activations, additions and poolings become one :class:`SparsePlanes`; linear layers with
-their activations become one :class:`SparseLinear`. What cannot be executed sparsely, or shall not, is left to torch.
+Neighbouring convolutions, activations, additions and poolings become one :class:`SparsePlanes`. Linear layers with
+their activations become one :class:`SparseLinear`. torch computes what cannot or should not be sparse.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def fuse(graph_module: fx.GraphModule, wanted: Wanted, *, kernels: str, threads:
     """Replace layers of a traced graph by sparse ones, in place.
 
     Args:
-        graph_module: As :func:`~lightning_sparse.execution.tracing.trace` gives it.
-        wanted: Says of the name of a layer whether it shall be sparse.
+        graph_module: As :func:`~lightning_sparse.execution.tracing.trace` returns it.
+        wanted: Says whether the layer of a given name should be sparse.
         kernels: One of :func:`~lightning_sparse.execution.kernels.available_kernels`.
         threads: How many threads compute.
 
@@ -59,7 +59,7 @@ def fuse(graph_module: fx.GraphModule, wanted: Wanted, *, kernels: str, threads:
 
 
 def _parts(graph_module: fx.GraphModule, wanted: Wanted) -> list[list[fx.Node]]:
-    """Runs of neighbouring nodes that are computed on planes; each begins with a convolution."""
+    """Runs of neighbouring nodes that can be computed on planes; each begins with a convolution."""
     parts: list[list[fx.Node]] = [[]]
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -72,7 +72,7 @@ def _parts(graph_module: fx.GraphModule, wanted: Wanted) -> list[list[fx.Node]]:
 
 
 def _on_planes(node: fx.Node, wanted: Wanted, part: list[fx.Node]) -> bool:
-    """Whether a node may be computed on planes, if it comes after those of a part."""
+    """Whether a node can be computed on planes, after the nodes of a part."""
     if any(_is_mean(argument) for argument in node.all_input_nodes if argument in part):
         return False  # a mean leaves the planes
     module = module_of(node)
@@ -104,7 +104,7 @@ def _is_mean(node: fx.Node) -> bool:
 
 
 def _pool_of(node: fx.Node, part: list[fx.Node]) -> PoolStep | None:
-    """The pooling that a node computes, if planes can: of windows of stride 1 or 2, without negatives at a border."""
+    """The pooling that a node computes, if planes can: stride 1 or 2, and no negative inputs if there is padding."""
     module = module_of(node)
     if isinstance(module, nn.MaxPool2d):
         settings = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
@@ -139,7 +139,7 @@ def _never_negative(node: fx.Node, part: list[fx.Node]) -> bool:
 
 
 def _replace_part(graph_module: fx.GraphModule, part: list[fx.Node], threads: int) -> None:
-    """Compute a part of the graph by one module."""
+    """Replace a part of the graph by one module."""
     inside = set(part)
     outputs = [node for node in part if any(user not in inside for user in node.users)]
     inputs = list(dict.fromkeys(x for node in part for x in node.all_input_nodes if x not in inside))
@@ -166,7 +166,7 @@ def _replace_part(graph_module: fx.GraphModule, part: list[fx.Node], threads: in
 
 
 def _steps_of(part: list[fx.Node], outputs: set[str]) -> tuple[list[PlaneStep], torch.dtype]:
-    """The steps of a part, where activations, additions and BatchNorms join the convolution before them."""
+    """The steps of a part. Activations and additions join the convolution before them, if it is open."""
     steps: dict[str, PlaneStep] = {}
     dtype = torch.float32
     for node in part:
@@ -190,7 +190,7 @@ def _steps_of(part: list[fx.Node], outputs: set[str]) -> tuple[list[PlaneStep], 
 
 
 def _open_convolution(steps: dict[str, PlaneStep], node: Any, outputs: set[str]) -> ConvStep | None:
-    """The convolution that computes a node, if one does and nothing else reads it, so that more may join it."""
+    """The convolution that computes a node, if more can join it: nothing else reads it, and it does not clamp."""
     step = steps.get(node.name)
     alone = isinstance(step, ConvStep) and len(node.users) == 1 and node.name not in outputs
     return step if alone and isinstance(step, ConvStep) and step.low == -math.inf and step.high == math.inf else None
@@ -216,7 +216,7 @@ def _add(steps: dict[str, PlaneStep], node: fx.Node, outputs: set[str], dtype: t
     for summand, other in ((first, second), (second, first)):
         before = _open_convolution(steps, summand, outputs)
         if before is not None and before.residual is None and summand is not other:
-            # Nothing else reads it, so it may be computed as late as the sum, when the other summand is there.
+            # Nothing else reads it, so it can wait until the sum, when the other summand is ready.
             del steps[before.y]
             steps[node.name] = replace(before, y=node.name, residual=other.name)
             return
@@ -226,8 +226,8 @@ def _add(steps: dict[str, PlaneStep], node: fx.Node, outputs: set[str], dtype: t
 
 
 def _scaling(node: fx.Node, scale: torch.Tensor, shift: torch.Tensor, *, dtype: torch.dtype) -> ConvStep:
-    """A scale and a shift of each channel, as a 1 x 1 convolution of each with itself."""
-    # A scale of zero is a weight that is not stored, and its shift remains.
+    """A scale and a shift of each channel, as a 1 x 1 convolution of each channel with itself."""
+    # A scale of zero is not stored as a weight; its shift remains.
     return ConvStep(
         weight=pack(scale.to(dtype)[:, None, None, None]),
         bias=shift.to(dtype).numpy(),
@@ -248,7 +248,7 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _replace_attention(graph_module: fx.GraphModule, wanted: Wanted, kernels: str, threads: int) -> None:
-    """Put sparse self-attention in the place of dense one, where no masks are given and no weights asked for."""
+    """Replace dense self-attention by sparse, where no call passes masks or asks for attention weights."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if type(module_of(node)) is nn.MultiheadAttention and wanted(str(node.target)):
@@ -265,7 +265,7 @@ def _replace_attention(graph_module: fx.GraphModule, wanted: Wanted, kernels: st
 
 
 def _linear_chains(graph_module: fx.GraphModule, wanted: Wanted) -> list[list[fx.Node]]:
-    """Runs of linear layers and their activations in which each value is read by the next alone."""
+    """Runs of linear layers and their activations in which only the next node reads each value."""
     chains: list[list[fx.Node]] = []
     seen: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
@@ -278,14 +278,14 @@ def _linear_chains(graph_module: fx.GraphModule, wanted: Wanted) -> list[list[fx
                 break
             found.append(follower)
         if is_gelu(found[-1]):
-            found.pop()  # it is fused between layers alone
+            found.pop()  # a GELU is fused only between two layers
         seen.update(found)
         chains.append(found)
     return chains
 
 
 def _joins(node: fx.Node, before: fx.Node) -> bool:
-    """Whether an activation may join the layer before it."""
+    """Whether an activation can join the layer before it."""
     layer = module_of(before)
     if not isinstance(layer, nn.Linear):
         return False
@@ -297,7 +297,7 @@ def _is_wanted_linear(node: fx.Node, wanted: Wanted) -> bool:
 
 
 def _replace_chain(graph_module: fx.GraphModule, nodes: list[fx.Node], kernels: str, threads: int) -> None:
-    """Compute linear layers and their activations by one module."""
+    """Replace linear layers and their activations by one module."""
     steps: list[LinearStep] = []
     for node in nodes:
         module = module_of(node)
@@ -321,7 +321,7 @@ def _replace_chain(graph_module: fx.GraphModule, nodes: list[fx.Node], kernels: 
 
 
 def _is_flatten(node: fx.Node) -> bool:
-    """Whether a node makes one row of all dimensions but the first."""
+    """Whether a node flattens all dimensions but the first."""
     module = module_of(node)
     if isinstance(module, nn.Flatten):
         return (module.start_dim, module.end_dim) == (1, -1)

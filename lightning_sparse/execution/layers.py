@@ -142,7 +142,7 @@ def _share_of_zeros(weights: Sequence[Tensor]) -> float:
 
 
 def _is_float8(weight: Tensor) -> bool:
-    """Whether a tensor is of eight-bit floats, of which torch counts no zeros."""
+    """Whether a tensor has eight-bit floats, whose zeros torch cannot count."""
     return weight.dtype.is_floating_point and weight.dtype.itemsize == 1
 
 

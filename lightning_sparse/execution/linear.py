@@ -37,7 +37,7 @@ def linear_step(weight: Tensor, bias: Tensor | None, low: float = -math.inf, hig
 class SparseLinear(StandIn):
     r"""Linear layers whose zeros cost nothing, one after another: :math:`y = \mathrm{clamp}(W x + b)`, for inference.
 
-    Of a batch of one the weights are read row by row; of larger batches features are laid beside each other, 64
+    For a batch of one, weights are read row by row. For larger batches, each feature's values are laid side by side, 64
     columns at a time, and stay so from layer to layer.
 
     Args:

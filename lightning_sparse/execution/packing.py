@@ -1,7 +1,7 @@
 """Packing of one tensor into its nonzero values and their places, bit for bit.
 
 An entry is zero if all its bits are 0, so infinities, payloads of NaN and subnormal values come back unchanged.
-Negative zeros, of which a product of weights and a mask has many, are stored as places without values.
+Negative zeros, which are common in a product of weights and a mask, are stored as places without values.
 """
 
 from __future__ import annotations

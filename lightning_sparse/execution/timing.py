@@ -1,6 +1,6 @@
 """Timing of calls on a noisy machine: calls take turns in several rounds, and the fastest round of each counts.
 
-On a terminal, a line shows how far it is.
+On a terminal, a progress bar is shown.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def num_threads(threads: int) -> Generator[None]:
 
 
 def shown(items: Sequence[_Item], what: str) -> Iterable[_Item]:
-    """Give the items one by one, and show on a terminal how many there have been; elsewhere show nothing.
+    """Yield the items, with a progress bar if stderr is a terminal.
 
-    No thread draws, for what happens between two items may be timed.
+    The bar is drawn between two items and not by a thread, which would disturb what is timed.
 
     Args:
-        items: They.
-        what: Says what is done with them.
+        items: What to iterate over.
+        what: The description of the bar; if empty, there is none.
 
     Example:
         >>> list(shown([1, 2], "Counting"))
@@ -80,7 +80,7 @@ def compare_rounds(
         budget: Seconds that each may take altogether, about; each is called ``rounds`` times and twice at least.
         rounds: How often each has its turn.
         device: What computes; a GPU is waited for.
-        what: Says on a terminal what is done; without it nothing is shown.
+        what: The description of the progress bar; see :func:`shown`.
 
     Example:
         >>> rounds_of = compare_rounds({"sum": lambda: sum(range(10))}, budget=0.01, rounds=3)

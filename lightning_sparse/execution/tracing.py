@@ -1,4 +1,4 @@
-"""Networks as graphs: traced by torch.fx, BatchNorm folded, what does nothing in inference removed."""
+"""Networks as graphs: traced by torch.fx, with BatchNorms folded, and without what does nothing in inference."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = [
 
 
 class UntraceableError(Exception):
-    """torch.fx cannot follow a module, or the graph would not do as the module does."""
+    """torch.fx cannot follow a module, or the graph would not compute what the module computes."""
 
 
 def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
-    """Return a module as a graph, with BatchNorms folded into what comes before them.
+    """Return a module as a graph, with BatchNorms folded into the layers before them.
 
     Args:
-        module: In evaluation mode. Its submodules are shared with the graph, and folding changes them.
+        module: In evaluation mode. The graph shares its submodules, and folding changes them.
         example: Positional arguments of a call.
 
     Raises:
@@ -51,7 +51,7 @@ def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
         graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_constants(module, example)))
         with torch.no_grad():
             Shapes(graph_module).run(*example)
-    except Exception as error:  # torch.fx raises whatever a module raises when it is given a Proxy
+    except Exception as error:  # torch.fx raises whatever a module raises when it gets a Proxy
         raise UntraceableError(f"torch.fx cannot follow {type(module).__name__}: {error}") from error
     _refuse_shared_changes(graph_module)
     _remove_what_does_nothing(graph_module)
@@ -62,7 +62,7 @@ def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
 
 
 class _Tracer(fx.Tracer):
-    """torch.fx's own, which follows containers and takes layers as they are, and so do we layers already replaced."""
+    """torch.fx's tracer, which follows containers and keeps layers whole. It also keeps layers that we replaced."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Say whether a module is one node of the graph."""
@@ -71,7 +71,7 @@ class _Tracer(fx.Tracer):
 
 
 def _constants(module: nn.Module, example: tuple[Any, ...]) -> dict[str, Any] | None:
-    """Arguments that are constants of the graph: those that the example leaves at their defaults, and flags."""
+    """Return the constants of the graph: arguments that the example leaves at their defaults, and flags."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise UntraceableError(f"{type(module).__name__}.forward takes any arguments.")
@@ -80,7 +80,7 @@ def _constants(module: nn.Module, example: tuple[Any, ...]) -> dict[str, Any] | 
 
 
 def is_constant(value: Any) -> bool:
-    """Say whether an argument is a constant of a graph: what a module asks about before it computes.
+    """Say whether an argument is a constant of a graph: a value that a module checks before it computes.
 
     Example:
         >>> [is_constant(value) for value in (None, True, "sum", 3)]
@@ -90,7 +90,7 @@ def is_constant(value: Any) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Say whether a call of a module calls what somebody has hung on it.
+    """Say whether a call of a module also calls hooks.
 
     Example:
         >>> layer = nn.ReLU()
@@ -102,13 +102,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def module_of(node: fx.Node) -> nn.Module | None:
-    """Return the layer that a node calls, if it calls one; none that has hooks, which nothing may replace."""
+    """Return the layer that a node calls, if any. A layer with hooks is not returned: nothing may replace it."""
     module = _called(node)
     return None if module is None or has_hooks(module) else module
 
 
 def layers_read(graph: fx.Graph) -> set[str]:
-    """Return the names of layers whose weights are read beside their calls, and which must stay what they are.
+    """Return the names of layers whose weights are also read outside their calls. These layers must not change.
 
     Example:
         >>> layers_read(fx.symbolic_trace(nn.Linear(3, 2)).graph)
@@ -130,7 +130,7 @@ ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 def bounds_of(node: fx.Node) -> tuple[float, float] | None:
-    """Return the bounds that a node clamps its one input to, if that is what it does.
+    """Return the bounds to which a node clamps its only input; None if it does anything else.
 
     Example:
         >>> from torch import nn
@@ -149,7 +149,7 @@ def bounds_of(node: fx.Node) -> tuple[float, float] | None:
 
 
 def is_gelu(node: fx.Node) -> bool:
-    """Say whether a node is a GELU by the error function."""
+    """Say whether a node is the exact GELU, which uses the error function."""
     module = module_of(node)
     if isinstance(module, nn.GELU):
         return module.approximate == "none"
@@ -158,7 +158,7 @@ def is_gelu(node: fx.Node) -> bool:
 
 
 def is_addition(node: fx.Node) -> bool:
-    """Say whether a node adds two tensors of one shape."""
+    """Say whether a node adds two tensors of the same shape."""
     if node.target not in ADDITIONS or len(node.args) != 2 or node.kwargs:
         return False
     first, second = (shape_of(argument) for argument in node.args)
@@ -168,7 +168,7 @@ def is_addition(node: fx.Node) -> bool:
 
 
 def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:
-    """Refuse graphs in which a value is changed in place and read elsewhere too: order would decide."""
+    """Refuse graphs in which a value is changed in place and also read elsewhere: the order would matter."""
     for node in graph_module.graph.nodes:
         inplace = node.target in INPLACE or node.kwargs.get("inplace") or getattr(_called(node), "inplace", False)
         if inplace and node.all_input_nodes and len(node.all_input_nodes[0].users) > 1:
@@ -185,7 +185,7 @@ def _remove_what_does_nothing(graph_module: fx.GraphModule) -> None:
 
 
 def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
-    """Fold each BatchNorm whose input is a layer that nothing else reads, and that is called once."""
+    """Fold each BatchNorm whose input is a layer that is called once and that nothing else reads."""
     calls: dict[str, int] = {}
     read = layers_read(graph_module.graph)
     for node in graph_module.graph.nodes:
@@ -214,7 +214,7 @@ def _fusion(layer: nn.Module | None, norm: Any, shape: tuple[int, ...] | None) -
 
 
 def _affine(norm: Any) -> Any:
-    """Give a BatchNorm that does not scale a scale of one, without which torch folds none into a linear layer."""
+    """Give a BatchNorm without a scale a scale of one: torch needs one to fold it into a linear layer."""
     if norm.weight is None:
         norm.weight = nn.Parameter(torch.ones_like(norm.running_var), requires_grad=False)
         norm.bias = nn.Parameter(torch.zeros_like(norm.running_var), requires_grad=False)

@@ -15,7 +15,7 @@ Sum: TypeAlias = Callable[[Tensor], Tensor]
 """Adds a tensor of integers of this process to those of all others: a collective."""
 
 BITS = 8
-"""Bits of a digit, of which one is found in each round."""
+"""Bits of a digit. Each round finds one digit."""
 BUCKETS = 1 << BITS
 SINGLE = 4
 """Bytes of a float in single precision."""

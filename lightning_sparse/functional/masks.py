@@ -226,7 +226,7 @@ def _numel_of(shape: Sequence[int]) -> int:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    r"""The bytes of a tensor in the order of ``flatten()``, for a digest; without a copy where it lies so on a CPU.
+    r"""The bytes of a tensor in the order of ``flatten()``, for a digest; without a copy if it is contiguous on a CPU.
 
     Example:
         >>> bytes(tensor_bytes(torch.tensor([1, 2], dtype=torch.int16)))

@@ -310,10 +310,10 @@ def _digits(integers: _Array, shift: int) -> _Array:
 
 
 def _ordered(keys: _Array) -> _Array:
-    """Unsigned integers in the order of the keys, none of which is NaN."""
+    """Unsigned integers in the order of the keys; no key may be NaN."""
     values = keys + keys.dtype.type(0.0)  # −0 becomes 0
     unsigned, signed = (np.uint32, np.int32) if values.itemsize == SINGLE else (np.uint64, np.int64)
     width = 8 * values.itemsize
-    # Of a negative float all bits turn around, of another the first.
+    # All bits of a negative float flip; only the first bit of any other float flips.
     flips = (values.view(signed) >> (width - 1)).view(unsigned) | unsigned(1 << (width - 1))
     return (values.view(unsigned) ^ flips).astype(np.uint64)

@@ -17,10 +17,10 @@ _DEEPEST = 32  # a file may hold a mapping that holds itself
 
 
 def obstacle(tensor: Tensor) -> str:
-    """Why the entries of ``tensor`` cannot be looked at one by one, as the end of a sentence; empty where they can.
+    """Why the entries of ``tensor`` cannot be read one by one, as the end of a sentence; empty if they can.
 
-    A file of a kilobyte can hold a tensor of a terabyte, one entry of which stands for all: whatever is computed of it
-    would take that terabyte.
+    A file of a kilobyte can hold a tensor of a terabyte, in which one entry stands for all. Computing with it would
+    take that terabyte.
 
     Example:
         >>> obstacle(torch.ones(3))

@@ -33,7 +33,7 @@ __all__ = [
 LayerAllocation = Literal["uniform", "er", "erk"]
 """The proportions in which layers share a budget: alike, Erdős–Rényi, Erdős–Rényi–Kernel."""
 
-_STARVED = 8  # outputs to one weight, from which on a layer is named
+_STARVED = 8  # a warning names layers with fewer than one weight for so many outputs
 
 _SHARES: dict[LayerAllocation, Callable[..., list[int]]] = {
     "uniform": uniform,

@@ -156,10 +156,10 @@ def _differing(group: MaskGroup, tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _differing_copies(group: MaskGroup, tensors: Sequence[Tensor], count: int = 0) -> tuple[list[str], int]:
-    """Names of the weights of which processes hold different copies, and the sum of a count; one transfer.
+    """Names of weights whose copies differ between processes, and the sum of a count; one transfer.
 
-    Of entries that one process alone holds there is nothing to compare. Hashes are summed twice, over all processes and
-    over those that own the entries: of equal copies one sum is a multiple of the other.
+    Entries that only one process holds need no comparison. Hashes are summed twice: over all processes, and over those
+    that own the entries. If all copies are equal, one sum is a multiple of the other.
     """
     copied = [(w, tensor) for w, tensor in zip(group, tensors, strict=True) if w.layout.copies > 1]
     hashes = [content_hash(tensor) for _, tensor in copied]

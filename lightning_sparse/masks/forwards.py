@@ -1,8 +1,8 @@
-r"""Whether a layer computes with the zeros that it stores, found out by a trial.
+r"""Find out by a trial whether a layer computes with the zeros that it stores.
 
-A convolution that standardises its weights, :math:`W' = (W - \mu) / \sigma`, computes with no zero where :math:`W`
-has one; one that pads its inputs itself, or scales its weights, does. What a ``forward`` of somebody's own does is seen
-by calling it once, on a copy whose weight is half zeros, and by looking at the weights that come to the product.
+A convolution that standardises its weights, :math:`W' = (W - \mu) / \sigma`, does not compute with the zeros of
+:math:`W`. One that pads its inputs itself, or scales its weights, does. To see what a custom ``forward`` does, the
+trial calls it once on a copy whose weight is half zeros, and looks at the weights that reach the product.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PRODUCTS = _CONVOLUTIONS | {"linear", "matmul", "__matmul__", "__rmatmul__", "m
 
 @torch.no_grad()
 def keeps_zeros(layer: nn.Module, name: str) -> bool | None:
-    """Whether ``layer`` computes with zeros where its weight ``name`` holds some.
+    """Whether ``layer`` computes with zeros wherever its weight ``name`` is zero.
 
-    The layer itself is not called and does not change; the trial runs on the CPU, and draws no number from the global
+    The layer itself is not called and does not change. The trial runs on the CPU, and draws no number from the global
     generator.
 
     Args:
@@ -37,7 +37,8 @@ def keeps_zeros(layer: nn.Module, name: str) -> bool | None:
         name: The name of its weight among its parameters.
 
     Returns:
-        None where the trial says nothing: ``forward`` asks for more, or its products use no tensor of that shape.
+        None if the trial shows nothing: ``forward`` needs more than one tensor, or its products use no tensor of the
+        weight's shape.
 
     Example:
         >>> class Standardised(nn.Linear):
@@ -47,7 +48,7 @@ def keeps_zeros(layer: nn.Module, name: str) -> bool | None:
         (True, False)
     """
     if "forward" in vars(layer) or dict(layer.named_parameters(recurse=False)).get(name) is None:
-        return None  # bound to the layer itself, not to a copy; or computed from others
+        return None  # forward is bound to the layer, not to a copy; or the weight is computed from other tensors
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     shape = layer.get_parameter(name).shape
     weight = draw(shape).clamp_(min=0.0)
@@ -56,14 +57,14 @@ def keeps_zeros(layer: nn.Module, name: str) -> bool | None:
         trial, inputs = _copy_of(layer, name, weight), draw(_input_shape(layer, shape))
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NoCollectives(), _Factors() as factors:
             trial.forward(inputs)
-    except Exception:  # whatever somebody else's code raises
+    except Exception:  # custom code can raise anything
         return None
     found = [_is_zero_at(zeros, factor) for factor in factors.found if factor.shape in (zeros.shape, zeros.mT.shape)]
     return any(found) if found else None
 
 
 class _Factors(TorchFunctionMode):
-    """Keeps the tensors that products and convolutions are called with."""
+    """Records the tensors that are passed to products and convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class _Factors(TorchFunctionMode):
 
 
 class _NoCollectives(TorchDispatchMode):
-    """Ends a trial that would wait for other processes, which may not be here."""
+    """Ends a trial that would wait for other processes: they may not take part in it."""
 
     @override
     def __torch_dispatch__(
@@ -91,9 +92,10 @@ class _NoCollectives(TorchDispatchMode):
 
 
 def _copy_of(layer: nn.Module, name: str, weight: Tensor) -> Any:
-    """A copy of a layer on the CPU, with another weight; the layer's own tensors are not copied but where they differ.
+    """A copy of a layer on the CPU, with another weight.
 
-    It is shallow, for a layer may refer to its whole network; what ``forward`` assigns stays in the copy.
+    Parameters, buffers and submodules are copied. All other attributes are shared, because a layer may refer to its
+    whole network. What ``forward`` assigns stays in the copy.
     """
     trial: Any = copy.copy(layer)
     trial._parameters = {
@@ -109,7 +111,7 @@ def _copy_of(layer: nn.Module, name: str, weight: Tensor) -> Any:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` on the CPU, in single precision where it has a point; ones where it has no values yet."""
+    """A copy of ``tensor`` on the CPU, in float32 if it is floating point; ones if it has no values yet."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     if tensor.is_meta:
         return torch.ones(tensor.shape, dtype=dtype, device="cpu")
@@ -117,7 +119,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _input_shape(layer: Any, weight: torch.Size) -> tuple[int, ...]:
-    """The shape of a small batch, of a size that no weight has, so that inputs are not taken for weights."""
+    """The shape of a small batch. Its size is no size of the weight, so that inputs are not mistaken for weights."""
     batch = next(size for size in (2, 3, 5) if size not in weight[:2])
     if not hasattr(layer, "kernel_size"):
         inputs = next(getattr(layer, key) for key in ("in_features", "in_channels") if hasattr(layer, key))
@@ -127,7 +129,7 @@ def _input_shape(layer: Any, weight: torch.Size) -> tuple[int, ...]:
 
 
 def _is_zero_at(zeros: Tensor, factor: Tensor) -> bool:
-    """Whether ``factor``, or its transpose, is zero where ``zeros`` says so."""
+    """Whether ``factor`` or its transpose is zero wherever ``zeros`` is True."""
     return any(
         each.shape == zeros.shape and not bool((each[zeros] != 0).any())
         for each in ((factor, factor.mT) if factor.dim() > 1 else (factor,))

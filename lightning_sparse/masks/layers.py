@@ -1,9 +1,9 @@
-"""What a parameter is in its layer: a weight, of which wiring, or something that stays dense, and why.
+"""What a parameter is in its layer: a weight with a certain wiring, or something that stays dense, and why.
 
-Layers are recognised by what they are, never by their class's name alone: by the classes of torch that they come from,
-or by the attributes that state their sizes, where the parameter has just those. So a linear layer of PyTorch Geometric
-(``in_channels``, ``out_channels``), Hugging Face's ``Conv1D`` (``nx``, ``nf``) and stacks of experts (``num_experts``)
-are known without an import.
+Layers are recognised by what they are, never by their class's name alone: by the torch classes that they inherit from,
+or by the attributes that state their sizes, if the parameter has exactly these sizes. So a linear layer of PyTorch
+Geometric (``in_channels``, ``out_channels``), Hugging Face's ``Conv1D`` (``nx``, ``nf``) and stacks of experts
+(``num_experts``) are known without an import.
 """
 
 from __future__ import annotations

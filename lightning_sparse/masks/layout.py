@@ -1,9 +1,9 @@
-"""Where the entries of a weight are: all of them in this process, or a part of them.
+"""Where the entries of a weight are: all in this process, or only some of them.
 
-With :mod:`~lightning_sparse.masks.sums` and :mod:`~lightning_sparse.masks.derivatives` this is the only file that knows
-how a weight may be spread over processes: as a DTensor, by FSDP2 and tensor parallelism. Everything else asks a
-:class:`Layout`: for the entries that are here, for their places in the whole, and for sums over all processes that hold
-some. Where several processes hold the same entry, one of them owns it, and counts it.
+Only this file, :mod:`~lightning_sparse.masks.sums` and :mod:`~lightning_sparse.masks.derivatives` know how a weight can
+be spread over processes: as a DTensor, by FSDP2 and tensor parallelism. All other code asks a :class:`Layout` which
+entries this process holds, where they lie in the whole weight, and for sums over all processes that hold some. If
+several processes hold the same entry, one of them owns it and counts it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _everywhere: ContextVar[bool] = ContextVar("_everywhere", default=False)
 
 @contextmanager
 def saved_everywhere() -> Generator[None]:
-    """Within it every process makes the whole of what is saved: for a training that goes on from it at once."""
+    """Let every process get the whole of what is saved, so that training can resume from it at once."""
     token = _everywhere.set(True)
     try:
         yield
@@ -51,7 +51,7 @@ def saved_everywhere() -> Generator[None]:
 
 
 class Layout(ABC):
-    """How a weight of a stated shape lies in the processes of a training.
+    """How a weight of a given shape is laid out over the processes of a training run.
 
     Args:
         shape: Shape of the whole weight.
@@ -68,12 +68,12 @@ class Layout(ABC):
     @property
     @abstractmethod
     def local_shape(self) -> torch.Size:
-        """Shape of what this process holds."""
+        """Shape of the part that this process holds."""
 
     @property
     @abstractmethod
     def owned(self) -> bool:
-        """Whether this process counts its entries; of several that hold the same, one does."""
+        """Whether this process counts its entries. Of several processes that hold the same entries, one counts them."""
 
     @property
     @abstractmethod
@@ -82,20 +82,21 @@ class Layout(ABC):
 
     @abstractmethod
     def local(self, tensor: Tensor) -> Tensor:
-        """The entries that this process holds of a tensor that lies like the weight, sharing their memory."""
+        """The part of ``tensor``, which is laid out like the weight, that this process holds. It shares memory."""
 
     @abstractmethod
     def take(self, whole: Tensor) -> Tensor:
-        """The entries of this process out of a tensor that is whole here."""
+        """This process's entries, taken from a tensor that it holds whole."""
 
     @abstractmethod
     def whole(self, local: Tensor) -> Tensor:
         """The inverse of :meth:`take`. A collective: every process must call it."""
 
     def saved(self, local: Tensor) -> Tensor:
-        """The whole for a checkpoint, on the CPU: in process 0, which writes it; in others an empty tensor.
+        """The whole tensor for a checkpoint, on the CPU. Process 0 gets it, and writes it; others get an empty tensor.
 
-        A collective, as :meth:`whole` is. Within :func:`saved_everywhere` every process has it.
+        If every process holds every entry, or inside :func:`saved_everywhere`, all processes get the whole tensor. A
+        collective, like :meth:`whole`.
         """
         whole = self.whole(local.detach())
         if rank() == 0 or self.is_whole or _everywhere.get():
@@ -104,32 +105,35 @@ class Layout(ABC):
 
     @abstractmethod
     def sum(self, counts: Tensor) -> Tensor:
-        """Counts of this process' own entries, added up over all processes. A collective."""
+        """Counts of local entries, summed over all processes; each entry counts once. A collective."""
 
     @abstractmethod
     def largest(self, values: Tensor) -> Tensor:
-        """The largest of each value over all processes. A collective."""
+        """The maximum of each value over all processes. A collective."""
 
     @abstractmethod
     def place_of(self, local_places: Tensor) -> Tensor:
-        """From places in the flattened local entries, ``int64``, to those in the flattened whole."""
+        """Map places in the flattened local entries, ``int64``, to places in the flattened whole."""
 
     @abstractmethod
     def of_rows(self, leading: int) -> Layout:
-        """Where rows are, of what the first ``leading`` dimensions count; who holds a part of one holds its value."""
+        """The layout of one value for each row, if the first ``leading`` dimensions count rows.
+
+        A process that holds a part of a row holds the row's value.
+        """
 
     @abstractmethod
     def sum_rows(self, rows: Tensor, leading: int) -> Tensor:
-        """What was computed for each row of the part of it that is here, added up where its other parts are.
+        """Add up what each process computed for its part of a row, over the processes that hold parts of that row.
 
         Args:
             rows: A number for each local row, flat.
-            leading: Dimensions that count rows.
+            leading: How many dimensions count rows.
         """
 
     @abstractmethod
     def cuts_rows(self, leading: int) -> bool:
-        """Whether a row, as the first ``leading`` dimensions count them, lies in several processes."""
+        """Whether a row is divided among several processes. The first ``leading`` dimensions count rows."""
 
     @abstractmethod
     def divides(self, dim: int) -> int:
@@ -201,12 +205,12 @@ class Whole(Layout):
 
 @final
 class Block(Layout):
-    """Each process holds a block of the entries, perhaps an empty one, as a DTensor says.
+    """Each process holds a block of the entries, possibly an empty one, as a DTensor describes it.
 
     Args:
         shape: Shape of the whole weight.
         mesh: The processes that hold it.
-        placements: How each dimension of the mesh divides it.
+        placements: How each dimension of the mesh divides the weight.
     """
 
     is_whole: ClassVar[bool] = False
@@ -221,7 +225,7 @@ class Block(Layout):
         self._copies = world_size() // math.prod(size for size, placement in pairs if not _is_copied(placement))
         here = mesh.get_coordinate()
         is_first = all(at == 0 for at, placement in zip(here, self._placements, strict=True) if _is_copied(placement))
-        self._owned = is_first and bool((mesh.mesh == 0).any())  # of meshes beside each other, that with rank 0
+        self._owned = is_first and bool((mesh.mesh == 0).any())  # of several parallel meshes, the one with rank 0
 
     @property
     def local_shape(self) -> torch.Size:  # noqa: D102
@@ -254,7 +258,7 @@ class Block(Layout):
         return largest_of_processes(values)
 
     def place_of(self, local_places: Tensor) -> Tensor:  # noqa: D102
-        if self._local_shape[1:] == self.shape[1:]:  # in one piece
+        if self._local_shape[1:] == self.shape[1:]:  # contiguous in the whole
             return local_places + self._offsets[0] * math.prod(self.shape[1:])
         place, rest, stride = torch.zeros_like(local_places), local_places, 1
         for size, at, of_all in zip(*map(reversed, (self._local_shape, self._offsets, self.shape)), strict=True):
@@ -282,7 +286,7 @@ class Block(Layout):
         return [number for number, (size, each) in pairs if size > 1 and _dim(each) >= leading]
 
     def as_dtensor(self, local: Tensor) -> DTensor:
-        """The whole, of which each process has its part."""
+        """The whole tensor as a DTensor; ``local`` is this process's part."""
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=stride)
 
@@ -293,7 +297,7 @@ class Block(Layout):
 
 
 def layout_of(tensor: Tensor) -> Layout:
-    """Where the entries of a parameter are.
+    """The layout of a parameter.
 
     Example:
         >>> layout_of(torch.zeros(2, 3))
@@ -305,12 +309,12 @@ def layout_of(tensor: Tensor) -> Layout:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether processes may hold different entries of a tensor: it is a DTensor."""
+    """Whether a tensor is a DTensor, so that processes may hold different entries of it."""
     return isinstance(tensor, DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The entries that this process holds of a tensor, sharing their memory, without their history."""
+    """The part of a tensor that this process holds. It shares memory and has no autograd history."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     with torch.no_grad():
@@ -318,7 +322,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def count_of_whole(parameter: Tensor, mask: Tensor) -> int:
-    """The number of ``True`` of the whole, of a mask of what is here of a parameter; a collective if sharded."""
+    """Count the ``True`` entries of a parameter's whole mask, given the local part. A collective if it is sharded."""
     count = count_true(mask)
     if not is_sharded(parameter):
         return count
@@ -326,9 +330,9 @@ def count_of_whole(parameter: Tensor, mask: Tensor) -> int:
 
 
 def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """``tensor``, divided as ``other`` is; a collective where it is not.
+    """Divide ``tensor`` as ``other`` is divided. A collective, unless it already is.
 
-    The gradient of a weight that several processes hold a copy of may come as a sum that is still to be made.
+    If several processes hold a copy of a weight, its gradient may be a partial sum that is not reduced yet.
     """
     if isinstance(tensor, DTensor) and isinstance(other, DTensor) and tensor.placements != other.placements:
         return tensor.redistribute(other.device_mesh, other.placements)
@@ -336,19 +340,19 @@ def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def obstacle_of_shards(tensor: Tensor) -> str:
-    """Why masks cannot work on a parameter as it is divided; empty where they can.
+    """Why masks cannot work on a parameter that is divided this way; empty if they can.
 
-    FSDP2 on a dimension that tensor parallelism has divided before interleaves its parts. Where these are not equal,
-    torch itself mistakes which entries a process holds.
+    If tensor parallelism has already divided a dimension, FSDP2 interleaves the parts. If these are not equal in size,
+    torch itself misreports which entries a process holds.
     """
     if not isinstance(tensor, DTensor):
         return ""
     if tensor.device_mesh.get_coordinate() is None:
-        return "this process holds nothing of it, as in a pipeline"
+        return "this process holds no part of it, as in a pipeline"
     layout = Block(tensor.shape, tensor.device_mesh, tensor.placements)
     for placement in tensor.placements:
         if not (_is_copied(placement) or placement.is_shard() or _is_strided(placement)):
-            return f"its placement {placement} is no part of it"
+            return f"its placement {placement} is neither a shard nor a copy of it"
         dim = _dim(placement)
         if _is_strided(placement) and tensor.shape[dim] % layout.divides(dim):
             return (
@@ -367,5 +371,5 @@ def _is_strided(placement: Any) -> bool:
 
 
 def _dim(placement: Any) -> int:
-    """The dimension that a placement divides; -1 for none."""
+    """The dimension that a placement divides; -1 if it divides none."""
     return getattr(placement, "dim", -1)

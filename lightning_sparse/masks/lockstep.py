@@ -1,10 +1,10 @@
-"""Calls that go on side by side, so that what all of them ask at a time is answered at once.
+"""Run calls side by side, so that their questions are answered together.
 
-Layers choose their masks each for itself, by code that reads like that of one layer, and each choice needs sums over
-all processes, one after another. In lockstep every layer goes as far as its next question; then the questions of all
-layers travel together. So an update takes as many messages as one layer, whatever the number of layers.
+Each layer chooses its masks by itself, with code that reads like code for one layer. Each choice needs several sums
+over all processes, one after another. In lockstep, every layer runs to its next question; then the questions of all
+layers travel together. So an update sends as many messages as one layer needs, whatever the number of layers.
 
-Each call has a thread, of which one at a time runs, in the order of the calls: nothing is done at the same time.
+Each call has a thread of its own. Only one thread runs at a time, in the order of the calls: nothing runs in parallel.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _here = threading.local()
 
 
 def in_lockstep() -> bool:
-    """Whether the code that asks is one of several calls that go on side by side."""
+    """Whether the current code belongs to one of several calls that run side by side."""
     return getattr(_here, "lane", None) is not None
 
 
 def ask(question: Any) -> Any:
-    """The answer to a question, which comes when all other calls have asked theirs or have ended."""
+    """Return the answer to a question. It comes when all other calls have asked theirs or have ended."""
     return cast("_Lane[Any]", _here.lane).ask(question)
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], answer: Answer) -> list[T]:
-    """Make calls side by side, and return what they return.
+    """Run calls side by side, and return their results.
 
     Args:
-        calls: They may :func:`ask`, and write to nothing that another reads.
-        answer: Called with the questions of all calls that have come to one, in the order of the calls; returns an
-            answer to each.
+        calls: They may call :func:`ask`. They must not write to anything that another call reads.
+        answer: Called with the questions of all calls that wait for an answer, in the order of the calls; returns
+            one answer for each.
 
     Raises:
-        BaseException: What a call raises, the first of them; the others do not go on then.
+        BaseException: The first exception that a call raises; the other calls are then stopped.
 
     Example:
         >>> side_by_side([lambda: ask(2) + 1, lambda: ask(3) + 1], lambda questions: [sum(questions)] * len(questions))
@@ -65,15 +65,15 @@ def side_by_side(calls: Sequence[Callable[[], T]], answer: Answer) -> list[T]:
 
 
 class _StoppedError(BaseException):
-    """Ends a call whose questions nobody answers any more."""
+    """Stops a call whose question will not be answered."""
 
 
 class _Lane(Generic[T]):
-    """A call in a thread of its own, which runs only while its owner waits for it."""
+    """A call in a thread of its own. It runs only while the caller waits for it."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
-        # Locks alone take a third of the time of semaphores; each is released where the other side is to go on.
+        # Locks take a third of the time of semaphores. Releasing one lets the other side go on.
         self._turn, self._back = threading.Lock(), threading.Lock()
         self._turn.acquire()
         self._back.acquire()
@@ -83,28 +83,28 @@ class _Lane(Generic[T]):
         self.question: Any = None
         self.answer: Any = None
         self.result: T = cast("T", None)
-        # What torch keeps for each thread.
+        # State that torch keeps for each thread.
         self._gradients = torch.is_grad_enabled()
         self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def go_on(self) -> None:
-        """Let the call run up to its next question or its end; raise what it raises."""
+        """Let the call run to its next question or its end; raise its exception, if any."""
         self._turn.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
-        """End the call, wherever it is."""
+        """Stop the call, wherever it waits."""
         if not self.has_ended:
             self._stopped = True
             self._turn.release()
         self._thread.join()
 
     def ask(self, question: Any) -> Any:
-        """Hand a question over and wait for the answer; called by the call."""
+        """Hand over a question and wait for the answer. The call itself uses this."""
         self.question = question
         self._back.release()
         self._wait()
@@ -125,7 +125,7 @@ class _Lane(Generic[T]):
                 self.result = self._call()
         except _StoppedError:
             pass
-        except BaseException as error:  # raised where the call was made
+        except BaseException as error:  # raised again by go_on, in the caller's thread
             self._error = error
         finally:
             self.has_ended = True

@@ -31,9 +31,9 @@ __all__ = [
     "warm_moments",
 ]
 
-# With zero weight, zero gradient and cleared moments these leave a weight exactly zero: their arithmetic is element
-# by element, and every term is a product with one of the three. tests/masks/test_optimizer_state.py shows it for each.
-# Muon, which mixes the entries of a matrix, is not among them, nor is any subclass, which may do anything.
+# If a weight, its gradient and its moments are zero, a step of these optimizers leaves it exactly zero: they compute
+# element by element, and every term is a product with one of the three. tests/masks/test_moments.py shows it for each.
+# Muon is not among them, because it mixes the entries of a matrix. Subclasses are not, because they may do anything.
 _KEEP_ZEROS = frozenset(
     getattr(torch.optim, name)
     for name in (
@@ -54,15 +54,15 @@ _KEEP_ZEROS = frozenset(
 )
 
 
-# What optimizers call a running average, sum or maximum of squared gradients: exp_avg_sq and max_exp_avg_sq (Adam and
-# others), square_avg (RMSprop, Adadelta), sum (Adagrad), variance (Adafactor), exp_avg_var (AdaBelief), nu,
-# second_moment. Adamax's exp_inf, a running maximum of magnitudes, stands for their root.
+# The names that optimizers give to a running average, sum or maximum of squared gradients: exp_avg_sq and
+# max_exp_avg_sq (Adam and others), square_avg (RMSprop, Adadelta), sum (Adagrad), variance (Adafactor), exp_avg_var
+# (AdaBelief), nu, second_moment. Adamax has exp_inf instead of the root of one: a running maximum of magnitudes.
 _SECOND_MOMENT = re.compile(r"(^|_)(sq|square|squares|sum|var|variance|second|nu|inf)(_|$)")
 _ROOT = re.compile(r"(^|_)inf(_|$)")
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
-    """Whether a step of ``optimizer`` leaves a pruned weight exactly zero when its gradient and moments are zero.
+    """Whether a step of ``optimizer`` leaves a pruned weight exactly zero if its gradient and moments are zero.
 
     Example:
         >>> weights = [nn.Parameter(torch.zeros(2))]
@@ -73,7 +73,7 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
 
 
 def _divides_by_zero(param_group: Mapping[str, Any]) -> bool:
-    """Whether eps is 0, so that 0 / (√0 + eps) is NaN. Adafactor has a pair, of which the first counts."""
+    """Whether eps is 0, so that 0 / (√0 + eps) is NaN. Adafactor has a pair; the first one matters here."""
     eps = param_group.get("eps")
     return (eps[0] if isinstance(eps, tuple | list) else eps) == 0.0
 
@@ -82,24 +82,24 @@ def _divides_by_zero(param_group: Mapping[str, Any]) -> bool:
 def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
     """Make ``optimizer`` forget the weights that were just pruned or grown.
 
-    Zeroed is every tensor of its state with the shape of the parameter: momentum, second moments, averages. Factored
-    moments (Adafactor's rows and columns) are shared by many weights and stay.
+    Zeroes their entries in every tensor of its state that has the parameter's shape: momentum, second moments,
+    averages. Factored moments (Adafactor's rows and columns) are shared by many weights and do not change.
 
     Args:
         optimizer: Any torch optimizer, or one that wraps another.
         parameter: One of its parameters.
-        changed: ``bool``, the shape of the parameter, or of what this process holds of it.
+        changed: ``bool``, the shape of the parameter, or of the part of it that this process holds.
     """
     unchanged = ~changed
     for key, value in _like(parameter, optimizer):
-        if key == "step_size":  # Rprop's begin at the learning rate
+        if key == "step_size":  # Rprop's step sizes begin at the learning rate
             value.masked_fill_(changed, _learning_rate(optimizer, parameter))
         else:
             zero_pruned_(value, unchanged)
 
 
 def is_second_moment(key: str) -> bool:
-    """Whether a tensor of an optimizer's state, by its name, divides the steps: a second moment, or its root.
+    """Whether a tensor of an optimizer's state divides the steps, judged by its name: a second moment, or its root.
 
     Example:
         >>> [is_second_moment(key) for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg")]
@@ -109,7 +109,7 @@ def is_second_moment(key: str) -> bool:
 
 
 def has_second_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ``optimizer`` has stepped some of these, and keeps a second moment of each of their entries."""
+    """Whether ``optimizer`` has, for at least one of these parameters, a second moment for each entry."""
     return any(is_second_moment(key) for parameter in parameters for key, _ in _like(parameter, optimizer))
 
 
@@ -122,24 +122,24 @@ def warm_moments(
     gradient: Tensor,
     layout: Layout | None = None,
 ) -> None:
-    r"""Let the steps of weights that were just grown be as long as those of their neighbours.
+    r"""Let weights that were just grown take steps as long as those of their neighbours.
 
-    With cleared moments under the step count that a whole tensor shares, the first step of a grown weight under Adam is
-    :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` learning rates long, 3.2 by default, and those after it are up to twice
-    that; survivors move 0.15. Instead
+    The moments of a grown weight are cleared, but its whole tensor shares one step count. So under Adam, its first step
+    is :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` learning rates long, 3.2 by default, and the steps after it are up to
+    twice as long; survivors move 0.15 learning rates. To prevent this, the function sets
 
     .. math:: v = \max\bigl(g^2,\ \overline{v}_{\text{survivors}}\bigr)
 
-    in every second moment of the shape of the parameter. First moments stay cleared.
+    for the grown weights, in every second moment that has the parameter's shape. First moments stay cleared.
 
     Args:
         optimizer: Any torch optimizer; one without second moments is left alone.
         parameter: One of its parameters.
-        grown: ``bool``, the shape of the parameter: what was just grown, with cleared moments.
-        survivors: ``bool``: what was active before, and is.
-        gradient: Of the parameter, as the optimizer sees it; zeros where it is not known.
-        layout: Where the entries of the parameter are, where not all of them are here; the mean is that of the whole
-            then, and comes by a collective.
+        grown: ``bool``, the shape of the parameter: the weights that were just grown, with cleared moments.
+        survivors: ``bool``: the weights that were active before and still are.
+        gradient: The parameter's gradient, as the optimizer sees it; zeros where it is unknown.
+        layout: Where the entries of the parameter are, if this process does not hold all of them. The mean is then that
+            of the whole, which takes a collective.
     """
     for key, value in _like(parameter, optimizer):
         if is_second_moment(key):
@@ -151,14 +151,14 @@ def warm_moments(
 
 
 def _like(parameter: nn.Parameter, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    """What an optimizer keeps for each entry of a parameter, of those that this process holds."""
+    """Names and local parts of an optimizer's state tensors that have one value for each entry of a parameter."""
     states = [getattr(its, "state", {}).get(parameter, {}) for its in _with_inner(optimizer)]
     every = [(key, value) for state in states for key, value in state.items() if isinstance(value, Tensor)]
     return [(key, local_part(value)) for key, value in every if value.shape == parameter.shape]
 
 
 def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """The optimizer, and those that it wraps, as Lookahead does; their state may be theirs alone."""
+    """The optimizer and those that it wraps, as Lookahead does; each may have a state of its own."""
     yield optimizer
     for value in vars(optimizer).values():
         if isinstance(value, Optimizer):
@@ -166,7 +166,7 @@ def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 def _mean(values: Tensor, among: Tensor, layout: Layout | None) -> Tensor:
-    """The mean of some of the values of a whole weight; 0 where there are none."""
+    """The mean of some values of a whole weight; 0 if there are none."""
     total, number = _sum(values, among), among.count_nonzero()
     if layout is not None and not layout.is_whole:
         sums = layout.sum(torch.stack([total.double(), number.double()]))
@@ -175,7 +175,7 @@ def _mean(values: Tensor, among: Tensor, layout: Layout | None) -> Tensor:
 
 
 def _sum(values: Tensor, among: Tensor) -> Tensor:
-    """The sum of some values, in double precision: parts are added in another order than the whole, and none shows."""
+    """The sum of some values, in double precision, so that it does not matter in which order parts are added."""
     if on_cpu(values):
         return torch.tensor(values.numpy()[among.numpy()].sum(dtype=np.float64))
     return torch.where(among, values, 0.0).sum(dtype=values.dtype if values.is_mps else torch.float64)
@@ -188,8 +188,8 @@ def _learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no gradient holds inf or NaN; one transfer from the device, or two."""
-    # A sum with inf or NaN in it is inf or NaN: a finite one is proof, for a twentieth of the time of the second look.
+    """Whether no gradient holds inf or NaN; takes one or two transfers from the device."""
+    # A sum that includes inf or NaN is inf or NaN. So a finite sum is proof, in a twentieth of the second check's time.
     sums = torch.stack(
         [gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
     )
@@ -197,30 +197,30 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
 
 
 def skipped_step(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer, which is told of inf gradients by the GradScaler, skips the step that it is taking."""
+    """Whether a fused optimizer skips its current step, because the GradScaler has told it of inf gradients."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
 
 def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """By how much the gradients that ``optimizer`` is about to step on are scaled: 1 but for fused ones in float16.
+    """The scale of the gradients on which ``optimizer`` is about to step: 1, except for fused optimizers in float16.
 
-    A fused optimizer unscales them itself, within its step.
+    A fused optimizer unscales them itself, inside its step.
     """
     scaler = scaler_of_step(trainer, optimizer)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def scaler_of_step(trainer: pl.Trainer, optimizer: Optimizer) -> torch.amp.GradScaler | None:
-    """The GradScaler whose scale ``optimizer`` takes off within its step, as fused ones do; None for all others."""
+    """The GradScaler whose scale ``optimizer`` removes inside its step, as fused ones do; None for other optimizers."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if getattr(optimizer, "_step_supports_amp_scaling", False) else None
 
 
 def as_stepped_on(trainer: pl.Trainer, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
-    """What becomes of a gradient until ``optimizer`` steps on it: it is unscaled, or clipped by the Trainer.
+    """Return a function that turns a gradient into the one on which ``optimizer`` steps: unscaled, or clipped.
 
-    To be called when the gradients are those that will be clipped.
+    Call this when the gradients are those that the Trainer will clip.
     """
     limit, scale = trainer.gradient_clip_val, gradient_scale(trainer, optimizer)
     if not limit or not clips_gradients(trainer):

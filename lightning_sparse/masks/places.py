@@ -1,4 +1,4 @@
-"""Where the parameters of a module are: who holds each, and which tensor of which layer it is, or makes up."""
+"""Where the parameters of a module are: which module holds each, and of which layer's tensor it is a part."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 __all__ = ["Part", "Place", "canonical_name", "places_of", "printable"]
 
 Part = Literal["whole", "direction", "magnitude", "scaled", "pruned", "other"]
-"""What a parameter is of a layer's weight: all of it, v or g of a weight norm, what a spectral norm scales, what
-``torch.nn.utils.prune`` masks, or what another parametrization computes it from."""
+"""Which part of a layer's weight a parameter is: all of it, v or g of a weight norm, the tensor that a spectral norm
+scales, the one that ``torch.nn.utils.prune`` masks, or one from which another parametrization computes the weight."""
 
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module"}
@@ -22,16 +22,16 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_fsd
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter where it is.
+    """A parameter, and where it is.
 
     Attributes:
         name: Name in the plain module, without the prefixes of wrappers.
         parameter: The parameter itself.
         owner: The module that holds it.
-        local_name: Its name there.
+        local_name: Its name in that module.
         layer: The module that computes with it: the owner, or the layer that a parametrization belongs to.
-        weight_name: The name of the layer's tensor that it is, or makes up.
-        part: What it is of that tensor.
+        weight_name: The name of the layer's tensor that it is, or is a part of.
+        part: Which part of that tensor it is.
     """
 
     name: str
@@ -59,7 +59,7 @@ def places_of(module: nn.Module) -> list[Place]:
 
 
 def canonical_name(name: str) -> str:
-    """The name of a parameter in the plain module: without what ``torch.compile``, Fabric and checkpoint wrappers add.
+    """The name of a parameter in the plain module, without what ``torch.compile``, Fabric and checkpoint wrappers add.
 
     Example:
         >>> canonical_name("encoder._orig_mod.0.weight")
@@ -69,7 +69,7 @@ def canonical_name(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    r"""``name`` as a terminal may show it: control characters are written out, and do nothing.
+    r"""``name`` with control characters escaped, so that a terminal can show it safely.
 
     Example:
         >>> print(printable("head\x1b[31m.weight"))
@@ -93,7 +93,7 @@ def _place(
 
 
 def _part_of_list(owner: ParametrizationList, local_name: str) -> Part:
-    """What a parameter is under :mod:`torch.nn.utils.parametrize`."""
+    """Which part of its weight a parameter is under :mod:`torch.nn.utils.parametrize`."""
     kinds = [type(parametrization) for parametrization in owner]
     if kinds == [parametrizations._WeightNorm]:  # pyright: ignore[reportPrivateUsage]
         return "direction" if local_name == "original1" else "magnitude"
@@ -103,7 +103,7 @@ def _part_of_list(owner: ParametrizationList, local_name: str) -> Part:
 
 
 def _part_of_hooks(owner: nn.Module, local_name: str) -> tuple[str, Part]:
-    """The tensor to which a parameter of torch's older functions belongs, which compute it in a hook; else itself."""
+    """The tensor that torch's older functions compute from a parameter in a hook, and its part; else the parameter."""
     weight_name, _, ending = local_name.rpartition("_")
     names = {name for name, _ in owner.named_parameters(recurse=False, remove_duplicate=False)}
     if not weight_name or weight_name in names or not hasattr(owner, weight_name):

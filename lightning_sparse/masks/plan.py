@@ -101,7 +101,7 @@ class Plan(Sequence[Candidate]):
         return " ".join(sentences)
 
     def without(self, reasons: Mapping[str, str]) -> Plan:
-        """This plan with those left dense that are named, each for its reason."""
+        """This plan, but with the weights named in ``reasons`` left dense, each for its reason."""
         candidates = (
             replace(candidate, reason=reasons[candidate.name])
             if candidate.name in reasons and not candidate.reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 
 class MaskPool(Sequence[MaskedWeight]):
-    """Weights that are ranked together, with their masks, all active at first.
+    """Weights that are ranked together, and their masks. At first, all weights are active.
 
     Args:
         candidates: The weights, on one device.
 
     Attributes:
-        mask: The masks of all its weights in one flat ``bool`` tensor; each weight's mask is a view of a part.
+        mask: The masks of all weights in one flat ``bool`` tensor; each weight's mask is a view of it.
     """
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
@@ -43,7 +43,7 @@ class MaskPool(Sequence[MaskedWeight]):
         self._weights = [MaskedWeight(candidate, part) for candidate, part in zip(candidates, parts, strict=True)]
 
     def lay_masks(self) -> None:
-        """Lay all masks anew, in the order in which the weights lie in memory now, and where they are."""
+        """Move all masks to new memory, on the weights' current device and in their current memory order."""
         sizes = [weight.mask.numel() for weight in self]
         device = _device_of([weight.parameter for weight in self])
         self.mask = torch.empty(sum(sizes), dtype=torch.bool, device=device)
@@ -52,6 +52,9 @@ class MaskPool(Sequence[MaskedWeight]):
 
     def __getitem__(self, index: int) -> MaskedWeight:  # type: ignore[override]
         return self._weights[index]
+
+    def __iter__(self) -> Iterator[MaskedWeight]:
+        return iter(self._weights)  # Sequence's own asks __getitem__ for each, several times in every step
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -63,7 +66,7 @@ class MaskPool(Sequence[MaskedWeight]):
 
     @property
     def unshared_numel(self) -> int:
-        """Number of weights that there would be if each use of a shared one had its own; budgets count these."""
+        """Number of weights if each use of a shared weight had a copy of its own; budgets count these."""
         return sum(weight.unshared_numel for weight in self)
 
     @property
@@ -77,23 +80,23 @@ class MaskPool(Sequence[MaskedWeight]):
         return any(not weight.layout.is_whole for weight in self)
 
     def each(self, call: Callable[..., T], *values: Iterable[Any]) -> list[T]:
-        """What ``call`` returns of each weight, and of its values.
+        """Return what ``call`` returns for each weight and its values.
 
-        Where weights are sharded, the calls go on side by side, so that what they ask of the other processes goes
-        together: write so wherever a call for one weight ranks or counts its entries.
+        If weights are sharded, the calls run side by side, and their messages to the other processes travel together.
+        Use this method wherever a call for one weight ranks or counts its entries.
         """
         return side_by_side_if(self.is_spread, [partial(call, *its) for its in zip(self, *values, strict=True)])
 
-    # How its entries are ranked and counted.
+    # Ranking and counting entries.
 
     def smallest(self, scores: Scores, k: int, among: Tensor, key: Key | None = None) -> Tensor:
         """The flat mask of the ``k`` smallest scores of all weights together; see :meth:`MaskedWeight.smallest`.
 
         Args:
             scores: One tensor for each weight, in the order of :meth:`flat`.
-            k: How many of the whole to choose.
+            k: How many entries to choose, of all weights together.
             among: ``bool``, flat: the entries that may be chosen.
-            key: What is compared instead of the scores.
+            key: What to compare instead of the scores.
         """
         if not self.is_spread:
             return selection.smallest(scores, k, among, key)
@@ -107,9 +110,9 @@ class MaskPool(Sequence[MaskedWeight]):
         return smallest_of_spread(held, k, among, self.numel, sum_over_processes, key)
 
     def count(self, flat_mask: Tensor) -> int:
-        """The number of ``True`` of the whole, of a flat mask in the order of :attr:`mask`.
+        """Count the ``True`` entries of the whole, given a flat local mask in the order of :attr:`mask`.
 
-        A collective where weights are sharded.
+        A collective if weights are sharded.
         """
         return (
             sum(self.counts(flat_mask.split([weight.mask.numel() for weight in self])))
@@ -118,36 +121,36 @@ class MaskPool(Sequence[MaskedWeight]):
         )
 
     def counts(self, masks: Sequence[Tensor]) -> list[int]:
-        """The number of ``True`` of the whole in a mask for each weight; a collective where weights are sharded.
+        """Count the ``True`` entries of each whole mask, given one local mask for each weight.
 
-        Takes one transfer from a device that is not the CPU.
+        A collective if weights are sharded. Takes one transfer from a device that is not the CPU.
         """
         if not self.is_spread:
             return counts_true(masks)
-        # What every process holds is counted by the one that owns it, as all else.
+        # Only its owner counts an entry, even in weights that every process holds whole.
         own = zip(self, masks, strict=True)
         counts = torch.stack([_count(mask) * weight.layout.owned for weight, mask in own])
         return sum_over_processes(counts).tolist()  # type: ignore[no-any-return]
 
-    # How its entries lie.
+    # The order of entries.
 
     def flat(self, what: Callable[[MaskedWeight], Tensor]) -> list[Tensor]:
-        """What is asked of each weight, of its shape, as flat tensors in the order of :attr:`mask`; no copies."""
+        """Flatten ``what(weight)``, shaped like the weight, of each weight, in the order of :attr:`mask`; no copies."""
         return [weight.flatten(what(weight)) for weight in self]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor for each weight, shaped like it, in one flat tensor in the order of :attr:`mask`."""
+        """Join one tensor for each weight, shaped like it, into one flat tensor in the order of :attr:`mask`."""
         return torch.cat([weight.flatten(tensor) for weight, tensor in zip(self, tensors, strict=True)])
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """A flat tensor in the order of :attr:`mask` as one view for each weight, shaped like it."""
+        """Split a flat tensor in the order of :attr:`mask` into one view for each weight, shaped like it."""
         parts = flat.split([weight.mask.numel() for weight in self])
         return [weight.unflatten(part) for weight, part in zip(self, parts, strict=True)]
 
-    # What masks do.
+    # Applying masks.
 
     def recount(self) -> None:
-        """Count the active weights anew; one transfer from a device that is not the CPU."""
+        """Count the active weights again; takes one transfer from a device that is not the CPU."""
         for weight, num_active in zip(self, self.counts([weight.mask for weight in self]), strict=True):
             weight.recount(num_active)
 
@@ -158,12 +161,12 @@ class MaskPool(Sequence[MaskedWeight]):
 
 
 def _count(mask: Tensor) -> Tensor:
-    """The number of ``True``, where the mask is."""
+    """The number of ``True`` entries, as a tensor on the mask's device."""
     return torch.tensor(counts_true([mask])[0]) if on_cpu(mask) else mask.count_nonzero()
 
 
 def _places_of(weight: MaskedWeight, start: int) -> Callable[[Tensor], Tensor]:
-    """From places in a weight's flat mask to those in the whole of all weights, of which it begins at ``start``."""
+    """Map places in a weight's flat mask to places among all whole weights, where this one begins at ``start``."""
     if weight.mask.is_contiguous():
         return lambda at: weight.layout.place_of(at) + start
 

@@ -25,7 +25,7 @@ ELSEWHERE = (
     "Under ddp_fork, ddp_spawn and ddp_notebook, masks stay in the processes that trained:"
     " lightning_sparse.masks.read_masks reads those of a checkpoint, and lightning_sparse.report(module) counts zeros"
 )
-"""What to know where a registry is empty, the end of a sentence; nothing tells a process what others have trained."""
+"""Where masks may be if a registry is empty, for messages: a process cannot know what others have trained."""
 
 
 @final

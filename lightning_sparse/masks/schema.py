@@ -1,7 +1,7 @@
-"""What the fields of a saved state may be: a check says what is wrong with a value, or nothing.
+"""Checks of the fields of a saved state: a check returns what is wrong with a value, or an empty string.
 
-States come from files, which may be damaged, cut short or made by hand. A check never trusts a type and never allocates
-what a tensor claims; what it returns is the end of a sentence that begins with the field's name.
+States come from files, which may be damaged, cut short or written by hand. So a check never trusts a type, and never
+allocates as much memory as a tensor claims to need. It returns the end of a sentence that begins with the field's name.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ __all__ = [
 ]
 
 Check = Callable[[Any], str]
-"""What is wrong with a value, as the end of a sentence; empty where nothing is."""
+"""Returns what is wrong with a value, as the end of a sentence; an empty string if nothing is."""
 
 LARGEST_STEP = 10**10
-"""No training takes more steps: at a thousand a second it would last for four months."""
+"""No training takes more steps: at a thousand steps a second, so many take four months."""
 
 
 def check_fields(state: Any, fields: Mapping[str, Check], whose: str, *, closed: bool = True) -> None:
-    """Refuse a state that lacks a field, has one that nobody wrote, or one whose value cannot be.
+    """Refuse a state that lacks a field, has an unknown field, or has a field with a wrong value.
 
     Args:
         state: What a checkpoint holds.
         fields: The check of each field.
         whose: The subject of the message.
-        closed: Whether there are no other fields.
+        closed: Whether to refuse other fields.
 
     Raises:
-        MisconfigurationException: It is none; the message says which field, what it is and what it may be.
+        MisconfigurationException: The state is refused. The message names the field, its value and the allowed ones.
 
     Example:
         >>> check_fields({"step": -7}, {"step": whole()}, "The checkpoint's state of GMP")
@@ -74,7 +74,7 @@ def check_fields(state: Any, fields: Mapping[str, Check], whose: str, *, closed:
 
 
 def refuse(fault: str) -> None:
-    """Refuse to go on from a checkpoint.
+    """Refuse to resume from a checkpoint.
 
     Raises:
         MisconfigurationException: Always.
@@ -98,7 +98,7 @@ def whole(low: int = 0, high: int = LARGEST_STEP) -> Check:
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Check:
-    """A number in a range, both ends included, and finite.
+    """A finite number in a range, both ends included.
 
     Example:
         >>> number(0.0, 1.0)(float("nan"))
@@ -113,7 +113,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
 
 
 def names(value: Any) -> str:
-    """A list of names, none of them twice.
+    """A list of different names.
 
     Example:
         >>> names(["fc.weight", 3])
@@ -138,7 +138,7 @@ def text(value: Any) -> str:
 
 
 def nothing(value: Any) -> str:
-    """None.
+    """None, and nothing else.
 
     Example:
         >>> nothing(None)
@@ -148,13 +148,13 @@ def nothing(value: Any) -> str:
 
 
 def anything(value: Any) -> str:
-    """Whatever it is."""
+    """Any value."""
     del value
     return ""
 
 
 def nan(value: Any) -> str:
-    """NaN, for what there is no number for.
+    """NaN, which stands for a missing number.
 
     Example:
         >>> nan(float("nan"))
@@ -164,7 +164,7 @@ def nan(value: Any) -> str:
 
 
 def any_of(*checks: Check) -> Check:
-    """What one of several checks allows; where none does, the fault that the last one finds.
+    """What at least one of several checks allows. If none does, the fault is that of the last check.
 
     Example:
         >>> any_of(nothing, whole(0, 9))(None)
@@ -179,7 +179,7 @@ def any_of(*checks: Check) -> Check:
 
 
 def list_of(item: Check) -> Check:
-    """A list, each entry of which passes.
+    """A list whose entries all pass a check.
 
     Example:
         >>> list_of(whole(0, 9))([3, 10])
@@ -195,7 +195,7 @@ def list_of(item: Check) -> Check:
 
 
 def mapping_of(item: Check) -> Check:
-    """A mapping from names to values, each of which passes.
+    """A mapping from names to values that all pass a check.
 
     Example:
         >>> mapping_of(whole(0, 9))({"fc.weight": -1})
@@ -216,7 +216,7 @@ def mapping_of(item: Check) -> Check:
 
 
 def record(fields: Mapping[str, Check], *, closed: bool = True) -> Check:
-    """A mapping with these fields, and no others where it is closed.
+    """A mapping with these fields, and no others if ``closed``.
 
     Example:
         >>> record({"step": whole(0, 9)})({"step": 3, "stop": 4})
@@ -237,7 +237,7 @@ def record(fields: Mapping[str, Check], *, closed: bool = True) -> Check:
 
 
 def tensor(*, dims: int | None = None, floating: bool = True) -> Check:
-    """A tensor whose entries are there and, where it is of floating point, finite.
+    """A tensor whose entries are all stored and, in floating point, finite.
 
     Example:
         >>> tensor()(torch.tensor([0.0, float("inf")]))
@@ -260,7 +260,7 @@ def tensor(*, dims: int | None = None, floating: bool = True) -> Check:
 
 
 def bits(value: Any) -> str:
-    """A packed mask, of whatever shape."""
+    """The bits of a packed mask of any shape."""
     if fault := tensor(dims=1, floating=False)(value):
         return fault
     return "" if value.dtype == torch.uint8 else f"is of {value.dtype}, not of torch.uint8"
@@ -272,7 +272,7 @@ def shape_of(value: Any) -> str:
 
 
 def packed_mask(others: Mapping[str, Check]) -> Check:
-    """A packed mask with its shape, and other fields beside."""
+    """A packed mask with its shape, and the fields ``others``."""
     fields = {"shape": shape_of, "bits": bits, **others}
 
     def check(value: Any) -> str:
@@ -288,7 +288,7 @@ def packed_mask(others: Mapping[str, Check]) -> Check:
 
 
 def wrong_names(found: Collection[str], expected: Collection[str]) -> str:
-    """What differs between the names that a state has and those that it should have; empty where nothing does.
+    """How the names of a state differ from the expected ones; empty if they are the same.
 
     Example:
         >>> wrong_names({"fc.weight"}, {"head.weight"})

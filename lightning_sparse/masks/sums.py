@@ -1,4 +1,4 @@
-"""Sums over the processes of a training; those that several calls ask for side by side travel together."""
+"""Sums over the processes of a training run. If several calls run side by side, their sums travel together."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """The processes among which torch communicates now: 1 where it does not."""
+    """How many processes communicate through torch now; 1 if torch does not communicate."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process: 0 where torch does not communicate."""
+    """The rank of this process; 0 if torch does not communicate."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def sum_of_group(values: Tensor, group: Any) -> Tensor:
-    """Numbers of this process, added to those of the others in a process group. A collective of that group."""
+    """Sum numbers over the processes of a group. A collective of that group."""
     return _reduced(values, "sum", group)
 
 
 def largest_of_processes(values: Tensor) -> Tensor:
-    """The largest of each number over all processes. A collective."""
+    """The maximum of each number over all processes. A collective."""
     return _reduced(values, "max")
 
 
 def sum_over_processes(counts: Tensor) -> Tensor:
-    """Numbers of this process, added to those of all others. A collective; in lockstep, one for all that ask."""
+    """Sum numbers over all processes. A collective; in lockstep, one for all calls that ask."""
     return _reduced(counts, "sum")
 
 
 def side_by_side_if(spread: bool, calls: Iterable[Callable[[], T]]) -> list[T]:
-    """Make calls, which may ask for sums over processes; where these are sums at all, those of all calls go together.
+    """Make calls that may ask for sums over processes. If the sums are collectives, those of all calls travel together.
 
     Args:
         spread: Whether the sums are collectives.
-        calls: They are made in their order, and write to nothing that another reads.
+        calls: Made in order. They must not write to anything that another call reads.
     """
     if not spread or in_lockstep():
         return [call() for call in calls]
@@ -72,7 +72,7 @@ def _reduced(values: Tensor, operation: str, group: Any = None) -> Tensor:
 
 
 def _answers(questions: Sequence[_Question]) -> list[Tensor]:
-    """One transfer for all that are of one kind."""
+    """Answer all questions, with one transfer for each kind of question."""
     kinds: dict[Any, list[int]] = {}
     for number, (values, operation, group) in enumerate(questions):
         kinds.setdefault((operation, group, values.dtype, values.device), []).append(number)
@@ -89,7 +89,7 @@ def _answers(questions: Sequence[_Question]) -> list[Tensor]:
 
 
 def _device_of(group: Any, device: torch.device) -> torch.device:
-    """Where tensors of that device must be to be sent: NCCL sends from GPUs alone, also what is kept on the CPU."""
+    """The device from which tensors of ``device`` can be sent: NCCL sends only from GPUs, even tensors of the CPU."""
     if device.type == "cpu" and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device

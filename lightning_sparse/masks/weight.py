@@ -232,14 +232,14 @@ class MaskedWeight:
 
 
 def _smallest(layout: Layout, scores: Tensor, k: int, among: Tensor, key: Key | None) -> Tensor:
-    """The ``k`` smallest of the whole of a tensor that lies so, of what this process holds."""
+    """The local mask of the ``k`` smallest scores of the whole tensor, given the local part of the scores."""
     held = Held(scores.reshape(-1), layout.place_of, layout.owned)
     chosen = smallest_of_spread([held], k, among.reshape(-1), layout.shape.numel(), sum_over_processes, key)
     return chosen.view(among.shape)
 
 
 def _sums(layout: Layout, counts: Sequence[int], device: torch.device) -> list[int]:
-    """Counts of what this process holds, added up over all."""
+    """Sum counts of local entries over all processes."""
     return layout.sum(torch.tensor(counts, device=device)).tolist()  # type: ignore[no-any-return]
 
 

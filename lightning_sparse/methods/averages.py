@@ -30,6 +30,7 @@ __all__ = ["Averages"]
 _SAMPLE = 64  # entries of a copy at which a quick look looks
 _OF_EVERY_MODULE = frozenset(vars(pl.LightningModule()))
 _MOST = 100  # entries of a container in which copies are looked for
+_HOLD_NOTHING = frozenset({type(None), bool, int, float, str})
 
 
 @dataclass
@@ -37,7 +38,7 @@ class _Copy:
     """A module that holds copies of masked weights.
 
     Attributes:
-        module: The module. Its parameters are asked for anew, for an average may put others in their place.
+        module: The module. Its parameters are looked up each time, because an average may replace them.
         names: Its own name of each copy, by that of the masked weight.
         before: A hash of each when it was first seen; None once it is known to be an average.
         sample: A few entries of each at that time.
@@ -98,7 +99,6 @@ class Averages:
         self._copies: dict[int, _Copy] = {}
         self._beside: frozenset[int] = frozenset()
 
-    @torch.no_grad()
     def notice(self, trainer: pl.Trainer, module: nn.Module, weights: Sequence[MaskedWeight]) -> None:
         """Before a step, quickly: find new copies, and mask those that are seen to be averages.
 
@@ -157,9 +157,9 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
 
 def _quickly_beside(trainer: pl.Trainer, module: nn.Module) -> frozenset[int]:
     """What modules there are in callbacks and at the top of the module."""
-    held = (id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback).values()))
-    own = map(id, _modules_in(_of_its_user(module)))
-    return frozenset(held) | frozenset(own) | frozenset(map(id, module.children()))
+    beside = {id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback).values())}
+    beside.update(map(id, _modules_in(_of_its_user(module))), map(id, module.children()))
+    return frozenset(beside)
 
 
 def _of_its_user(module: nn.Module) -> list[Any]:
@@ -170,6 +170,8 @@ def _of_its_user(module: nn.Module) -> list[Any]:
 def _modules_in(values: Iterable[Any], depth: int = 2) -> Iterator[nn.Module]:
     """The modules among attributes, in containers, and in plain objects that hold one, as timm's ModelEma does."""
     for value in values:
+        if type(value) in _HOLD_NOTHING:
+            continue
         if isinstance(value, nn.Module):
             yield value
         elif depth and isinstance(value, Mapping | list | tuple):

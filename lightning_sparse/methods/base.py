@@ -122,7 +122,6 @@ class SparseMethod(Method):
 
     @final
     @override
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

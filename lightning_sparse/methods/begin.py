@@ -120,7 +120,7 @@ def _make_masks(method: Method) -> None:
 
 
 def _without_refused(method: Method, plan: Plan) -> Plan:
-    """The plan without the weights that the method cannot mask, of which it tells."""
+    """The plan without the weights that the method cannot mask; the method says which."""
     masked = plan.masked
     reasons = {c.name: reason for c in masked if (reason := method.refuses(c, is_last=c is masked[-1]))}
     if not reasons:

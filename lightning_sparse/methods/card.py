@@ -22,8 +22,8 @@ def doc(text: str, *, at_first: bool = False) -> Mapping[str, Any]:
     """The description of an argument, as ``metadata=`` of its :func:`dataclasses.field`.
 
     Args:
-        text: It.
-        at_first: Whether the argument says only how a training begins, so that one that is resumed may have another.
+        text: The description.
+        at_first: Whether the argument matters only when training begins, so that it may differ on resuming.
     """
     return {"doc": text, "at_first": at_first}
 

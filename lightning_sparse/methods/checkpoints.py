@@ -24,7 +24,7 @@ from lightning_sparse.masks.shapes import shapes_in
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import Beginning, Loaded, Run
-from lightning_sparse.methods.settings import asked_of
+from lightning_sparse.methods.settings import settings_of
 from lightning_sparse.methods.state import check_state, sealed
 from lightning_sparse.trainer import callbacks_of, is_a
 
@@ -86,7 +86,7 @@ def _state(method: Method, run: Run) -> dict[str, Any]:
         "frozen": [candidate.name for candidate in run.plan.frozen],
         "not_finite_for": [group.not_finite_for for group in run.groups],
         "method": method.method_state(),
-        **asked_of(method),
+        **settings_of(method),
     }
 
 
@@ -180,7 +180,7 @@ def _refuse_other_shapes(masks: Mapping[str, Tensor], module: pl.LightningModule
 
 
 def _refuse_unshared(states: Mapping[str, Any], module: pl.LightningModule, path: object) -> None:
-    """Refuse to go on where weights had other numbers of uses: neither masks nor optimizers would fit."""
+    """Refuse to resume if weights had other numbers of uses: masks and optimizers would not fit."""
     uses = {candidate.name: candidate.uses for candidate in judge_parameters(module)}
     masks = [its["masks"] for its in states.values() if isinstance(its, Mapping) and isinstance(its.get("masks"), dict)]
     differ = [
@@ -241,7 +241,6 @@ def hold_saved(method: Method, checkpoint: dict[str, Any]) -> None:
     run.saved = checkpoint
 
 
-@torch.no_grad()
 def look_at_saved(method: Method) -> None:
     """Warn where pruned weights are not zero in the checkpoint that was written last.
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse.functional.masks import counts_true
 from lightning_sparse.masks.group import MaskGroup
@@ -26,6 +26,7 @@ _SAMPLE = 256  # pruned entries of a gradient that are looked at where clipping 
 _SOME = 64  # entries of a weight that are looked at in every step, where no counter tells who wrote
 
 _Mark = tuple[int, ...]
+_PLAIN = (nn.Parameter, Tensor)
 
 
 @final
@@ -46,7 +47,7 @@ class Guard:
         self._samples: list[Tensor] = []
         self._some: list[Tensor] | None = None
         self._some_masks: list[Tensor] = []
-        self._some_pruned: Tensor | None = None
+        self._some_active: Tensor | None = None
         self._before: list[_Mark] = []
         self._writes: list[int] = []
         self._state = _state_of(group)
@@ -55,35 +56,35 @@ class Guard:
 
     def note_weights(self) -> None:
         """Call this right after our own write to the weights."""
-        noted, self._weights = self._weights, [_mark(weight.parameter) for weight in self._group]
+        noted, self._weights = self._weights, self._marks()
         if any(mark[0] != its[0] for mark, its in zip(noted, self._weights, strict=False)):
             self._some = None
 
     def written_weights(self) -> list[MaskedWeight]:
         """The weights that other code has written to or moved since then."""
-        marks = zip(self._group, self._weights, strict=True)
-        return [weight for weight, noted in marks if _mark(weight.parameter) != noted]
+        marks = self._marks()
+        if marks == self._weights:
+            return []
+        return [weight for weight, mark, noted in zip(self._group, marks, self._weights, strict=True) if mark != noted]
 
     def has_moved(self) -> bool:
         """Whether someone has laid a weight elsewhere in memory since."""
-        return any(
-            _mark(weight.parameter)[0] != noted[0] for weight, noted in zip(self._group, self._weights, strict=True)
-        )
+        return any(mark[0] != noted[0] for mark, noted in zip(self._marks(), self._weights, strict=True))
 
     def finds_some_awake(self) -> bool:
         """Whether one of some entries of each weight is pruned and not zero; to be asked where nobody has written."""
         if self._some is None:
             self._some, self._some_masks = _some_entries(self._group)
-            self._some_pruned = None
+            self._some_active = None
         if not self._some:
             return False
-        if self._some_pruned is None:
-            self._some_pruned = ~torch.cat(self._some_masks)
-        return bool(torch.cat(self._some).logical_and(self._some_pruned).any())
+        if self._some_active is None:
+            self._some_active = torch.cat(self._some_masks)
+        return bool(torch.cat(self._some).masked_fill(self._some_active, 0.0).any())
 
     def step_begins(self) -> None:
         """To be called when the optimizer is about to step."""
-        self._before = [_mark(weight.parameter) for weight in self._group]
+        self._before = self._marks()
 
     def moments_are_others(self) -> bool:
         """Whether the optimizer has another state than when last asked, as after its ``load_state_dict``."""
@@ -96,7 +97,7 @@ class Guard:
         An optimizer writes as often in each step; somebody who writes to weights in a hook before it adds to that.
         """
         before, self._before = self._before, []
-        writes = [_mark(w.parameter)[1] - mark[1] for w, mark in zip(self._group, before, strict=False)]
+        writes = [mark[1] - its[1] for mark, its in zip(self._marks(), before, strict=False)]
         odd, self._writes = writes != self._writes, writes
         return odd
 
@@ -106,11 +107,11 @@ class Guard:
 
     def note_gradients(self) -> None:
         """To be called when the gradients of pruned weights have just been zeroed."""
-        self._grads = [_mark_of_gradient(weight) for weight in self._group]
+        self._grads = _marks([weight.parameter.grad for weight in self._group])
 
     def masks_changed(self) -> None:
         """To be called when the masks are others: other entries are looked at."""
-        self._samples, self._some_pruned = [], None
+        self._samples, self._some_active = [], None
 
     def laid_anew(self) -> None:
         """To be called when the weights, and with them the masks, lie elsewhere in memory."""
@@ -125,10 +126,11 @@ class Guard:
         """
         if not self._grads:
             return []
+        marks = _marks([weight.parameter.grad for weight in self._group])
         written = [
             (index, weight)
-            for index, (weight, noted) in enumerate(zip(self._group, self._grads, strict=True))
-            if _mark_of_gradient(weight) != noted and weight.parameter.grad is not None
+            for index, (weight, mark, noted) in enumerate(zip(self._group, marks, self._grads, strict=True))
+            if mark != noted and weight.parameter.grad is not None
         ]
         if not written:
             return []
@@ -138,6 +140,9 @@ class Guard:
         else:
             awake = counts_true([(weight.grad != 0).gt(weight.mask) for _, weight in written])
         return [weight for (_, weight), count in zip(written, awake, strict=True) if count]
+
+    def _marks(self) -> list[_Mark]:
+        return _marks([weight.parameter for weight in self._group])
 
     def _sampled(self) -> list[Tensor]:
         if not self._samples:
@@ -169,7 +174,17 @@ def _some_entries(weights: Sequence[MaskedWeight]) -> tuple[list[Tensor], list[T
     return values, masks
 
 
-def _mark(tensor: Tensor) -> _Mark:
+def _marks(tensors: Sequence[Tensor | None]) -> list[_Mark]:
+    """The address and the counter of each tensor; taken several times in every step."""
+    try:
+        return [(t.data_ptr(), t._version) if type(t) in _PLAIN else _mark(t) for t in tensors]  # type: ignore[union-attr]
+    except RuntimeError:
+        return [_mark(tensor) for tensor in tensors]
+
+
+def _mark(tensor: Tensor | None) -> _Mark:
+    if tensor is None:  # a gradient that is not there
+        return 0, 0
     if is_sharded(tensor):  # its own counter knows of its operations, that of the part here of what else is written
         part = local_part(tensor)
         return part.data_ptr(), tensor._version, part._version
@@ -177,11 +192,6 @@ def _mark(tensor: Tensor) -> _Mark:
         return tensor.data_ptr(), tensor._version
     except RuntimeError:  # an inference tensor counts no writes
         return tensor.data_ptr(), -1
-
-
-def _mark_of_gradient(weight: MaskedWeight) -> _Mark:
-    grad = weight.parameter.grad
-    return (0, 0) if grad is None else _mark(grad)
 
 
 def _some_pruned(weight: MaskedWeight) -> Tensor:

@@ -72,7 +72,6 @@ def forget_moments(group: MaskGroup, weights: Sequence[MaskedWeight]) -> None:
         clear_moments(group.optimizer, weight.parameter, ~weight.mask)
 
 
-@torch.no_grad()
 def repair_written(method: Method) -> None:
     """If other code has written to weights since our last action, zero the pruned ones again."""
     run = method.last_run
@@ -101,6 +100,7 @@ def look_at_all(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModu
         run.averages.apply_(group)
 
 
+@torch.no_grad()
 def _look(
     method: Method, group: MaskGroup, cause: str = "were written without autograd's notice (.data, numpy)"
 ) -> None:
@@ -148,6 +148,7 @@ def mend_gradients(method: Method, group: MaskGroup, written: Sequence[MaskedWei
     )
 
 
+@torch.no_grad()
 def _mend(method: Method, group: MaskGroup, written: Sequence[MaskedWeight], cause: str) -> None:
     if method.run.guards[group].has_moved():
         _refuse_shared_memory(method)

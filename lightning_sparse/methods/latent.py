@@ -281,7 +281,7 @@ class LatentMethod(SparseMethod):
 
     @final
     def renew(self, weight: MaskedWeight) -> None:
-        """Make the mask of ``weight`` anew, and count it."""
+        """Compute the mask of ``weight`` again, and count it."""
         weight.mask.copy_(self.new_mask(weight, self.latent(weight)))
         weight.recount(weight.count(weight.mask))
         weight.budget = weight.num_active

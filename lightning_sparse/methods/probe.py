@@ -33,9 +33,9 @@ def synaptic_flow(module: pl.LightningModule, inputs: Any, weights: Sequence[Mas
     r"""Compute :math:`|w| \odot \partial R / \partial |w|`, R being the sum of the outputs for an input of ones.
 
     Args:
-        module: Stays as it is, to the bit.
-        inputs: A tensor, or a tuple, list or mapping of arguments, of which floating-point tensors are taken as ones.
-        weights: Those that are asked for; what their masks prune counts as zero.
+        module: The module, which is left unchanged, to the bit.
+        inputs: A tensor, or a tuple, list or mapping of arguments. Floating-point tensors are replaced by ones.
+        weights: The weights to score; pruned entries count as zero.
 
     Returns:
         The scores by name, none of them negative, shaped like the weights.

@@ -43,7 +43,7 @@ def refuse_strategy(method: str, trainer: pl.Trainer) -> None:
 
 
 def _refuse_copies(method: str, trainer: pl.Trainer) -> None:
-    """Refuse callbacks that average weights, of which Lightning makes copies with deepcopy, and FSDP2 allows none."""
+    """Refuse callbacks that average weights: Lightning makes their copies with deepcopy, which FSDP2 does not allow."""
     copying = [type(callback).__name__ for callback in callbacks_of(trainer) if is_a(callback, *_COPYING)]
     if copying:
         raise MisconfigurationException(

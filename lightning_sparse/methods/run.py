@@ -124,11 +124,11 @@ class Run:
         steps: Which steps are awaited.
         guards: Whether zeros hold, by group.
         averages: Copies of the weights that someone averages.
-        watched: The hooks before forwards, where somebody was caught who writes there.
+        watched: The hooks before forward passes, if writes were found there.
         saved: The checkpoint that is being written, until it has been looked at.
         active: Whether the training runs now.
         left: What it has left in the module when it ended.
-        warned: What was said once.
+        warned: The warnings that were given.
     """
 
     trainer: ref[pl.Trainer]

@@ -1,4 +1,4 @@
-"""What a method is asked for, as text for its checkpoints, and what a training that is resumed does otherwise."""
+"""A method's settings as text in its checkpoints, and what differs in them when training is resumed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.schedules import Timetable
 
-__all__ = ["asked_of", "changes_since"]
+__all__ = ["settings_of", "changes_since"]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
-_IN_THE_KEY = {"include", "exclude"}  # of a state, so that one with others is never found
+_IN_THE_KEY = {"include", "exclude"}  # of the state: other patterns never find it
 _LONGEST = 200
 
 
-def asked_of(method: Method) -> dict[str, Any]:
-    """What a training by ``method`` goes by: arguments, each as text, and its length in steps, ``None`` if endless."""
+def settings_of(method: Method) -> dict[str, Any]:
+    """The arguments of ``method`` as text, and the number of steps of its training (``None`` if it has no known end)."""
     names = [
         item.name
         for item in dataclasses.fields(method)
@@ -37,12 +37,12 @@ def asked_of(method: Method) -> dict[str, Any]:
 
 
 def changes_since(method: Method, state: Mapping[str, Any]) -> list[str]:
-    """What ``method`` is asked for that it was not when ``state`` was written, each with what was.
+    """The settings that differ from those in ``state``, each with its old value.
 
-    The length of training counts only where it decides on what the method does and when. States that are older than
-    these fields say nothing of them.
+    The number of steps is compared only if the method depends on it. Older states lack these fields; then nothing
+    differs.
     """
-    now = asked_of(method)
+    now = settings_of(method)
     before = state.get("settings", {})
     changes = [
         f"{name}={its} (was {before[name]})" for name, its in now["settings"].items() if its != before.get(name, its)
@@ -54,22 +54,22 @@ def changes_since(method: Method, state: Mapping[str, Any]) -> list[str]:
 
 
 def _times(method: Method, total: int | None) -> Timetable | str | None:
-    """When ``method`` updates its masks in a training of that length, or why it cannot."""
+    """When ``method`` updates its masks in a training of so many steps, or why it cannot."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is to be said of times was said of the true ones
+            warnings.simplefilter("ignore")  # begin has warned of the times that are used
             return method.timetable(math.inf if total is None else total)
     except ValueError as error:
         return str(error)
 
 
 def _steers(method: Method) -> bool:
-    """Whether ``method`` acts at every step, and looks at how far the end is."""
+    """Whether ``method`` acts at every step and depends on how far training is, as DST with a sparsity does."""
     return method.run.timetable is None and _times(method, None) is not None
 
 
 def _in_brief(value: Any) -> str:
-    """A setting as text that is the same in every process, or else its type."""
+    """A setting as text that is the same in every process; the name of its type if it has no such text."""
     if isinstance(value, Tensor | Mapping | pl.Callback) or type(value).__repr__ is object.__repr__:
         return type(value).__name__
     return _ADDRESS.sub("", repr(value))[:_LONGEST]

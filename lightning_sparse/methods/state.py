@@ -47,7 +47,7 @@ _FIELDS: Mapping[str, Check] = {
     "digest": anything,
 }
 
-# States of this version may be older than these fields.
+# Optional: states that were written before these fields existed have the same version.
 _LATER: Mapping[str, Check] = {
     "settings": mapping_of(text),
     "total_steps": any_of(nothing, whole(-LARGEST_STEP)),

@@ -67,10 +67,10 @@ def announced(method: Method, trainer: pl.Trainer, optimizer: Optimizer) -> None
 
 
 def _make_plain(method: Method, group: MaskGroup) -> dict[MaskedWeight, Tensor]:
-    """Make gradients such that methods can change them in place: those of ``Embedding(sparse=True)`` become dense.
+    """Let methods change gradients in place: the sparse gradients of ``Embedding(sparse=True)`` become dense.
 
     Returns:
-        The gradients with their graphs, where the optimizer may differentiate them in its step, as AdaHessian and
+        The gradients with their graphs, if the optimizer may differentiate them in its step, as AdaHessian and
         SophiaH do.
     """
     torchs = type(group.optimizer).__module__.startswith("torch.optim")  # which differentiate nothing

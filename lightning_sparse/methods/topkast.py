@@ -201,7 +201,7 @@ class _Own:
     Attributes:
         used: The size of A, by name.
         trained: B, by name.
-        due: Whether A is to be chosen anew.
+        due: Whether A must be chosen again.
     """
 
     used: dict[str, int] = field(default_factory=dict[str, int])

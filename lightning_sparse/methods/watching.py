@@ -1,7 +1,7 @@
-"""Forwards before which somebody writes to weights where no hook of Lightning's comes in between.
+"""Finds writes to weights right before a forward pass, where Lightning calls no hook in between.
 
-A callback cannot act between a hook of the module's own, or what ``training_step`` does first, and the forward. Whoever
-is caught writing there is watched: from then on the module and its parts look at the weights when they are called.
+A callback cannot act between a hook of the module itself, or the beginning of ``training_step``, and the forward pass.
+After the first write there, the module and its parts check the weights whenever they are called.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from lightning_sparse.methods.interface import Method
 __all__ = ["notice_within"]
 
 
-@torch.no_grad()
 def notice_within(method: Method) -> None:
-    """After a forward: find who has written to weights since they were last looked at, and watch from now on."""
+    """After a forward pass: find writes to weights since the last check; if there were any, check from now on."""
     run = method.last_run
     if run is None or not run.active or run.watched:
         return
     written = [weight for guard in run.guards.values() for weight in guard.written_weights()]
+    if not written:
+        return
     module = run.module()
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
     if awake and module is not None:
@@ -40,7 +41,7 @@ def notice_within(method: Method) -> None:
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and what it may call: its children, and those in its lists."""
+    """The module and what it may call: its children, and the modules in its lists."""
     yield module
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -51,7 +52,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 @final
 class _Look:
-    """A hook before a forward. Copies of a module, and files, have it without effect."""
+    """A hook before a forward pass. In copies of a module and in files, it has no effect."""
 
     def __init__(self, method: Method | None = None) -> None:
         self._method = _nobody if method is None else ref(method)

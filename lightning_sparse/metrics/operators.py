@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 __all__ = ["Uses", "has_formula", "multiplies_matrices", "operations", "tensors_in"]
 
 Uses = list[tuple[int, Sequence[Tensor]]]
-"""Operations, and the tensors one of which may be the weight that they apply; attention has none."""
+"""Operations, and the tensors among which their weight may be; attention has none."""
 
 Formula = Callable[[Sequence[Any], Mapping[str, Any], Any], Uses]
 """From the arguments of a call, those by keyword, and its result."""

@@ -46,7 +46,7 @@ class SpentFLOPs:
         return {"flops/inference": self.inference, **training}
 
     def add(self, steps: int, dense_gradients: float) -> None:
-        """Count ``steps`` of training, the last of which spent ``dense_gradients`` on those of pruned weights."""
+        """Count ``steps`` of training. The last one spent ``dense_gradients`` on gradients of pruned weights."""
         if steps:  # none, while batches accumulate
             forward = sparse_flops(*self._arguments) + self.dynamic
             self.spent += steps * training_flops(forward, self.total, dense_gradients)

@@ -34,7 +34,7 @@ class TimelineState(TypedDict):
 
 
 class SparsityTimeline:
-    """The sparsity of each layer at some steps, of which it keeps at most 1024, evenly.
+    """The sparsity of each layer at some steps. It keeps at most 1024 steps, evenly spaced.
 
     Args:
         layers: Names of the layers, from the input of the network to its output.

@@ -128,8 +128,8 @@ class DyReLUPhasing(TrainerCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # A checkpoint that is about to be loaded, of which nothing is known yet, says whether a site is phased out.
-        # Where there is none, a module whose phase is over stays as it is, and so does one that is only looked at.
+        # A checkpoint that will be loaded, but is not read yet, says whether a site is phased out. Without a
+        # checkpoint, a module whose phase is over stays as it is, and so does one that is not trained.
         self._inserted = self._trained = False
         refuse_twins(trainer, self, ("times", "reduction", "freeze", "include", "exclude"))
         there_before = phased_relus(pl_module)

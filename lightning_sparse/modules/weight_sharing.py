@@ -93,7 +93,7 @@ class SharedConvolution(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Its weights, computed anew; shape of the source's."""
+        """Its weights, computed at each access; of the shape of the source's."""
         return self.scale * self._source[0].weight
 
     @override

@@ -161,7 +161,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors of a file, and the names of those of which a method has saved a mask there."""
+    """The tensors of a file, and the names of those for which a method has saved a mask there."""
     try:
         if is_sparse_file(path):
             return load_sparse(path), set()

@@ -141,7 +141,7 @@ class ConvToy(ToyClassifier):
 
 
 class StepIndexedToy(ToyModel):
-    """Trains at global step ``t`` on batch ``t``, of which every process takes its part.
+    """Trains at global step ``t`` on batch ``t``; every process takes its part of the batch.
 
     A run resumed within an epoch sees what it would have seen, and two processes with batch ``B`` see together what one
     sees with batch ``2 * B``; Lightning's sampler for several processes shuffles.
@@ -156,7 +156,7 @@ class StepIndexedToy(ToyModel):
 
 
 class TwoOptimizers(ToyModel):
-    """Manual optimization: two optimizers, each of which steps in every batch."""
+    """Manual optimization: two optimizers, which both step in every batch."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

@@ -143,7 +143,7 @@ def summary(dense: Run, sparse: Run, registry: MaskRegistry) -> Table:
 
 
 def gains(dense: nn.Module, sparse: nn.Module, folder: Path) -> Table:
-    """Save both networks, make the sparse one fast, and lay out size and time beside each other."""
+    """Save both networks, make the sparse one fast, and compare size and time."""
     dense_file, sparse_file = folder / "dense.pt", folder / "fggp.sparse"
     torch.save(dense.state_dict(), dense_file)
     save_sparse(sparse, sparse_file)

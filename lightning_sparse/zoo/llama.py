@@ -1,7 +1,7 @@
-"""A small transformer of Llama's kind, trained sparse on several processes: ``python -m lightning_sparse.zoo.llama``.
+"""A small transformer like Llama, trained sparse on several processes: ``python -m lightning_sparse.zoo.llama``.
 
-Two processes on a CPU share its weights by FSDP2, and RigL keeps two of every four inputs. On GPUs or several machines
-the same file is started by ``torchrun``; ``--tensor 2`` divides the layers themselves.
+By default, two processes on a CPU share its weights by FSDP2, and RigL keeps two of every four inputs. On GPUs or
+several machines, start this file with ``torchrun``. ``--tensor 2`` divides the layers themselves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LlamaConfig:
         inner: Width inside each feed-forward layer.
         layers: Number of blocks.
         heads: Heads of attention.
-        length: Tokens of a sequence.
+        length: Tokens in a sequence.
     """
 
     vocabulary: int = 64
@@ -61,7 +61,7 @@ class _Attention(nn.Module):
         )
 
     def forward(self, inputs: Tensor, rotation: Tensor) -> Tensor:
-        # As many heads as this process has, where tensor parallelism divides them.
+        # With tensor parallelism, this process has only some of the heads.
         parts = (proj(inputs).unflatten(-1, (-1, self.head_width)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (part.transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(
@@ -93,7 +93,7 @@ class _Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Pre-norm blocks of rotary attention and SwiGLU; the embedding is the output layer too.
+    """Pre-norm blocks of rotary attention and SwiGLU. The output layer uses the embedding's weight.
 
     Args:
         config: Its sizes.
@@ -123,7 +123,7 @@ class Llama(nn.Module):
         return self.head(self.norm(hidden))  # type: ignore[no-any-return]
 
     def shard(self, data: DeviceMesh, tensor: DeviceMesh) -> None:
-        """Divide the layers over one mesh, and what is left of them over the other."""
+        """Divide the layers over the mesh ``tensor``, and the resulting parts over the mesh ``data``."""
         plan: dict[str, Any] = {
             **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
             "attention.o_proj": RowwiseParallel(),
@@ -141,22 +141,22 @@ class Llama(nn.Module):
 
 
 class LanguageModel(L.LightningModule):
-    """Learns sequences whose next token mostly follows from the one before.
+    """Learns sequences in which a token mostly follows from the one before.
 
     Args:
         config: Sizes of the network.
-        batch_size: Sequences of a batch, in each process.
+        batch_size: Sequences in a batch, for each process.
     """
 
     def __init__(self, config: LlamaConfig, batch_size: int = 16) -> None:
         super().__init__()
         self.config, self.batch_size = config, batch_size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same in every process, of which each keeps its part
+            torch.manual_seed(0)  # every process makes the same weights, and keeps its part of them
             self.network = Llama(config)
 
     def configure_model(self) -> None:
-        """Shard the network over the processes that the strategy has; Lightning may call this more than once."""
+        """Shard the network over the processes of the strategy. Lightning may call this more than once."""
         if self.device_mesh is not None and not self._is_sharded:
             self.network.shard(self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"])
 
@@ -186,7 +186,7 @@ class LanguageModel(L.LightningModule):
 
 
 def main(argv: Sequence[str] | None = None) -> LanguageModel:
-    """Train, and print what is left."""
+    """Train, and print the registry and the loss."""
     parser = argparse.ArgumentParser("python -m lightning_sparse.zoo.llama", description=__doc__)
     parser.add_argument("--data", type=int, default=2, help="processes that share batches and weights (FSDP2)")
     parser.add_argument("--tensor", type=int, default=1, help="processes that share each layer (tensor parallelism)")
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> LanguageModel:
     trainer.fit(model)
     loss = float(trainer.callback_metrics["train_loss"])
     if trainer.is_global_zero:
-        # ln 64 without knowledge; ln 3 is the entropy of a step.
+        # Guessing gives ln 64 = 4.16; the entropy of a step is ln 3 = 1.10.
         print(f"{method.registry}; loss {loss:.2f}, between 4.16 and 1.10")  # noqa: T201  # a command
     return model
 

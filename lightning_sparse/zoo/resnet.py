@@ -236,7 +236,7 @@ def _layers(
 def _stage(
     block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, depth: int, stride: int, shortcut: Shortcut
 ) -> nn.Sequential:
-    """Blocks in a chain, of which the first may change the shape."""
+    """Blocks in a chain. The first one may change the shape."""
     out_channels = channels * block.expansion
     same = stride == 1 and in_channels == out_channels
     first = block(in_channels, channels, stride, None if same else shortcut(in_channels, out_channels, stride))

@@ -161,6 +161,97 @@ def test_one_write_past_the_counters_is_found_before_the_next_forward(name: str,
     assert len([line for line in said if "written without autograd's notice" in line]) == 1
 
 
+class Manual(ToyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()  # type: ignore[union-attr]
+
+
+class StepsAfterItsClosure(ToyModel):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+class StepsAtEverySecondBatch(ToyModel):
+    """Lightning's documentation has one such, for gradients that some batches add up."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (ToyModel, {}),
+        (ToyModel, {"accumulate_grad_batches": 3}),
+        (Manual, {}),
+        (StepsAfterItsClosure, {}),
+        (StepsAtEverySecondBatch, {}),
+    ],
+    ids=["automatic", "accumulated", "manual", "after its closure", "at every second batch"],
+)
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_a_write_between_two_batches_is_found_before_the_next_forward(
+    at: int, model: type[ToyModel], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    class Once(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.fit_loop.total_batch_idx == at:
+                for parameter in pl_module.parameters():
+                    parameter.detach().numpy()[...] += 0.01
+
+    method = METHODS["fixed"]()
+    watch = AwakeInForwards(method)
+    trainer = make_trainer(tmp_path, callbacks=[method, Once(), watch], **settings)
+    with pytest.warns(UserWarning, match="written without autograd's notice"):
+        trainer.fit(model())
+    assert watch.found == []
+
+
+@every_method
+def test_a_write_is_found_where_optimizers_are_set_up_anew(name: str, tmp_path: Path) -> None:
+    class Anew(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            trainer.strategy.setup_optimizers(trainer)
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            for parameter in pl_module.parameters() if trainer.current_epoch else ():
+                parameter.detach().numpy()[...] += 0.01
+
+    method = METHODS[name]()
+    watch = AwakeInForwards(method)
+    with pytest.warns(UserWarning, match="written without autograd's notice"):
+        make_trainer(tmp_path, callbacks=[method, Anew(), watch]).fit(ToyModel())
+    assert watch.found == []
+
+
+@every_method
+def test_who_computes_as_a_batch_begins_finds_zeros(name: str, tmp_path: Path) -> None:
+    class Computes(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.network(batch[0])
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            for parameter in pl_module.parameters():
+                parameter.detach().numpy()[...] += 0.01
+
+    method = METHODS[name]()
+    watch = AwakeInForwards(method)
+    with pytest.warns(UserWarning, match="written without autograd's notice"):
+        make_trainer(tmp_path, callbacks=[method, Computes(), watch]).fit(ToyModel())
+    assert watch.found == []
+
+
 # Checkpoints that others change.
 
 

@@ -1,7 +1,8 @@
-"""Sparse kernels: one interface, and behind it torch alone or code that LLVM compiles at first use.
+"""Sparse kernels: one interface, behind which torch computes, or code that LLVM compiles at first use.
 
-``torch_csr`` is always there and multiplies compressed sparse rows with torch. ``llvm`` comes with the extra ``fast``,
-which installs llvmlite: its kernels are faster, compute convolutions of any window, and fuse what follows a layer.
+``torch_csr`` is always available and multiplies compressed sparse rows with torch. ``llvm`` comes with the extra
+``fast``, which installs llvmlite. Its kernels are faster, compute convolutions of any window, and fuse what follows a
+layer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["Chain", "KernelsUnavailableError", "Planes", "available_kernels", "c
 
 
 class KernelsUnavailableError(ValueError):
-    """Kernels were asked for that are not installed here, or for what they do not compute."""
+    """The requested kernels are not installed, or cannot compute what was requested."""
 
 
 class Chain(Protocol):
@@ -40,7 +41,7 @@ class Planes(Protocol):
 
 
 def available_kernels() -> tuple[str, ...]:
-    """Return the names of the kernels that this machine has, the fastest first.
+    """Return the names of the kernels on this machine, the fastest first.
 
     Example:
         >>> from lightning_sparse.execution.kernels import available_kernels
@@ -54,7 +55,7 @@ _TOLD: set[str] = set()
 
 
 def default_kernels() -> str:
-    """Return the fastest kernels; says once in a process what llvmlite would bring, where it is missing."""
+    """Return the name of the fastest kernels. If llvmlite is missing, warn once in each process."""
     name = available_kernels()[0]
     if name != "llvm" and not _TOLD:
         _TOLD.add(name)
@@ -68,15 +69,15 @@ def default_kernels() -> str:
 
 
 def chain(steps: Sequence[LinearStep], *, kernels: str, threads: int) -> Chain:
-    """Return what computes a chain of linear layers.
+    """Return a callable that computes a chain of linear layers.
 
     Args:
         steps: The layers, at least one, of one type; the outputs of each are the inputs of the next.
         kernels: One of :func:`available_kernels`.
-        threads: How many threads compute, where the kernels divide work themselves. torch takes its own number.
+        threads: How many threads compute, if the kernels divide the work themselves. torch uses its own number.
 
     Raises:
-        KernelsUnavailableError: The kernels are not installed, or do not compute in the weights' type.
+        KernelsUnavailableError: The kernels are not installed, or do not support the weights' type.
     """
     _check(kernels, steps[0].weight.values.dtype.name)
     if kernels == "llvm":
@@ -92,10 +93,10 @@ def chain(steps: Sequence[LinearStep], *, kernels: str, threads: int) -> Chain:
 def planes(
     steps: Sequence[PlaneStep], inputs: Sequence[str], outputs: Sequence[str], *, dtype: torch.dtype, threads: int
 ) -> Planes:
-    """Return what computes a network of convolutions, with the kernels ``llvm``.
+    """Return a callable that computes a network of convolutions with the kernels ``llvm``.
 
     Raises:
-        KernelsUnavailableError: llvmlite is not installed, or the type is none that its kernels compute in.
+        KernelsUnavailableError: llvmlite is not installed, or its kernels do not support the type.
     """
     _check("llvm", str(dtype).removeprefix("torch."))
     from lightning_sparse.execution.kernels.llvm.compiler import library

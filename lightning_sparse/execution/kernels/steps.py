@@ -1,4 +1,4 @@
-"""What kernels are asked to compute: layers of a network, with whatever is fused to them."""
+"""The steps that kernels compute: layers of a network, with what is fused to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LinearStep:
         bias: (outputs,), in the weight's type.
         low: Lower bound of the results; 0 for a ReLU.
         high: Upper bound of the results; 6 for a ReLU6.
-        gelu: Whether a GELU follows, the exact one, before the next layer; in float32 alone.
+        gelu: Whether the exact GELU follows, before the next layer; only in float32.
     """
 
     weight: PackedWeight
@@ -42,10 +42,10 @@ class ConvStep:
         bias: (outputs,), in the weight's type.
         x: Name of the input.
         y: Name of the output.
-        residual: Name of what is added before the clamp, of the output's shape.
+        residual: Name of a tensor of the output's shape that is added before the clamp.
         stride: 1 or 2, in both directions.
         padding: Rows and columns of zeros on each side.
-        dilation: Distance of the kernel's rows and columns.
+        dilation: Distance between the kernel's rows, and between its columns.
         groups: As in ``nn.Conv2d``.
         low: Lower bound of the results.
         high: Upper bound of the results.
@@ -73,7 +73,7 @@ class ConvStep:
 @final
 @dataclass(frozen=True)
 class PoolStep:
-    """Max pooling of what is never negative, or without padding.
+    """Max pooling of inputs that are never negative, or without padding.
 
     Args:
         x: Name of the input.

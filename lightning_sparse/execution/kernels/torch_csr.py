@@ -1,8 +1,8 @@
-"""The kernels that need nothing but torch: compressed sparse rows times feature-major activations.
+"""The kernels that need only torch: compressed sparse rows times feature-major activations.
 
-``F.linear(x, csr)`` is several times slower than this: the product wants the features of a batch beside each other.
-So the input is transposed once, unless it comes from such a layer, and the result is a transposed view, whose strides
-carry the layout to the next layer.
+``F.linear(x, csr)`` is several times slower: the product is fast only if each feature's values for the whole batch lie
+side by side. So the input is transposed once, unless it comes from another such layer. The result is a transposed view,
+whose strides pass the layout on to the next layer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def csr_tensor(weight: PackedWeight) -> Tensor:
 
 @final
 class CSRChain:
-    """A chain of linear layers by torch alone.
+    """A chain of linear layers, computed by torch alone.
 
     Args:
         steps: The layers, at least one; the outputs of each are the inputs of the next.
@@ -55,7 +55,7 @@ class CSRChain:
         self._layers = [(csr_tensor(step.weight), torch.from_numpy(step.bias)[:, None], step) for step in steps]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the last layer's outputs (rows, outputs) of rows (rows, inputs), a transposed view."""
+        """Return the last layer's outputs (rows, outputs) for rows (rows, inputs), as a transposed view."""
         features = x.t()
         for weight, bias, step in self._layers:
             features = torch.addmm(bias, weight, features.contiguous())

@@ -51,7 +51,7 @@ def _has_nodes(node: fx.Node) -> bool:
 
 def _binary(network: Network, node: fx.Node) -> Any:
     function = operations.BINARY[node.target]
-    if shape_of(node) is None:  # sizes, of which something new is computed
+    if shape_of(node) is None:  # something computed from sizes
         return tuple(network.known.get(argument) for argument in node.all_input_nodes)
     if len(node.args) != 2 or node.kwargs:
         return NotImplemented

@@ -97,7 +97,7 @@ class Features:
 
     @classmethod
     def varying(cls, axis: int, units: Ids) -> Features:
-        """Features of which nothing is constant."""
+        """Features that vary: none of them is constant."""
         return cls(axis, units, np.full(len(units), np.nan))
 
     def mapped(self, function: Callable[[Reals], Any]) -> Features:

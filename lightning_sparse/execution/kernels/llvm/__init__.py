@@ -1,4 +1,4 @@
-"""Kernels in LLVM IR, written from Python and compiled for this machine at first use; needs the extra ``fast``."""
+"""Kernels in LLVM IR, generated in Python and compiled for this machine at first use; needs the extra ``fast``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-r"""The kernel of GELU, on features in place: :math:`x \Phi(x)`, by the error function.
+r"""The kernel of GELU, which changes features in place: :math:`x \Phi(x)`, by the error function.
 
-The error function is that of Abramowitz and Stegun, formula 7.1.26, whose absolute error is below 1.5e-7, as large as
-the rounding of single precision; so it is used for that alone. With :math:`t = 1 / (1 + p z)` for :math:`z \ge 0`,
+The error function is formula 7.1.26 of Abramowitz and Stegun. Its absolute error is below 1.5e-7, about the rounding
+error of single precision, so it is used only there. With :math:`t = 1 / (1 + p z)` for :math:`z \ge 0`,
 
 .. math:: \mathrm{erf}(z) = 1 - (a_1 t + a_2 t^2 + a_3 t^3 + a_4 t^4 + a_5 t^5) e^{-z^2}.
 """
@@ -17,7 +17,7 @@ from lightning_sparse.execution.kernels.llvm.emitter import I32, Emitter, Kernel
 
 __all__ = ["GELU"]
 
-# Items: rows of ``length`` elements, a whole number of vectors, ``stride`` elements apart.
+# Items: rows, ``stride`` elements apart. Each has ``length`` elements, a whole number of vectors.
 LAYOUT = Layout(("x", "length", "stride"))
 
 P = 0.3275911
@@ -26,7 +26,7 @@ A = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 # exp(y) = 2^n exp(r) with n = round(y / ln 2), |r| <= ln 2 / 2; ln 2 in two parts, so that n ln 2 is exact enough.
 LN2 = (0.693359375, -2.12194440e-4)
 EXP_TERMS = tuple(1 / math.factorial(power) for power in range(7, -1, -1))
-LEAST_EXPONENT = -87.0  # below that single precision has no normal numbers
+LEAST_EXPONENT = -87.0  # below it, the result is no normal number in single precision
 ROUND = 1.5 * 2.0**23  # added to a small number, it leaves the nearest integer in the lowest bits
 
 
@@ -47,7 +47,7 @@ def _gelu(emit: Emitter, x: Any) -> Any:
     z = b.select(b.fcmp_ordered("<", scaled, _all(emit, 0.0)), b.fneg(scaled), scaled)
     t = b.fdiv(_all(emit, 1.0), emit.multiply_add(_all(emit, P), z, _all(emit, 1.0)))
     tail = b.fmul(_polynomial(emit, (*reversed(A), 0.0), t), _exp(emit, b.fneg(b.fmul(z, z))))
-    # Phi(x) is half the tail left of zero, and one minus it right of zero.
+    # Phi(x) is half the tail left of zero, and one minus half the tail right of zero.
     half = b.fmul(_all(emit, 0.5), tail)
     left = b.fcmp_ordered("<", x, _all(emit, 0.0))
     return b.fmul(x, b.select(left, half, b.fsub(_all(emit, 1.0), half)))

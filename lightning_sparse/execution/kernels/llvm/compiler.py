@@ -1,4 +1,4 @@
-"""Compiles the kernels for this machine, at first use: IR written from Python, machine code by llvmlite."""
+"""Compiles the kernels for this machine at first use. Python writes the IR, llvmlite turns it into machine code."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SCALARS: dict[torch.dtype, Any] = {torch.float32: ir.FloatType(), torch.float64:
 @final
 @dataclass(frozen=True)
 class Target:
-    """The processor that code is made for.
+    """The processor for which code is compiled.
 
     Args:
-        cpu: LLVM's name of the processor.
+        cpu: LLVM's name for the processor.
         features: LLVM's list of its instruction sets, as in ``"+avx2,-avx512f"``.
-        vector_bytes: Width of the vectors that are used: 64 with AVX-512, 32 with AVX2, else 16.
-        gathers: Whether scattered elements are loaded by one instruction. Zen has it, in microcode, and is slow at it.
+        vector_bytes: Width of vectors: 64 with AVX-512, 32 with AVX2, else 16.
+        gathers: Whether to load scattered elements by one instruction. Zen has it, but in microcode, which is slow.
     """
 
     cpu: str
@@ -52,9 +52,9 @@ class Library:
     Args:
         lanes: Elements of a vector.
         dtype: The type of the elements.
-        addresses: Of each kernel, by its name.
-        run: ``run(job, thread)``, as :mod:`~lightning_sparse.execution.kernels.llvm.driver` says.
-        work: ``work(job, thread, seen, spins)``.
+        addresses: The address of each kernel, by its name.
+        run: ``run(job, thread)``; see :mod:`~lightning_sparse.execution.kernels.llvm.driver`.
+        work: ``work(job, thread, seen, spins)``; see there too.
         engine: Owns the machine code.
     """
 
@@ -70,7 +70,7 @@ _COMPILING = threading.Lock()
 
 
 def library(dtype: torch.dtype) -> Library:
-    """Return the kernels for this machine; the first call for a type compiles them, in a fraction of a second.
+    """Return the kernels for this machine. The first call for a type compiles them, in a fraction of a second.
 
     Args:
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -87,7 +87,7 @@ def library(dtype: torch.dtype) -> Library:
 
 @lru_cache(maxsize=1)
 def host_target() -> Target:
-    """Return what this machine has.
+    """Return the processor of this machine.
 
     Example:
         >>> from lightning_sparse.execution.kernels.llvm.compiler import host_target
@@ -147,7 +147,7 @@ def _write(module: ir.Module, kernel: Kernel, elements: Elements) -> None:
 
 
 def _optimize(module: Any, machine: Any) -> None:
-    """Turn variables into registers and simplify; loops are already written as they shall run."""
+    """Turn variables into registers and simplify. Loops do not change: they are written as they should run."""
     options = binding.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     options.loop_interleaving = False

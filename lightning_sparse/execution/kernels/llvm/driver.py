@@ -1,12 +1,12 @@
-"""What runs a program: a list of kernels one after the other, shared among threads that meet between two of them.
+"""Runs a program: a list of kernels, one after the other. Threads share each kernel, and meet before the next.
 
 A program is an array of instructions of ``INSTRUCTION_WORDS`` 64-bit words: address of the kernel, number of its items,
-then its record. ``run`` is called once by each thread, without Python's lock. All threads take an even share of the
-items and wait for each other after each instruction: the last to arrive opens the gate. Who waits spins for a while,
-since the others are microseconds away, and then lets other processes have the core. All threads but the caller's are in
-``work``, which runs job after job and returns when none has come for a while.
+then its record. Each thread calls ``run`` once, without Python's lock. All threads take an even share of the items, and
+wait for each other after each instruction: the last to arrive opens the gate. A waiting thread spins for a while, since
+the others are microseconds away; then it yields the core to other processes. All threads but the caller's are in
+``work``, which runs job after job, and returns when none has come for a while.
 
-A job, in 64-bit words, each in a cache line of its own where several threads write it:
+A job consists of 64-bit words. A word that several threads write has a cache line of its own:
 
 ====  =============================================================
 0     address of the program
@@ -37,7 +37,7 @@ INSTRUCTION_WORDS = 24
 JOB_WORDS = 32
 PROGRAM, NUM_INSTRUCTIONS, NUM_THREADS, YIELD, ARRIVED, OPENED, JOBS_GIVEN = 0, 1, 2, 3, 8, 16, 24
 SPINS = 2000
-"""Looks at the gate before the core is offered to others: some 50 microseconds."""
+"""How often a thread looks at the gate before it yields the core: some 50 microseconds."""
 
 KERNEL_TYPE = ir.FunctionType(ir.VoidType(), [POINTER, I64, I64])
 
@@ -46,8 +46,8 @@ def emit_driver(module: ir.Module, *, x86: bool) -> None:
     """Add ``run(job, thread)`` and ``work(job, thread, seen, spins)`` to a module.
 
     Args:
-        module: What it is added to.
-        x86: Whether the machine has the instruction that tells a core that it spins.
+        module: The module to which they are added.
+        x86: Whether the machine has the instruction that tells a core that its thread spins.
     """
     pause = module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), [])) if x86 else None
     run = _emit_run(module, pause)
@@ -71,13 +71,13 @@ class _Words:
         return self.build.load(self.address(place), typ=I64)
 
     def load_atomic(self, place: Any) -> Any:
-        """Read a word, and see all that was written before it was."""
+        """Read a word, and see everything that was written before it."""
         return self.build.load_atomic(self.address(place), "acquire", 8, typ=I64)
 
 
 @contextmanager
 def _counted(build: ir.IRBuilder, stop: Any) -> Generator[Any]:
-    """Run what follows for 0, 1, ..., stop - 1."""
+    """Run the block for 0, 1, ..., stop - 1."""
     with build.goto_entry_block():
         counter = build.alloca(I64)
     build.store(ir.Constant(I64, 0), counter)
@@ -127,7 +127,7 @@ def _emit_gate(build: ir.IRBuilder, job: _Words, threads: Any, pause: Any) -> No
 
 
 def _emit_work(module: ir.Module, run: ir.Function, pause: Any) -> None:
-    """``work``: run each job that is given after the first ``seen``; return how many were, when none comes for long."""
+    """``work``: run each job after the first ``seen`` jobs. When none comes for a while, return how many have come."""
     function = ir.Function(module, ir.FunctionType(I64, [POINTER, I64, I64, I64]), "work")
     build = ir.IRBuilder(function.append_basic_block("entry"))
     address, thread, seen, patience = function.args
@@ -150,7 +150,7 @@ def _emit_work(module: ir.Module, run: ir.Function, pause: Any) -> None:
 
 
 def _emit_spin(build: ir.IRBuilder, job: _Words, place: int, old: Any, pause: Any, patience: Any | None = None) -> None:
-    """Wait until a word differs from ``old``, or for ``patience`` looks at it; without patience, yield the core."""
+    """Wait until a word differs from ``old``, or for ``patience`` looks at it; without ``patience``, yield the core."""
     with build.goto_entry_block():
         counter = build.alloca(I64)
     build.store(ir.Constant(I64, 0), counter)

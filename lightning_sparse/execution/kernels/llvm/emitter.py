@@ -1,8 +1,8 @@
-"""What every kernel is written with: loops, vectors and records, on top of llvmlite's builder of LLVM IR.
+"""The tools to write kernels: loops, vectors and records, on top of llvmlite's builder of LLVM IR.
 
-A kernel is a function ``(record, begin, end)``. The record is an array of 64-bit words, addresses or integers, whose
-places a :class:`Layout` names for both sides, Python and IR; ``begin`` and ``end`` are the share of its items that one
-thread works on.
+A kernel is a function ``(record, begin, end)``. The record is an array of 64-bit words, addresses or integers. A
+:class:`Layout` names its fields, for Python and for the IR. ``begin`` and ``end`` limit the items that one thread works
+on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["LANES_OF_A_LINE", "Elements", "Emitter", "Kernel", "Layout"]
 I1, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 POINTER = ir.PointerType()
 LANES_OF_A_LINE = 16
-"""Floats in a cache line of 64 bytes. Rows of activations begin at multiples of it, whatever a vector holds."""
+"""Floats in a cache line of 64 bytes. Rows of activations begin at multiples of it, however wide a vector is."""
 
-CONTRACT = ("contract",)  # lets LLVM make one fused multiply-add of a product and a sum, where the machine has it
+CONTRACT = ("contract",)  # lets LLVM fuse a product and a sum into one multiply-add, if the machine has it
 
 
 @final
@@ -38,7 +38,7 @@ class Layout:
     fields: tuple[str, ...]
 
     def words(self, **values: int) -> list[int]:
-        """Return the record as integers, field by field; none may be missing."""
+        """Return the record as integers, field by field; all fields must be given."""
         return [values.pop(field) for field in self.fields]
 
     def place(self, field: str) -> int:
@@ -49,12 +49,12 @@ class Layout:
 @final
 @dataclass(frozen=True)
 class Elements:
-    """The type of weights and activations, and how many of them a vector register holds.
+    """The type of weights and activations, and how many of them fit into a vector register.
 
     Args:
         scalar: ``float`` or ``double`` of LLVM.
         lanes: Elements of a vector.
-        gathers: Whether one instruction loads a vector of scattered elements, faster than one by one.
+        gathers: Whether to load a vector of scattered elements by one instruction: it is faster than one by one.
     """
 
     scalar: Any
@@ -73,14 +73,14 @@ class Elements:
 
     @property
     def suffix(self) -> str:
-        """What LLVM appends to the names of functions on such vectors."""
+        """The suffix of LLVM's names for functions on such vectors."""
         return f"v{self.lanes}f{8 * self.size}"
 
 
 @final
 @dataclass(frozen=True)
 class Kernel:
-    """A function to be compiled: its name, its record, and what writes its body."""
+    """A function to compile: its name, its record, and the function that writes its body."""
 
     name: str
     layout: Layout
@@ -92,7 +92,7 @@ class Emitter:
     """Writes the body of one kernel.
 
     Args:
-        function: What is written, of type ``void (ptr, i64, i64)``.
+        function: The function to write, of type ``void (ptr, i64, i64)``.
         layout: The fields of its record.
         elements: The type of weights and activations.
     """
@@ -117,30 +117,30 @@ class Emitter:
         return self.build.inttoptr(self.field(name), POINTER)
 
     def element_field(self, name: str) -> Any:
-        """Load a number that the record holds as the bits of a double."""
+        """Load a number, which the record holds as the bits of a double."""
         value = self.build.bitcast(self.field(name), ir.DoubleType())
         return value if self.elements.size == 8 else self.build.fptrunc(value, self.elements.scalar)
 
     def at(self, base: Any, index: Any, kind: Any | None = None) -> Any:
-        """Return the address of an entry of an array, of elements if no other type is given."""
+        """Return the address of an array's entry. The array has elements, unless another type is given."""
         return self.build.gep(base, [index], source_etype=kind or self.elements.scalar)
 
     def load(self, base: Any, index: Any, kind: Any | None = None) -> Any:
-        """Load one entry of an array, an element if no other type is given."""
+        """Load an array's entry. The array has elements, unless another type is given."""
         kind = kind or self.elements.scalar
         return self.build.load(self.at(base, index, kind), typ=kind)
 
     def load_index(self, base: Any, index: Any, kind: Any = I32) -> Any:
-        """Load a 16- or 32-bit index, as a 64-bit integer; 16 bits are unsigned."""
+        """Load a 16- or 32-bit index as a 64-bit integer; 16-bit indices are unsigned."""
         widen = self.build.zext if kind is I16 else self.build.sext
         return widen(self.load(base, index, kind), I64)
 
     def load_vector(self, address: Any) -> Any:
-        """Load a vector of elements from an address without alignment."""
+        """Load a vector of elements from an address that need not be aligned to vectors."""
         return self.build.load(address, typ=self.elements.vector, align=self.elements.size)
 
     def store_vector(self, value: Any, address: Any) -> None:
-        """Store a vector of elements to an address without alignment."""
+        """Store a vector of elements to an address that need not be aligned to vectors."""
         self.build.store(value, address, align=self.elements.size)
 
     def broadcast(self, value: Any, lanes: int | None = None) -> Any:
@@ -150,16 +150,16 @@ class Emitter:
         return self.build.shuffle_vector(single, ir.Constant(kind, ir.Undefined), self.indices([0] * kind.count))
 
     def indices(self, places: Sequence[int]) -> Any:
-        """Return a constant vector of 32-bit integers, as shuffles take it."""
+        """Return a constant vector of 32-bit integers, the type that shuffles take."""
         return ir.Constant(ir.VectorType(I32, len(places)), list(places))
 
     def shuffle(self, first: Any, second: Any, places: Sequence[int]) -> Any:
-        """Return lanes of two vectors, those of the second counted on from those of the first."""
+        """Return the lanes of two vectors at ``places``; the second vector's places follow the first's."""
         return self.build.shuffle_vector(first, second, self.indices(places))
 
     def multiply_add(self, factor: Any, other: Any, addend: Any) -> Any:
-        """Return ``factor * other + addend``, fused where the machine can."""
-        build: Any = self.build  # typeshed does not know of flags
+        """Return ``factor * other + addend``, fused if the machine can."""
+        build: Any = self.build  # typeshed does not know the flags
         return build.fadd(build.fmul(factor, other, flags=CONTRACT), addend, flags=CONTRACT)
 
     def clamp(self, value: Any, low: Any, high: Any) -> Any:
@@ -168,14 +168,14 @@ class Emitter:
         return self.build.select(self.build.fcmp_ordered(">", value, high), high, value)
 
     def sum_of(self, values: Sequence[Any]) -> Any:
-        """Return a sum by a tree, whose branches do not wait for one another."""
+        """Return a sum, added up as a tree, whose branches do not wait for one another."""
         while len(values) > 1:
             pairs = [self.build.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=False)]
             values = pairs + list(values[len(values) // 2 * 2 :])
         return values[0]
 
     def variable(self, initial: Any) -> Any:
-        """Return a place for a value that loops change; LLVM makes a register of it."""
+        """Return a place for a value that loops change; LLVM turns it into a register."""
         with self.build.goto_entry_block():
             place = self.build.alloca(initial.type)
         self.build.store(initial, place)
@@ -191,16 +191,16 @@ class Emitter:
 
     @contextmanager
     def loop(self, start: Any, stop: Any, step: int = 1) -> Generator[Any]:
-        """Run what follows for ``start``, ``start + step``, ..., while a whole step fits below ``stop``.
+        """Run the block for ``start``, ``start + step``, ..., while a whole step fits below ``stop``.
 
-        The value is the loop's index; how far it came is in the variable that :meth:`counting` yields.
+        Yields the loop's index. To know how far the loop came, use :meth:`counting`.
         """
         with self.counting(start, stop, step) as (index, _):
             yield index
 
     @contextmanager
     def counting(self, start: Any, stop: Any, step: int = 1) -> Generator[tuple[Any, Any]]:
-        """Do as :meth:`loop`, and give the counter's variable too, for a second loop over what is left."""
+        """Like :meth:`loop`, but also yield the counter's variable, for a second loop over the rest."""
         counter = self.variable(start)
         head, body, done = (self.build.append_basic_block(name) for name in ("head", "body", "done"))
         self.build.branch(head)

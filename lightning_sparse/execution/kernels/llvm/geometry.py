@@ -1,6 +1,6 @@
-"""Where pixels lie in padded planes, such that convolutions are sums over offsets, and images of a batch one plane.
+"""Where pixels lie in padded planes. There, convolutions are sums over offsets, and a batch of images is one plane.
 
-A plane is one channel of all images, row after row, with zeros between them::
+A plane is one channel of all images, row after row, with zeros in between::
 
     ............            border rows of zeros
     ....          <- front, the first pixel
@@ -9,9 +9,9 @@ A plane is one channel of all images, row after row, with zeros between them::
         ........            border rows, the lower border of this image and the upper one of the next
         ppppppp.
 
-A pixel and its neighbours are a fixed distance apart everywhere. So all positions of a plane can be computed in one go,
-the border with them, whose results are cleared. Tensors that convolutions of stride 1 and additions connect have the
-same geometry, and no tensor is laid out anew between them.
+The distance from a pixel to each of its neighbours is the same everywhere. So all positions of a plane are computed in
+one go, including the border, whose results are cleared. Tensors that are connected by convolutions of stride 1 and by
+additions have the same geometry, so that none of them is copied into another layout.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Geometry:
     """The layout of planes.
 
     Args:
-        images: Images of a plane.
-        rows: Rows of an image, with the border below it.
-        pitch: Columns of a row, with the border after it.
+        images: Images in a plane.
+        rows: Rows of an image, including the border below it.
+        pitch: Columns of a row, including the border after it.
         border: Rows and columns of zeros around each image, shared with the next.
     """
 
@@ -52,7 +52,7 @@ class Geometry:
 
     @property
     def front(self) -> int:
-        """Entries before the first pixel: the upper border, up to a whole cache line."""
+        """Entries before the first pixel: the upper border, rounded up to whole cache lines."""
         return _whole_lines(self.border * (self.pitch + 1))
 
     @property
@@ -67,7 +67,7 @@ class Geometry:
         return _odd_lines(end + LANES_OF_A_LINE)
 
     def mask(self, height: int, width: int, dtype: Any) -> Any:
-        """Return a plane of -1 in pixels and 0 around them."""
+        """Return a plane that is -1 in pixels and 0 around them."""
         mask = np.zeros(self.plane + TILE_VECTORS * LANES_OF_A_LINE, dtype)
         pixels = mask[self.front : self.front + self.images * self.image].reshape(self.images, self.rows, self.pitch)
         pixels[:, :height, :width] = -1
@@ -78,7 +78,7 @@ def tiles_of(geometry: Geometry, height: int, width: int, lanes: int) -> list[tu
     """Divide the positions of images into tiles.
 
     Returns:
-        Of each tile the first position, counted from the first pixel, and the number of vectors.
+        For each tile, its first position, counted from the first pixel, and its number of vectors.
 
     Example:
         >>> tiles_of(Geometry(images=1, rows=9, pitch=9, border=1), 8, 8, lanes=16)
@@ -94,17 +94,17 @@ def tiles_of(geometry: Geometry, height: int, width: int, lanes: int) -> list[tu
 
 
 def _shares(vectors: int) -> list[tuple[int, int]]:
-    """Divide vectors evenly among as few tiles as possible: first vector and number."""
+    """Divide vectors evenly among as few tiles as possible; return each tile's first vector and number of vectors."""
     tiles = -(-vectors // TILE_VECTORS)
     bounds = [vectors * tile // tiles for tile in range(tiles + 1)]
     return [(first, last - first) for first, last in pairwise(bounds)]
 
 
 def shapes_of(steps: Sequence[PlaneStep], inputs: dict[str, Shape]) -> dict[str, Shape]:
-    """Return the shape of every tensor, from those of the inputs.
+    """Return the shape of every tensor, given those of the inputs.
 
     Raises:
-        ValueError: An image is smaller than a window, or has other channels than a layer takes.
+        ValueError: An image is smaller than a window, or has another number of channels than a layer takes.
     """
     shapes = dict(inputs)
     for step in steps:
@@ -128,7 +128,7 @@ def shapes_of(steps: Sequence[PlaneStep], inputs: dict[str, Shape]) -> dict[str,
 
 
 def geometries(steps: Sequence[PlaneStep], shapes: dict[str, Shape], images: int) -> dict[str, Geometry]:
-    """Return the geometry of every tensor but of means, which are no planes."""
+    """Return the geometry of every tensor except means, which are not planes."""
     joined = _Classes()
     for step in steps:
         joined.find(step.x)
@@ -145,7 +145,7 @@ def geometries(steps: Sequence[PlaneStep], shapes: dict[str, Shape], images: int
         kind = joined.find(step.x)
         border[kind] = max(border.get(kind, 0), *step.padding)
         if step.stride == 2 and isinstance(step, ConvStep):
-            # The halves of the input that a convolution of stride 2 reads have the rows and pitch of its output.
+            # A convolution of stride 2 reads halves of its input, which have the rows and pitch of its output.
             kind = joined.find(step.y)
             needed = [size + reach // 2 for size, reach in zip(shapes[step.y][1:], step.reach, strict=True)]
             rows, pitch = least.get(kind, (0, 0))
@@ -164,19 +164,19 @@ def geometries(steps: Sequence[PlaneStep], shapes: dict[str, Shape], images: int
 
 
 class _Classes:
-    """Sets of names that grow together."""
+    """Sets of names that can be joined."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
 
     def find(self, name: str) -> str:
-        """Return the name that stands for a set."""
+        """Return the name that represents a set."""
         while (parent := self._parent.setdefault(name, name)) != name:
             name = parent
         return name
 
     def join(self, first: str, second: str) -> None:
-        """Make one set of two."""
+        """Join two sets."""
         self._parent[self.find(first)] = self.find(second)
 
 

@@ -1,7 +1,7 @@
 """The kernels that move activations from torch's layouts into ours and back, and those that split planes for strides.
 
-``transpose`` turns rows (batch, feature) into features (feature, batch) and back; ``pad`` and ``unpad`` put images into
-padded planes and take them out; ``phases`` splits planes into every other row and column, so that a convolution of
+``transpose`` turns rows (batch, feature) into features (feature, batch) and back. ``pad`` and ``unpad`` copy images
+into padded planes and out of them. ``phases`` splits planes into every other row and column, so that a convolution of
 stride 2 reads neighbours.
 """
 
@@ -13,9 +13,9 @@ from lightning_sparse.execution.kernels.llvm.emitter import I64, Emitter, Kernel
 
 __all__ = ["PAD", "PHASES", "TRANSPOSE", "UNPAD"]
 
-# y[j][i] = x[i][j] for i < rows and j < columns. Items: blocks of as many columns as a vector has lanes. Where rows of
-# x are longer than ``columns`` (x_padded), whole vectors are read at their end; where those of y are (y_padded), the
-# last row of x is written on until y's vector is full: what lies there is read, but never used.
+# y[j][i] = x[i][j] for i < rows and j < columns. Items: blocks of as many columns as a vector has lanes. If the rows of
+# x are longer than ``columns`` (x_padded), whole vectors are read at their ends. If the rows of y are longer than
+# ``rows`` (y_padded), the last row of x is repeated until y's vector is full: those entries are read, but never used.
 TRANSPOSE_LAYOUT = Layout(("x", "y", "rows", "columns", "x_stride", "y_stride", "x_padded", "y_padded"))
 
 
@@ -41,9 +41,9 @@ def _emit_transpose(emit: Emitter) -> None:
 
 
 def _emit_square(emit: Emitter, i: Any, j: Any, edges: tuple[Any, Any] | None = None) -> None:
-    """A square of as many rows as a vector has lanes: perfect shuffles of its halves, log2(lanes) times.
+    """Transpose a square of as many rows as a vector has lanes: perfect shuffles of its halves, log2(lanes) times.
 
-    At an edge, rows after the last are the last, and columns after the last are not written.
+    At an edge, rows after the last repeat the last, and columns after the last are not written.
     """
     b, lanes = emit.build, emit.elements.lanes
     lines: list[Any] = []
@@ -66,8 +66,8 @@ def _emit_square(emit: Emitter, i: Any, j: Any, edges: tuple[Any, Any] | None = 
                 emit.store_vector(vector, address)
 
 
-# Images of contiguous (image, channel, row, column) and planes. Items: channels. ``y`` and ``x`` of the planes are the
-# addresses of the first pixel; ``image`` and ``pitch`` are the elements from one image and row of a plane to the next.
+# Copies between contiguous images (image, channel, row, column) and planes. Items: channels. For planes, ``x`` or ``y``
+# is the address of the first pixel; ``image`` and ``pitch`` are the elements from one image and row to the next.
 IMAGES_LAYOUT = Layout(("x", "y", "images", "channels", "height", "width", "plane", "image", "pitch"))
 
 
@@ -97,7 +97,7 @@ def _emit_copy(emit: Emitter, source: Any, target: Any, count: Any) -> None:
 
 
 # y[channel * 4 + phase][i][j] = x[channel][2i + a][2j + b] with phase = 2a + b. Items: channels. ``x`` is the address
-# of the first entry of the padding. Whole vectors are written, so a row may spill into the next, written later.
+# of the first entry of the padding. Whole vectors are written: a row may spill into the next, which is written later.
 PHASES_LAYOUT = Layout(
     ("x", "y", "images", "height", "width", "x_plane", "x_image", "x_pitch", "y_plane", "y_image", "y_pitch", "wanted")
 )

@@ -1,13 +1,13 @@
 """The offset kernel: sparse matrix times feature-major activations, and convolutions on padded planes alike.
 
-Activations are planes of positions, one plane a channel. A weight is a value and the offset of what it multiplies:
+Activations are planes of positions, one plane for each channel. A weight is a value and the offset of its input:
 
     y[r][p] = clamp(bias[r] + sum_k value[k] * x[offset[k] + p] + residual[r][p]) & keep[p]
 
-A linear layer's positions are the columns of its batch; a convolution's are the pixels of all images of a batch, and
-an offset stands for channel, row and column of the kernel at once. ``keep`` is all ones in pixels and zero in the
-padding around them, which thereby stays zero. Positions are computed in tiles of up to eight vectors, whose sums stay
-in registers; all rows are done for one tile, whose inputs stay in the cache, before the next.
+A linear layer's positions are the columns of its batch. A convolution's positions are the pixels of all images of a
+batch, and an offset encodes channel, row and column of the kernel. ``keep`` is all ones in pixels and zero in the
+padding around them, so that the padding stays zero. Positions are computed in tiles of up to eight vectors, whose sums
+stay in registers. All rows are computed for one tile before the next, so that the tile's inputs stay in the cache.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lightning_sparse.execution.kernels.llvm.emitter import I32, I64, Emitter, K
 __all__ = ["OFFSETS", "TILE_VECTORS"]
 
 TILE_VECTORS = 8
-"""Vectors of a tile at most: with one for the weight they fit into 16 registers."""
+"""The most vectors of a tile: together with one for the weight, they fit into 16 registers."""
 
 SUMS = 8
-"""Sums in flight, so that the next multiply-add need not wait for the last: latency times throughput."""
+"""Independent sums, so that no multiply-add has to wait for the last one: latency times throughput."""
 
 LAYOUT = Layout(
     (
@@ -69,7 +69,7 @@ def _emit(emit: Emitter) -> None:
 
 
 def _emit_tile(emit: Emitter, width: int, x_start: Any, y_start: Any, first: Any, last: Any) -> None:
-    """All rows of a block, for one tile of ``width`` vectors."""
+    """Compute all rows of a block, for one tile of ``width`` vectors."""
     x, keep = emit.at(emit.address("x"), x_start), emit.at(emit.address("keep"), y_start, _mask(emit).element)
     with emit.loop(first, last) as row:
         sums = _emit_row(emit, width, x, row)
@@ -78,7 +78,7 @@ def _emit_tile(emit: Emitter, width: int, x_start: Any, y_start: Any, first: Any
 
 
 def _emit_row(emit: Emitter, width: int, x: Any, row: Any) -> list[Any]:
-    """The sums of one row: a loop over several weights at once, then one over those that are left."""
+    """Return the sums of one row: a loop over several weights at once, then a loop over the rest."""
     unroll = max(1, SUMS // width)
     zero = ir.Constant(emit.elements.vector, None)
     bias = emit.broadcast(emit.load(emit.address("bias"), row))

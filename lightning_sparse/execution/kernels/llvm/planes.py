@@ -1,4 +1,4 @@
-"""Convolutional networks as one program on padded planes, without a way back to torch's layout in between."""
+"""Convolutional networks as one program on padded planes. Nothing goes back to torch's layout in between."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_sparse.execution.kernels.steps import ConvStep, MeanStep, PlaneSt
 __all__ = ["PlaneNetwork"]
 
 GROUP_BYTES = 1 << 21
-"""Images go through the network in groups whose largest tensors stay in caches of the second and third level."""
+"""Images go through the network in groups whose largest tensors fit into the second- and third-level caches."""
 
 PLANS_KEPT = 6
 SLACK = 2 * TILE_VECTORS * LANES_OF_A_LINE
-"""Entries after a buffer that whole vectors may read."""
+"""Extra entries after a buffer, because whole vectors may be read there."""
 
 
 @final
@@ -38,8 +38,8 @@ class PlaneNetwork:
     Args:
         library: The kernels.
         steps: In an order in which they can be computed.
-        inputs: Names of the tensors that are given.
-        outputs: Names of the tensors that are returned.
+        inputs: Names of the input tensors.
+        outputs: Names of the tensors to return.
         threads: How many threads compute.
     """
 
@@ -51,7 +51,7 @@ class PlaneNetwork:
         self.inputs = list(inputs)
         self.outputs = list(outputs)
         self.threads = threads
-        self._lock = threading.Lock()  # one call at a time: programs have their buffers
+        self._lock = threading.Lock()  # one call at a time: a program has only one set of buffers
         self._plans: OrderedDict[tuple[Shape | int, ...], _Plan] = OrderedDict()
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
@@ -59,7 +59,7 @@ class PlaneNetwork:
         sizes: tuple[Shape, ...] = tuple((t.shape[1], t.shape[2], t.shape[3]) for t in tensors)
         images = tensors[0].shape[0]
         for x in tensors:
-            address_of(x, images)  # there must be one
+            address_of(x, images)  # raises if there is none
         with self._lock:
             whole = self._plan(sizes, 1)
             results = [torch.empty(images, *whole.shapes[name], dtype=tensors[0].dtype) for name in self.outputs]
@@ -70,7 +70,7 @@ class PlaneNetwork:
         return results
 
     def compute_again(self, x: Tensor) -> None:
-        """Do as a call does, but for laying images out before and after: what a layer costs among others."""
+        """Compute as a call does, but copy no images in or out: the cost of a layer inside a network."""
         size: Shape = (x.shape[1], x.shape[2], x.shape[3])
         group = self._group([size], x.shape[0])
         for start in range(0, x.shape[0], group):
@@ -114,7 +114,7 @@ class _Plan:
 
     @property
     def bytes_of_an_image(self) -> int:
-        """Bytes of the largest input and output of a layer."""
+        """The most bytes that the input and output of a layer take together."""
         size = self.dtype.itemsize
         planes = {name: self.shapes[name][0] * geometry.image for name, geometry in self.geometry.items()}
         return max(
@@ -122,7 +122,7 @@ class _Plan:
         )
 
     def run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Compute a group of images, from their first on."""
+        """Compute a group of images. Each tensor is the first image of the group."""
         for name, tensor in zip([*self.network.inputs, *self.network.outputs], [*inputs, *outputs], strict=True):
             address = tensor.data_ptr()
             for port in self.ports[name]:
@@ -189,14 +189,14 @@ class _Plan:
         )  # fmt: skip
 
     def _near_offsets(self, step: ConvStep) -> Any:
-        """Offsets of weights from the pixel at which the output is."""
+        """Return the offsets of weights from the pixel of the output."""
         channel, row, column = _taps(step)
         geometry = self.geometry[step.x]
         offsets = channel * geometry.plane + (row - step.padding[0]) * geometry.pitch + column - step.padding[1]
         return _narrow(offsets)
 
     def _halves(self, step: ConvStep) -> tuple[int, Any]:
-        """Split the input into every other row and column; return where they are, and the offsets of weights."""
+        """Split the input into every other row and column; return their address, and the offsets of weights."""
         source, target, size = self.geometry[step.x], self.geometry[step.y], self.dtype.itemsize
         channel, row, column = _taps(step)
         phases = (row % 2) * 2 + column % 2
@@ -240,9 +240,9 @@ class _Plan:
 
 
 class _Buffers:
-    """Memory of the tensors of a plan, taken again when a tensor is not read any more.
+    """Memory for the tensors of a plan. A buffer is used again when its tensor is not read any more.
 
-    Only a tensor of the same geometry and size takes a buffer again: the borders are zero then.
+    Only a tensor of the same geometry and size uses a buffer again: its borders are then zero.
     """
 
     def __init__(self, plan: _Plan) -> None:
@@ -258,11 +258,11 @@ class _Buffers:
         self._scratch = (0, 0)
 
     def address(self, name: str) -> int:
-        """Return where a tensor's first plane is."""
+        """Return the address of a tensor's first plane."""
         return self._held[name][0]
 
     def take(self, name: str, number: int, in_place_of: str | None = None) -> None:
-        """Find memory for a tensor: that of one that is added and not needed after, a free one, or new."""
+        """Find memory for a tensor: that of a residual that is not needed afterwards, a free buffer, or a new one."""
         channels = self._plan.shapes[name][0]
         if in_place_of is not None and self._last_use[in_place_of] == number and in_place_of in self._held:
             self._held[name] = self._held[in_place_of]
@@ -274,20 +274,20 @@ class _Buffers:
             self._held[name] = min(fitting, key=lambda buffer: buffer[1])
             free.remove(self._held[name])
         else:
-            # Of an odd number of rows the kernel that halves them reads one more.
+            # If the number of rows is odd, the kernel that halves them reads one row more.
             entries = channels * self._plan.geometry[name].plane + 2 * self._plan.geometry[name].pitch + SLACK
             array = aligned((entries,), self._plan.dtype)
             self._held[name] = self._plan.program.hold(array), channels
 
     def release_after(self, number: int) -> None:
-        """Free what no later step reads."""
+        """Free the buffers that no later step reads."""
         for name in [name for name in self._held if self._last_use.get(name, -1) <= number]:
             buffer = self._held.pop(name)
             if name not in self._overwritten:
                 self._free.setdefault(self._kind(name), []).append(buffer)
 
     def scratch(self, entries: int) -> int:
-        """Return memory that lasts until it is asked for again."""
+        """Return memory that lasts until the next call."""
         if entries > self._scratch[1]:
             array = aligned((entries + SLACK,), self._plan.dtype)
             self._scratch = self._plan.program.hold(array), entries
@@ -298,7 +298,7 @@ class _Buffers:
 
 
 def _taps(step: ConvStep) -> tuple[Any, Any, Any]:
-    """Channel, row and column of what each weight multiplies, in the padded input."""
+    """Return channel, row and column, in the padded input, of what each weight multiplies."""
     outputs, channels, height, width = step.weight.shape
     channel, place = np.divmod(step.weight.columns.astype(np.int64), height * width)
     row, column = np.divmod(place, width)
@@ -309,7 +309,7 @@ def _taps(step: ConvStep) -> tuple[Any, Any, Any]:
 
 
 def _narrow(offsets: Any) -> Any:
-    """Offsets in 32 bits."""
+    """Return offsets as 32-bit integers."""
     if len(offsets) and offsets.max() > np.iinfo(np.int32).max:
         raise ValueError("The images are too large for sparse convolutions: a layer's input has over 2**31 entries.")
     return offsets.astype(np.int32)

@@ -1,4 +1,4 @@
-"""The kernels of pooling on padded planes: the largest of a window, and the mean of an image."""
+"""The pooling kernels on padded planes: the largest value of a window, and the mean of an image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_sparse.execution.kernels.llvm.emitter import I32, I64, Emitter, K
 __all__ = ["LARGEST", "MEAN"]
 
 # y[i][j] = max x[stride * i + a][stride * j + b] for a < kernel_height, b < kernel_width, with stride 1 or 2. Items:
-# channels. ``x`` is the address of the first window, which may begin in the padding: padding counts as zero, which is
-# right where no input is negative. Whole vectors are written; ``keep`` clears what is no pixel, and a row that spills
+# channels. ``x`` is the address of the first window, which may begin in the padding. Padding counts as zero, which is
+# right if no input is negative. Whole vectors are written: ``keep`` clears what is not a pixel, and a row that spills
 # into the next is written before it.
 LARGEST_LAYOUT = Layout(
     (
         "x",
         "y",  # the address of the first pixel
-        "keep",  # as of the offset kernel, from the first pixel on
+        "keep",  # as in the offset kernel, from the first pixel on
         "images",
         "height",
         "width",
@@ -60,7 +60,7 @@ def _emit_largest(emit: Emitter) -> None:
 
 
 def _emit_window(emit: Emitter, x: Any, stride: Any) -> Any:
-    """The largest values of the windows of a vector of neighbours."""
+    """Return the largest value of each window, for a vector of neighbouring windows."""
     b, kind = emit.build, emit.elements.vector
     found = emit.variable(emit.broadcast(ir.Constant(emit.elements.scalar, float("-inf"))))
     with (
@@ -74,13 +74,13 @@ def _emit_window(emit: Emitter, x: Any, stride: Any) -> Any:
             second = emit.load_vector(emit.at(address, emit.integer(emit.elements.lanes)))
             b.store(emit.shuffle(first, second, range(0, 2 * emit.elements.lanes, 2)), value)
         new, old = emit.get(value, kind), emit.get(found, kind)
-        # NaN is larger than all, as in torch; nothing is larger than it, and so it stays.
+        # NaN counts as larger than any number, as in torch. Nothing is larger than NaN, so it stays.
         larger = b.or_(b.fcmp_ordered(">", new, old), b.fcmp_unordered("uno", new, new))
         b.store(b.select(larger, new, old), found)
     return emit.get(found, kind)
 
 
-# y[image * channels + channel] = scale * sum of an image, over whole rows with the zeros beside them. Items: channels.
+# y[image * channels + channel] = scale * sum of an image: of whole rows, with the zeros beside them. Items: channels.
 MEAN_LAYOUT = Layout(("x", "y", "images", "channels", "positions", "plane", "image", "scale"))
 
 

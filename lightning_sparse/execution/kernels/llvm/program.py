@@ -29,11 +29,11 @@ from lightning_sparse.execution.kernels.llvm.emitter import Kernel
 __all__ = ["Program", "Team", "address_of", "aligned", "bits_of", "team"]
 
 IDLE_SPINS = 4000
-"""Looks for another job before a worker sleeps: some 100 microseconds, in which most networks call again."""
+"""How often a worker looks for a job before it sleeps: some 100 microseconds. Most networks call again by then."""
 
 
 def bits_of(number: float) -> int:
-    """Return the bits of a double as an integer, as records hold numbers.
+    """Return the bits of a double as an integer, the form in which records hold numbers.
 
     Example:
         >>> bits_of(0.0), bits_of(2.0) == 2**62
@@ -43,14 +43,14 @@ def bits_of(number: float) -> int:
 
 
 def address_of(x: Tensor, size: Any) -> int:
-    """Return where the numbers of a tensor begin.
+    """Return the address of a tensor's first number.
 
     Args:
         x: Contiguous.
-        size: One of its sizes, which is a tensor where ``torch.jit.trace`` follows.
+        size: One of its sizes. It is a tensor if ``torch.jit.trace`` follows the call.
 
     Raises:
-        RuntimeError: It has none: it is a symbol of a tracer.
+        RuntimeError: The tensor has no memory: it is a symbol of a tracer.
     """
     address = x.data_ptr()
     if type(size) is not int or (address == 0 and x.numel()):
@@ -60,7 +60,7 @@ def address_of(x: Tensor, size: Any) -> int:
 
 @final
 class Program:
-    """Kernels one after the other, with the records they work on.
+    """Kernels, one after the other, and the records that they work on.
 
     Args:
         library: The kernels.
@@ -77,22 +77,22 @@ class Program:
         self._job: Any = None
 
     def hold(self, array: NDArray[Any]) -> int:
-        """Keep an array as long as the program lives, and return its address."""
+        """Keep an array for as long as the program lives, and return its address."""
         self._held.append(array)
         return array.ctypes.data
 
     def add(self, kernel: Kernel, items: int, **record: int) -> int:
-        """Append an instruction and return its number; ``record`` has the kernel's fields."""
+        """Append an instruction and return its number. ``record`` holds the kernel's fields."""
         words = [self.library.addresses[kernel.name], items, *kernel.layout.words(**record)]
         self._instructions.append(words + [0] * (INSTRUCTION_WORDS - len(words)))
         return len(self._instructions) - 1
 
     def port(self, instruction: int, kernel: Kernel, field: str) -> int:
-        """Return the place of a field of an instruction, which changes from call to call, among :attr:`words`."""
+        """Return the index, in :attr:`words`, of an instruction's field that changes from call to call."""
         return instruction * INSTRUCTION_WORDS + 2 + kernel.layout.place(field)
 
     def seal(self) -> None:
-        """Make the program ready: ``words`` may be set, and ``run()`` runs it. Nothing is appended after that."""
+        """Make the program ready. Then ``words`` can be set, and ``run()`` runs it; append nothing afterwards."""
         words = [word for instruction in self._instructions for word in instruction]
         self.words = (ctypes.c_int64 * max(1, len(words)))(*words)
         self._job = (ctypes.c_int64 * JOB_WORDS)()
@@ -100,7 +100,7 @@ class Program:
         self._job[1] = len(self._instructions)
         self._job[NUM_THREADS] = self.threads
         if self.threads == 1:
-            # Small networks take a few microseconds: nothing is looked up in a call.
+            # Small networks take a few microseconds, so a call looks nothing up.
             self.run = partial(self.library.run, ctypes.addressof(self._job), 0)
         else:
             self.run = self._run_together
@@ -110,7 +110,7 @@ class Program:
 
     @contextmanager
     def only(self, kernels: Collection[Kernel]) -> Generator[None]:
-        """Run no other kernels for a while; they must be neighbours in the program."""
+        """Run only these kernels for a while; they must be neighbours in the program."""
         addresses = {self.library.addresses[kernel.name] for kernel in kernels}
         chosen = [number for number, words in enumerate(self._instructions) if words[0] in addresses]
         before = self._job[0], self._job[1]
@@ -124,11 +124,11 @@ class Program:
 
 @final
 class Team:
-    """Threads that run programs together with the one that calls; they sleep when nothing comes for a while.
+    """Threads that run programs together with the calling thread. They sleep when none comes for a while.
 
     Args:
         library: The kernels.
-        threads: How many, the caller included.
+        threads: How many, including the caller.
     """
 
     def __init__(self, library: Library, threads: int) -> None:
@@ -147,7 +147,7 @@ class Team:
             threading.Thread(target=self._work, args=(number,), daemon=True, name="lightning_sparse").start()
 
     def run(self, program: int, num_instructions: int) -> None:
-        """Run a program, given by its address, on all threads, and return when all are done."""
+        """Run the program at an address on all threads, and return when all are done."""
         with self._lock:
             self._at[0], self._at[1] = program, num_instructions
             self._at[JOBS_GIVEN] += 1
@@ -162,7 +162,8 @@ class Team:
         seen = 0
         while True:
             seen = self.library.work(self._address, number, seen, IDLE_SPINS)
-            # Who gives a job counts it, then looks for sleepers; this one marks itself as one, then looks for a job.
+            # The caller counts a job, then looks for sleepers. A worker marks itself asleep, then looks for a job. So
+            # no job is missed.
             self._asleep[number] = True
             if self._at[JOBS_GIVEN] == seen:
                 self._alarms[number].acquire()
@@ -174,7 +175,7 @@ _TEAMS_LOCK = threading.Lock()
 
 
 def team(library: Library, threads: int) -> Team:
-    """Return the threads of this process, as many as asked for; a forked child gets its own."""
+    """Return a team of this process with so many threads. A forked child gets a team of its own."""
     key = (str(library.dtype), threads)
     found = _TEAMS.get(key)
     if found is not None and found.process == os.getpid() and found.library is library:
@@ -187,7 +188,7 @@ def team(library: Library, threads: int) -> Team:
 
 
 def _yield_address() -> int:
-    """The address of a function of the system, without arguments, that lets other threads have the core."""
+    """Return the address of a system function, without arguments, that yields the core to other threads."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
     else:

@@ -1,4 +1,4 @@
-"""Chains of linear layers as one program: features are laid beside each other, and stay so from layer to layer."""
+"""Chains of linear layers as one program. Each feature's values lie side by side, from the first layer to the last."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_sparse.execution.kernels.steps import LinearStep
 __all__ = ["RowChain"]
 
 PANEL = 64
-"""Columns of a batch that go through all layers together: four cache lines a feature."""
+"""Columns of a batch that go through all layers together: four cache lines for each feature."""
 
 
 class _Panel:
@@ -53,7 +53,7 @@ class _Panel:
         program.seal()
 
     def run(self, x: int, y: int, count: int) -> None:
-        """Compute ``count`` rows, from one address to another."""
+        """Read ``count`` rows at address ``x``, and write the results to address ``y``."""
         words = self.program.words
         words[self.x], words[self.y] = x, y
         for port in self.counts:
@@ -81,12 +81,12 @@ def _add_step(program: Program, step: LinearStep, x: int, y: int, pitch: int) ->
 
 
 class _Single:
-    """A program for one column, which is a vector from the first layer to the last."""
+    """A program for one column, which stays a vector from the first layer to the last."""
 
     def __init__(self, library: Library, steps: list[LinearStep], threads: int) -> None:
         self.program = program = Program(library, threads)
         dtype = steps[0].weight.values.dtype
-        # A GELU takes whole vectors.
+        # GELU computes whole vectors.
         whole = [-(-step.weight.num_rows // LANES_OF_A_LINE) * LANES_OF_A_LINE for step in steps]
         between = [program.hold(aligned((max(1, length),), dtype)) for length in whole[:-1]]
         numbers: list[tuple[int, Any]] = []
@@ -98,7 +98,7 @@ class _Single:
         self.x = program.port(*numbers[0], "x")
         self.y = program.port(*numbers[-1], "y")
         program.seal()
-        self.words, self.compute = program.words, program.run  # nothing is looked up in a call of microseconds
+        self.words, self.compute = program.words, program.run  # a call takes microseconds, so it looks nothing up
 
     def _add(self, step: LinearStep, x: int, y: int) -> tuple[int, Any]:
         program = self.program
@@ -113,7 +113,7 @@ class _Single:
         return number, kernel
 
     def run(self, x: int, y: int) -> None:
-        """Compute one row, from one address to another."""
+        """Read one row at address ``x``, and write the result to address ``y``."""
         words = self.words
         words[self.x] = x
         words[self.y] = y
@@ -122,7 +122,7 @@ class _Single:
 
 @final
 class RowChain:
-    """A chain of linear layers on rows of a batch.
+    """A chain of linear layers, for the rows of a batch.
 
     Args:
         library: The kernels.
@@ -136,12 +136,12 @@ class RowChain:
         self.threads = threads
         self.in_features = steps[0].weight.num_columns
         self.out_features = steps[-1].weight.num_rows
-        self._lock = threading.Lock()  # one call at a time: programs have their buffers
+        self._lock = threading.Lock()  # one call at a time: a program has only one set of buffers
         self._single: _Single | None = None
         self._panels: dict[int, _Panel] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the last layer's outputs (rows, out_features) of rows (rows, in_features)."""
+        """Return the last layer's outputs (rows, out_features) for rows (rows, in_features)."""
         count = x.shape[0]
         if not x.is_contiguous():
             x = x.contiguous()

@@ -1,9 +1,9 @@
-"""The kernel of single vectors: SELL, in which the rows of a slice are the lanes of a vector register.
+"""The kernel for single vectors. It uses SELL: the rows of a slice are the lanes of a vector register.
 
     y[order[s * L + l]] = clamp(bias[s * L + l] + sum_k value[k][l] * x[column[k][l]]),   k in slice s
 
-With a batch of one there is nothing to share a weight among: bytes decide. Columns take two bytes where 65,536 inputs
-suffice. Rows are sorted by length, so that those of a slice are about equally long, and its padding is small.
+With a batch of one, each weight is used only once, so the number of bytes decides. Columns take two bytes if there are
+at most 65,536 inputs. Rows are sorted by length: those of a slice are about equally long, and its padding is small.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lightning_sparse.execution.kernels.llvm.emitter import I1, I16, I32, I64, P
 __all__ = ["VECTORS_16", "VECTORS_32"]
 
 SUMS = 4
-"""Columns at once, so that loads of several overlap."""
+"""Columns at a time, so that their loads overlap."""
 
 LAYOUT = Layout(
     (
         "x",
         "y",
         "slices",  # int64: where each slice begins, in columns of the slice, and where the last ends
-        "columns",  # uint16 or int32: inputs, a slice's rows beside each other
+        "columns",  # uint16 or int32: inputs, a slice's rows side by side
         "values",
         "bias",  # in the order of the slices
         "order",  # int32: the output of each row of each slice; -1 where a slice has none
@@ -64,7 +64,7 @@ def _emit_column(emit: Emitter, place: Any, x: Any, columns: Any, values: Any, c
 
 
 def _collect(emit: Emitter, x: Any, columns: Any, index: Any) -> Any:
-    """Entries of ``x``, one by one; four or two columns are read at once, since loads are what limits this."""
+    """Load entries of ``x`` one by one. Four or two columns are read at once, because loads are the bottleneck."""
     b, lanes = emit.build, emit.elements.lanes
     at_once = min(64 // index.width, lanes)
     gathered = ir.Constant(emit.elements.vector, ir.Undefined)
@@ -80,13 +80,13 @@ def _collect(emit: Emitter, x: Any, columns: Any, index: Any) -> Any:
 
 
 def _gather(emit: Emitter, x: Any, columns: Any, index: Any) -> Any:
-    """Entries of ``x``, by one instruction."""
+    """Load entries of ``x`` by one instruction."""
     b, lanes, kind = emit.build, emit.elements.lanes, emit.elements.vector
     narrow = b.load(columns, typ=ir.VectorType(index, lanes), align=index.width // 8)
     columns = b.zext(narrow, ir.VectorType(I32, lanes)) if index is I16 else narrow
     addresses = ir.VectorType(POINTER, lanes)
     places = b.gep(x, [columns], source_etype=emit.elements.scalar)
-    places.type = addresses  # what it is; llvmlite takes a gep's type from its base alone
+    places.type = addresses  # llvmlite takes a gep's type from its base alone, which is wrong here
     mask = ir.VectorType(I1, lanes)
     gather = emit.module.declare_intrinsic(
         f"llvm.masked.gather.{emit.elements.suffix}.v{lanes}p0",
