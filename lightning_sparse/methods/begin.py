@@ -183,8 +183,8 @@ def _resume(method: Method, run: Run) -> None:
 def _tell_of_changes(method: Method, state: Mapping[str, Any]) -> None:
     if changes := changes_since(method, state):
         method.warn_once(
-            f"resumed with {', '.join(map(printable, changes))}. Masks go on from where they were, by the new settings;"
-            " give the old ones to go on as before"
+            f"resumed with {', '.join(map(printable, changes))}. The masks are kept, and the new settings apply from"
+            " here on; to continue as before, use the old ones"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.schedules import Timetable
 
-__all__ = ["settings_of", "changes_since"]
+__all__ = ["changes_since", "settings_of"]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
 _IN_THE_KEY = {"include", "exclude"}  # of the state: other patterns never find it
@@ -23,7 +23,7 @@ _LONGEST = 200
 
 
 def settings_of(method: Method) -> dict[str, Any]:
-    """The arguments of ``method`` as text, and the number of steps of its training (``None`` if it has no known end)."""
+    """The arguments of ``method`` as text, and the number of steps of its training; ``None`` if it has no known end."""
     names = [
         item.name
         for item in dataclasses.fields(method)
