@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
 
+import lightning_sparse
 from benchmarks import fine_tuning, moments
 from benchmarks.evidence.__main__ import PAGE, all_runs
 from benchmarks.evidence.contenders import METHODS, ONLY_ON, STR_DECAY, VARIANTS, n_of_m
@@ -135,6 +137,15 @@ def test_the_documentation_shows_what_was_measured() -> None:
     page = fine_tuning.PAGE.read_text(encoding="utf-8")
     content = json.loads(fine_tuning.RESULTS.read_text())
     assert written(page, "fine-tuning", fine_tuning.figures(content)) == page, "python -m benchmarks.fine_tuning --docs"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_card_tells_what_was_measured(name: str) -> None:
+    evidence = Evidence.read()
+    means = [mean(evidence.accuracies("lenet300", sparsity, name)) for sparsity in (0.9, 0.95, 0.98, 0.99)]
+    *first, last = [f"{accuracy:.1f}" for accuracy in means]
+    card = " ".join((getattr(lightning_sparse, name).__doc__ or "").split())
+    assert f"(4 epochs, mean of three seeds): {', '.join(first)} and {last} %;" in card
 
 
 def test_a_page_without_markers_is_refused() -> None:
