@@ -68,7 +68,7 @@ class ManyWeights(L.LightningModule):
 
     def __init__(self, num_weights: int, steps: int, layers: int = LAYERS) -> None:
         super().__init__()
-        self.width = math.isqrt(num_weights // layers)
+        self.width = math.isqrt(num_weights // layers) // 4 * 4  # 2:4 needs groups of four inputs
         self.layers = nn.ModuleList(nn.Linear(self.width, self.width, bias=False) for _ in range(layers))
         self.steps = steps
 
