@@ -245,9 +245,9 @@ def whole_runs() -> str:
     return f"{whole}The median step of the same runs, between updates:\n\n{steps}{conditions}"
 
 
-def overhead(optimizer: str, precision: str) -> str:
+def overhead(optimizer: str, precision: str, results: str = "overhead.json") -> str:
     """The time of a training step over dense."""
-    rows, conditions = content_of("overhead.json")
+    rows, conditions = content_of(results)
     chosen = [row for row in rows if (row["optimizer"], row["precision"]) == (optimizer, precision)]
     chosen = [row for row in chosen if row["contender"] != "dense"]
     return markdown(
@@ -356,6 +356,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "limits": limits,
     "files": files,
     "whole-runs": whole_runs,
+    "steps": lambda: overhead("SGD", "fp32", "steps.json"),
     "overhead": lambda: overhead("SGD", "fp32"),
     "overhead-bf16": lambda: overhead("SGD", "bf16"),
     "overhead-adamw": lambda: overhead("AdamW", "fp32"),

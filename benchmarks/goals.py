@@ -46,7 +46,7 @@ def _names(rows: Rows) -> str:
 
 
 def _steps(read: Read) -> list[list[str]]:
-    rows = _with_goal(read("overhead.json"))
+    rows = _with_goal([*read("steps.json"), *read("overhead.json")])
     return [
         _line(
             f"step over dense, {'`DST`' if rows[0]['contender'] == 'DST' else 'masks alone'}: {network}, {optimizer}",
@@ -58,7 +58,8 @@ def _steps(read: Read) -> list[list[str]]:
 
 
 def _rivals(read: Read) -> list[list[str]]:
-    rows = [row for row in read("overhead.json") if row["optimizer"] == "SGD" and row["precision"] == "fp32"]
+    rows = [*read("steps.json"), *read("overhead.json")]
+    rows = [row for row in rows if row["optimizer"] == "SGD" and row["precision"] == "fp32"]
     lines: list[list[str]] = []
     for network, of_network in _groups(_with_goal(rows), "network").items():
         for key, name in RIVALS.items():
