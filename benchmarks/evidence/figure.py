@@ -35,7 +35,8 @@ def draw(evidence: Evidence, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     mpl.rcParams["svg.hashsalt"] = "evidence"  # the same runs give the same file
-    networks = evidence.networks
+    # A single sparsity makes no line.
+    networks = [name for name in evidence.networks if len(evidence.sparsities(name)) > 1] or evidence.networks
     figure, grid = plt.subplots(
         len(networks), len(FAMILIES), figsize=(13, 3.1 * len(networks) + 0.4), squeeze=False, layout="constrained"
     )
