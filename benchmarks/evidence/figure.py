@@ -49,8 +49,9 @@ def draw(evidence: Evidence, path: Path) -> None:
         top = max([*values, *dense])
         low = max(min(values), top - 12.0)  # points further down are outside the panel
         for (family, methods), axis in zip(FAMILIES.items(), axes, strict=True):
-            for other in set(everything) - set(methods):
-                axis.plot(*lines[other], color="#dcdcdc", linewidth=0.8, zorder=1)
+            for other in everything:
+                if other not in methods:
+                    axis.plot(*lines[other], color="#dcdcdc", linewidth=0.8, zorder=1)
             for baseline, style in _BASELINES.items():
                 axis.plot(*lines[baseline], color="#444444", linestyle=style, linewidth=1.2, label=_NAMES[baseline])
             for method, colour, marker in zip(methods, _COLOURS, _MARKERS, strict=False):
