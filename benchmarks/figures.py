@@ -48,7 +48,7 @@ NAMES = {
     "EAST, Dynamic ReLUs": "`EAST`, while its Dynamic ReLUs last",
     **METHODS,
     **{name.strip("`"): name for name in METHODS.values()},
-    **{name: f"`{name}`" for name in ("FixedMask", "torch.nn.utils.prune", "parametrize")},
+    **{name: f"`{name}`" for name in (*NEWER, "FixedMask", "torch.nn.utils.prune", "parametrize")},
 }
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -52,7 +52,8 @@ from lightning_sparse import (
 from lightning_sparse.schedules import Constant
 
 TITLE = "An update over one torch.sort"
-GOALS = {"GMP": 0.08, "FGGP": 0.08, "RigL": 0.08}
+_OTHERS = ("SET", "EAST", "GraNet", "MEST", "DSR", "SRigL", "DST", "SRSTE", "STR", "TopKAST", "Feather")
+GOALS = dict.fromkeys(("GMP", "FGGP", "RigL"), 0.08) | dict.fromkeys(_OTHERS, 0.12)
 LAYERS = 10
 ALPHA = 1e-6
 
