@@ -21,6 +21,7 @@ from benchmarks import cifar, dst, goals, mnist
 
 __all__ = ["TABLES", "main", "page"]
 
+NEWER = ("GraNet", "MEST", "SNFS", "DSR", "SRigL", "SRSTE", "STR", "TopKAST", "Feather")
 METHODS = {"gmp": "`GMP`", "fggp": "`FGGP`", "set": "`SET`", "rigl": "`RigL`", "east": "`EAST`", "dst": "`DST`"}
 
 # The names that readers know, for networks, methods and rivals that have shorter names in the results.
