@@ -157,9 +157,9 @@ def _modules_beside(trainer: pl.Trainer, module: nn.Module) -> Iterator[tuple[nn
 
 def _quickly_beside(trainer: pl.Trainer, module: nn.Module) -> frozenset[int]:
     """What modules there are in callbacks and at the top of the module."""
-    beside = {id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback).values())}
-    beside.update(map(id, _modules_in(_of_its_user(module))), map(id, module.children()))
-    return frozenset(beside)
+    held = (id(copy) for callback in callbacks_of(trainer) for copy in _modules_in(vars(callback).values()))
+    own = map(id, _modules_in(_of_its_user(module)))
+    return frozenset(held) | frozenset(own) | frozenset(map(id, module.children()))
 
 
 def _of_its_user(module: nn.Module) -> list[Any]:
