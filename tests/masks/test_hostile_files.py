@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import zipfile
 from collections.abc import Callable, Generator
@@ -157,6 +158,18 @@ def test_flipped_bits_in_a_checkpoint_are_refused_or_change_no_mask(number: int,
             read = read_masks(path)
             assert read.keys() == whole.keys()
             assert all(torch.equal(mask, read[name]) for name, mask in whole.items())
+
+
+@pytest.mark.parametrize("method", [8, 9, 12, 14, 99], ids=["deflate", "deflate64", "bzip2", "lzma", "none there is"])
+def test_a_record_that_claims_to_be_compressed_is_refused(method: int, trained: Path) -> None:
+    content, path = bytearray(trained.read_bytes()), trained.with_name("compressed.ckpt")
+    with zipfile.ZipFile(trained) as archive:
+        offsets = [record.header_offset for record in archive.infolist()]
+    entries = [place.start() for place in re.finditer(rb"PK\x01\x02", bytes(content))]
+    for place in (*(offset + 8 for offset in offsets), *(entry + 10 for entry in entries)):
+        content[place : place + 2] = method.to_bytes(2, "little")
+    path.write_bytes(content)
+    assert refuses(read_masks, path)
 
 
 def test_every_flipped_bit_of_the_masks_in_a_checkpoint_is_refused(trained: Path) -> None:
