@@ -53,7 +53,7 @@ from lightning_sparse.schedules import Constant
 
 TITLE = "An update over one torch.sort"
 _OTHERS = ("SET", "EAST", "GraNet", "MEST", "DSR", "SRigL", "DST", "SRSTE", "STR", "TopKAST", "Feather")
-GOALS = dict.fromkeys(("GMP", "FGGP", "RigL"), 0.08) | dict.fromkeys(_OTHERS, 0.12)
+GOALS: dict[str, float] = {"GMP": 0.08, "FGGP": 0.08, "RigL": 0.08, **dict.fromkeys(_OTHERS, 0.12)}
 LAYERS = 10
 ALPHA = 1e-6
 
