@@ -18,10 +18,10 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import cifar, dst, goals, mnist
+from lightning_sparse.methods.catalog import all_methods
 
 __all__ = ["TABLES", "main", "page"]
 
-NEWER = ("GraNet", "MEST", "SNFS", "DSR", "SRigL", "SRSTE", "STR", "TopKAST", "Feather")
 METHODS = {"gmp": "`GMP`", "fggp": "`FGGP`", "set": "`SET`", "rigl": "`RigL`", "east": "`EAST`", "dst": "`DST`"}
 
 # The names that readers know, for networks, methods and rivals that have shorter names in the results.
@@ -48,8 +48,8 @@ NAMES = {
     "two sorts of each layer": "RigL by two sorts of each layer",
     "EAST, Dynamic ReLUs": "`EAST`, while its Dynamic ReLUs last",
     **METHODS,
-    **{name.strip("`"): name for name in METHODS.values()},
-    **{name: f"`{name}`" for name in (*NEWER, "FixedMask", "torch.nn.utils.prune", "parametrize")},
+    **{kind.__name__: f"`{kind.__name__}`" for kind in all_methods()},
+    **{name: f"`{name}`" for name in ("torch.nn.utils.prune", "parametrize")},
 }
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

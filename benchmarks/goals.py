@@ -45,8 +45,12 @@ def _names(rows: Rows) -> str:
     return ", ".join(f"`{row['contender']}`" for row in rows)
 
 
+def _step_rows(read: Read) -> Rows:
+    return [*read("steps.json"), *read("overhead.json")]
+
+
 def _steps(read: Read) -> list[list[str]]:
-    rows = _with_goal([*read("steps.json"), *read("overhead.json")])
+    rows = _with_goal(_step_rows(read))
     return [
         _line(
             f"step over dense, {'`DST`' if rows[0]['contender'] == 'DST' else 'masks alone'}: {network}, {optimizer}",
@@ -58,8 +62,7 @@ def _steps(read: Read) -> list[list[str]]:
 
 
 def _rivals(read: Read) -> list[list[str]]:
-    rows = [*read("steps.json"), *read("overhead.json")]
-    rows = [row for row in rows if row["optimizer"] == "SGD" and row["precision"] == "fp32"]
+    rows = [row for row in _step_rows(read) if row["optimizer"] == "SGD" and row["precision"] == "fp32"]
     lines: list[list[str]] = []
     for network, of_network in _groups(_with_goal(rows), "network").items():
         for key, name in RIVALS.items():

@@ -31,7 +31,7 @@ from lightning_sparse.trainer import TrainerCallback
 
 __all__ = ["Method"]
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 # Steps in a row without a finite gradient, after which training has diverged.
 _PATIENCE = 100
@@ -291,4 +291,9 @@ def _in_full(value: object) -> str:
             if isinstance(item, str | int | float | tuple | None)
         }
         return f"{type(value).__name__}({_in_full({k: v for k, v in public.items() if not k.startswith('_')})})"
-    return _ADDRESS.sub("", repr(value))
+    return without_addresses(repr(value))
+
+
+def without_addresses(text: str) -> str:
+    """A representation without addresses in memory, as that of a function has: the same in every process."""
+    return _ADDRESS.sub("", text)

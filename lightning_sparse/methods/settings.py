@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_sparse.methods.interface import Method
+from lightning_sparse.methods.interface import Method, without_addresses
 from lightning_sparse.schedules import Timetable
 
 __all__ = ["changes_since", "settings_of"]
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function, for example
 _IN_THE_KEY = {"include", "exclude"}  # of the state: other patterns never find it
 _LONGEST = 200
 
@@ -72,7 +70,7 @@ def _in_brief(value: Any) -> str:
     """A setting as text that is the same in every process; the name of its type if it has no such text."""
     if isinstance(value, Tensor | Mapping | pl.Callback) or type(value).__repr__ is object.__repr__:
         return type(value).__name__
-    return _ADDRESS.sub("", repr(value))[:_LONGEST]
+    return without_addresses(repr(value))[:_LONGEST]
 
 
 def _count(steps: int | None) -> str:
