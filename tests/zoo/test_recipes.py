@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
 import lightning_sparse
-from lightning_sparse import DST, EAST, DyReLUPhasing, SparsityMonitor, WeightSharing
+from lightning_sparse import ACDC, DST, EAST, DyReLUPhasing, SparsityMonitor, WeightSharing
 from lightning_sparse.cli import SparseCLI
 from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
@@ -25,10 +25,12 @@ METHODS_OF = {
     "digits": ("fggp",),
     **dict.fromkeys(("lenet300", "lenet5"), ("dense", "gmp", "fggp", "dst")),
     **dict.fromkeys(("lstm-a", "lstm-b", "vgg16", "wrn16-8", "wrn28-8"), ("dense", "dst")),
-    "resnet20": ("dense", "set", "rigl", "east", "feather"),
+    "wrn22-2": ("srigl",),
+    "wrn28-2": ("dsr", "snfs"),
+    "resnet20": ("dense", "set", "rigl", "east", "feather", "acdc"),
     "resnet34": ("dense", "set", "rigl", "east"),
     "resnet50": ("dense", "set", "rigl", "east", "gmp", "fggp", "granet", "snip", "grasp", "synflow"),
-    "vgg19": ("dense", "gmp", "fggp", "granet", "snip", "grasp", "synflow"),
+    "vgg19": ("dense", "gmp", "fggp", "granet", "snip", "grasp", "synflow", "mest"),
 }
 NAMES = {f"{method}-{network}" for network, methods in METHODS_OF.items() for method in methods}
 TINY = [
@@ -68,16 +70,15 @@ def methods_of(cli: SparseCLI) -> list[SparseMethod]:
     return [callback for callback in callbacks_of(cli) if isinstance(callback, SparseMethod)]
 
 
-def optimizer_of(cli: SparseCLI) -> tuple[torch.optim.Optimizer, dict[int, int]]:
-    """The optimizer that a recipe makes, and how often its learning rate falls to a tenth at which epoch."""
+def optimizer_of(cli: SparseCLI) -> tuple[torch.optim.Optimizer, dict[int, float]]:
+    """The optimizer that a recipe makes, and the factors of its learning rate by epoch."""
     made = cli.model.configure_optimizers()
     if isinstance(made, torch.optim.Optimizer):
         return made, {}
     assert isinstance(made, dict)
     scheduler = made["lr_scheduler"]["scheduler"]  # pyright: ignore[reportTypedDictNotRequiredAccess,reportIndexIssue,reportArgumentType,reportCallIssue]
     assert isinstance(scheduler, MultiStepLR)
-    assert scheduler.gamma == 0.1
-    return made["optimizer"], dict(scheduler.milestones)
+    return made["optimizer"], {epoch: scheduler.gamma**times for epoch, times in scheduler.milestones.items()}
 
 
 def settings_of(cli: SparseCLI, *keys: str) -> list[object]:
@@ -130,7 +131,7 @@ class TestRecipe:
         header = recipe_path(name).read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
         assert all(line.startswith("#") for line in header)
         assert any(f"lightning-sparse fit --config {name} " in line for line in header)
-        years = ("2016", "2020", "2021", "2023", "2025")
+        years = ("2016", "2019", "2020", "2021", "2023", "2024", "2025")
         assert any(year in " ".join(header) for year in years) or name.endswith("digits")
 
     def test_is_a_file_of_the_package(self, name: str) -> None:
@@ -168,8 +169,14 @@ def test_the_lstms_train_as_the_code_of_dst_does(name: str) -> None:
     assert cli.model.network.get_submodule("classifier").in_features == {"a": 128, "b": 256}[name[-1]]
 
 
-# Epochs, batch size, learning rate, momentum, weight decay, Nesterov; where the learning rate falls; clipping.
+# Epochs, batch size, learning rate, momentum, weight decay, Nesterov; where the learning rate falls to a tenth (or to
+# another fraction); clipping.
 CIFAR = {
+    "acdc-resnet20": ([200, 128, 0.1, 0.9, 5e-4, False], [65, 125, 185], None),
+    **dict.fromkeys(
+        ("dsr-wrn28-2", "snfs-wrn28-2"), ([200, 100, 0.1, 0.9, 5e-4, True], {60: 0.2, 120: 0.2, 160: 0.2}, None)
+    ),
+    "srigl-wrn22-2": ([250, 128, 0.1, 0.9, 5e-4, False], {77: 0.2, 154: 0.2, 231: 0.2}, None),
     "dense-vgg16": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], None),
     "dst-wrn16-8": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], None),
     "dense-resnet20": ([164, 128, 0.1, 0.9, 1e-4, False], [82, 123], None),
@@ -190,7 +197,7 @@ def test_networks_for_cifar_train_as_their_papers_state(name: str) -> None:
     assert isinstance(cli.datamodule, CIFAR10DataModule)
     assert cli.datamodule.augment
     assert settings_of(cli, "lr", "momentum", "weight_decay", "nesterov") == settings
-    assert optimizer_of(cli)[1] == dict.fromkeys(milestones, 1)
+    assert optimizer_of(cli)[1] == (milestones if isinstance(milestones, dict) else dict.fromkeys(milestones, 0.1))
     assert cli.trainer.gradient_clip_val == clipping
 
 
@@ -224,6 +231,8 @@ def test_what_east_compares_with_is_set_as_itop_has_it(name: str, every: int) ->
     assert [method.times.every, method.times.stop, method.replaces_step] == [every, 1.0, False]
 
 
+# With one sparsity for all layers, a network as narrow as these has too few weights in its shortcuts.
+WIDE_ENOUGH = ["--trainer.callbacks.sparsity=0.95", "--trainer.callbacks.allocation=erk"]
 TRAINED = {
     "fggp-digits": [],
     "gmp-lenet300": [],
@@ -235,6 +244,10 @@ TRAINED = {
     "feather-resnet20": [],
     "set-resnet20": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
     "granet-resnet50": ["--trainer.callbacks.update_every=10"],
+    "acdc-resnet20": ["--trainer.callbacks.min_active=8"],
+    "dsr-wrn28-2": [*WIDE_ENOUGH, "--trainer.callbacks.update_every=4"],
+    "snfs-wrn28-2": [*WIDE_ENOUGH, "--trainer.callbacks.update_every=4"],
+    "mest-vgg19": ["--trainer.callbacks.min_active=8", "--trainer.callbacks.sparsity=0.95"],
     "snip-vgg19": ["--trainer.callbacks.min_active=8"],
     "grasp-resnet50": ["--trainer.callbacks.min_active=8"],
     "synflow-vgg19": ["--trainer.callbacks.min_active=8", "--trainer.callbacks.iterations=10"],
@@ -255,6 +268,29 @@ def test_a_recipe_trains_to_its_sparsity(name: str, tmp_path: Path, monkeypatch:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     (method,) = methods_of(cli)
     assert method.registry.num_active == int(0.05 * method.registry.unshared_numel + 1e-9)
+
+
+def test_the_recipe_of_srigl_trains_to_its_sparsity_with_constant_fan_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect_small_files(monkeypatch)
+    write_binary(tmp_path / "data")
+    name = "srigl-wrn22-2"
+    cli = parsed(name, *narrow(name), "--data.batch_size=8", "--trainer.callbacks.update_every=4", *TINY)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    (method,) = methods_of(cli)
+    numel = method.registry.numel
+    assert 0.045 * numel < method.registry.num_active <= 0.05 * numel  # each layer rounds down
+    for weight in method.registry.values():
+        fan_ins = {int(fan_in) for fan_in in weight.rows(weight.mask).sum(dim=1)} - {0}
+        assert len(fan_ins) == 1
+
+
+def test_the_recipe_of_acdc_has_the_phases_of_its_authors() -> None:
+    (method,) = methods_of(parsed("acdc-resnet20"))
+    assert isinstance(method, ACDC)
+    times = [method.start, method.update_every, method.last_dense, method.stop]
+    assert [round(200 * float(time)) for time in times] == [10, 20, 150, 170]
 
 
 @pytest.mark.parametrize("name", ["dst-vgg16", "dst-wrn16-8", "dst-lstm-a"])
