@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 import lightning_sparse
 from lightning_sparse import ACDC, DST, EAST, DyReLUPhasing, SparsityMonitor, WeightSharing
 from lightning_sparse.cli import SparseCLI
+from lightning_sparse.functional.masks import row_counts
 from lightning_sparse.masks import select_weights
 from lightning_sparse.methods import SparseMethod
 from lightning_sparse.methods.catalog import all_methods
@@ -169,23 +170,21 @@ def test_the_lstms_train_as_the_code_of_dst_does(name: str) -> None:
     assert cli.model.network.get_submodule("classifier").in_features == {"a": 128, "b": 256}[name[-1]]
 
 
-# Epochs, batch size, learning rate, momentum, weight decay, Nesterov; where the learning rate falls to a tenth (or to
-# another fraction); clipping.
+# Epochs, batch size, learning rate, momentum, weight decay, Nesterov; where the learning rate falls; to what
+# fraction; clipping.
 CIFAR = {
-    "acdc-resnet20": ([200, 128, 0.1, 0.9, 5e-4, False], [65, 125, 185], None),
-    **dict.fromkeys(
-        ("dsr-wrn28-2", "snfs-wrn28-2"), ([200, 100, 0.1, 0.9, 5e-4, True], {60: 0.2, 120: 0.2, 160: 0.2}, None)
-    ),
-    "srigl-wrn22-2": ([250, 128, 0.1, 0.9, 5e-4, False], {77: 0.2, 154: 0.2, 231: 0.2}, None),
-    "dense-vgg16": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], None),
-    "dst-wrn16-8": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], None),
-    "dense-resnet20": ([164, 128, 0.1, 0.9, 1e-4, False], [82, 123], None),
-    "rigl-resnet34": ([250, 128, 0.1, 0.9, 1e-4, True], [125, 187], 1.0),
-    "dense-resnet50": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
-    "gmp-vgg19": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], None),
+    "acdc-resnet20": ([200, 128, 0.1, 0.9, 5e-4, False], [65, 125, 185], 0.1, None),
+    **dict.fromkeys(("dsr-wrn28-2", "snfs-wrn28-2"), ([200, 100, 0.1, 0.9, 5e-4, True], [60, 120, 160], 0.2, None)),
+    "srigl-wrn22-2": ([250, 128, 0.1, 0.9, 5e-4, False], [77, 154, 231], 0.2, None),
+    "dense-vgg16": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], 0.1, None),
+    "dst-wrn16-8": ([160, 64, 0.1, 0.9, 1e-4, False], [80, 120], 0.1, None),
+    "dense-resnet20": ([164, 128, 0.1, 0.9, 1e-4, False], [82, 123], 0.1, None),
+    "rigl-resnet34": ([250, 128, 0.1, 0.9, 1e-4, True], [125, 187], 0.1, 1.0),
+    "dense-resnet50": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], 0.1, None),
+    "gmp-vgg19": ([160, 64, 0.1, 0.9, 5e-4, True], [80, 120], 0.1, None),
     **dict.fromkeys(
         ("granet-vgg19", "snip-resnet50", "grasp-vgg19", "synflow-resnet50"),
-        ([160, 128, 0.1, 0.9, 5e-4, True], [80, 120], None),
+        ([160, 128, 0.1, 0.9, 5e-4, True], [80, 120], 0.1, None),
     ),
 }
 
@@ -193,11 +192,11 @@ CIFAR = {
 @pytest.mark.parametrize("name", CIFAR)
 def test_networks_for_cifar_train_as_their_papers_state(name: str) -> None:
     cli = parsed(name, *narrow(name))
-    settings, milestones, clipping = CIFAR[name]
+    settings, milestones, factor, clipping = CIFAR[name]
     assert isinstance(cli.datamodule, CIFAR10DataModule)
     assert cli.datamodule.augment
     assert settings_of(cli, "lr", "momentum", "weight_decay", "nesterov") == settings
-    assert optimizer_of(cli)[1] == (milestones if isinstance(milestones, dict) else dict.fromkeys(milestones, 0.1))
+    assert optimizer_of(cli)[1] == dict.fromkeys(milestones, factor)
     assert cli.trainer.gradient_clip_val == clipping
 
 
@@ -232,7 +231,7 @@ def test_what_east_compares_with_is_set_as_itop_has_it(name: str, every: int) ->
 
 
 # With one sparsity for all layers, a network as narrow as these has too few weights in its shortcuts.
-WIDE_ENOUGH = ["--trainer.callbacks.sparsity=0.95", "--trainer.callbacks.allocation=erk"]
+BY_ERK = ["--trainer.callbacks.sparsity=0.95", "--trainer.callbacks.allocation=erk"]
 TRAINED = {
     "fggp-digits": [],
     "gmp-lenet300": [],
@@ -245,8 +244,8 @@ TRAINED = {
     "set-resnet20": ["--trainer.callbacks.update_every=10", "--trainer.callbacks.sparsity=0.95"],
     "granet-resnet50": ["--trainer.callbacks.update_every=10"],
     "acdc-resnet20": ["--trainer.callbacks.min_active=8"],
-    "dsr-wrn28-2": [*WIDE_ENOUGH, "--trainer.callbacks.update_every=4"],
-    "snfs-wrn28-2": [*WIDE_ENOUGH, "--trainer.callbacks.update_every=4"],
+    "dsr-wrn28-2": [*BY_ERK, "--trainer.callbacks.update_every=4"],
+    "snfs-wrn28-2": [*BY_ERK, "--trainer.callbacks.update_every=4"],
     "mest-vgg19": ["--trainer.callbacks.min_active=8", "--trainer.callbacks.sparsity=0.95"],
     "snip-vgg19": ["--trainer.callbacks.min_active=8"],
     "grasp-resnet50": ["--trainer.callbacks.min_active=8"],
@@ -259,31 +258,31 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_recipe_trains_to_its_sparsity(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> SparseMethod:
+    """The method of a recipe, after two short epochs of its narrow network on small files."""
     expect_small_files(monkeypatch)
     write_mnist(tmp_path / "data")
     write_binary(tmp_path / "data")
-    cli = parsed(name, *narrow(name), "--data.batch_size=8", *TRAINED[name], *TINY)
+    cli = parsed(name, *narrow(name), "--data.batch_size=8", *options, *TINY)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     (method,) = methods_of(cli)
+    return method
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_trains_to_its_sparsity(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = trained(name, tmp_path, monkeypatch, *TRAINED[name])
     assert method.registry.num_active == int(0.05 * method.registry.unshared_numel + 1e-9)
 
 
 def test_the_recipe_of_srigl_trains_to_its_sparsity_with_constant_fan_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expect_small_files(monkeypatch)
-    write_binary(tmp_path / "data")
-    name = "srigl-wrn22-2"
-    cli = parsed(name, *narrow(name), "--data.batch_size=8", "--trainer.callbacks.update_every=4", *TINY)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    (method,) = methods_of(cli)
+    method = trained("srigl-wrn22-2", tmp_path, monkeypatch, "--trainer.callbacks.update_every=4")
     numel = method.registry.numel
     assert 0.045 * numel < method.registry.num_active <= 0.05 * numel  # each layer rounds down
     for weight in method.registry.values():
-        fan_ins = {int(fan_in) for fan_in in weight.rows(weight.mask).sum(dim=1)} - {0}
-        assert len(fan_ins) == 1
+        assert len(set(row_counts(weight.rows(weight.mask)).tolist()) - {0}) == 1
 
 
 def test_the_recipe_of_acdc_has_the_phases_of_its_authors() -> None:
@@ -295,17 +294,13 @@ def test_the_recipe_of_acdc_has_the_phases_of_its_authors() -> None:
 
 @pytest.mark.parametrize("name", ["dst-vgg16", "dst-wrn16-8", "dst-lstm-a"])
 def test_a_recipe_of_dst_learns_thresholds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expect_small_files(monkeypatch)
-    write_mnist(tmp_path / "data")
-    write_binary(tmp_path / "data")
-    cli = parsed(name, *narrow(name), "--data.batch_size=8", *TINY)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    (method,) = methods_of(cli)
+    method = trained(name, tmp_path, monkeypatch)
     assert isinstance(method, DST)
     assert all(threshold.any() for threshold in method.thresholds.values())
     assert 0 < method.registry.num_active < method.registry.numel
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no recipe named 'lenet'\. The recipes are dense-lenet300, dense-lenet5, .*"):
+    first = "acdc-resnet20, dense-lenet300, dense-lenet5"
+    with pytest.raises(ValueError, match=rf"no recipe named 'lenet'\. The recipes are {first}, .*"):
         recipe_path("lenet")
