@@ -38,7 +38,7 @@ def draw(evidence: Evidence, path: Path) -> None:
     # A single sparsity makes no line.
     networks = [name for name in evidence.networks if len(evidence.sparsities(name)) > 1] or evidence.networks
     figure, grid = plt.subplots(
-        len(networks), len(FAMILIES), figsize=(13, 3.1 * len(networks) + 0.4), squeeze=False, layout="constrained"
+        len(networks), len(FAMILIES), figsize=(13, 3.1 * len(networks) + 1.2), squeeze=False, layout="constrained"
     )
     for network, axes in zip(networks, grid, strict=True):
         sparsities = evidence.sparsities(network)
@@ -60,12 +60,13 @@ def draw(evidence: Evidence, path: Path) -> None:
                 axis.axhline(mean(dense), color="#444444", linewidth=0.8)
             axis.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
             axis.set_ylim(low - 0.3, top + 0.4)
-            axis.legend(fontsize=7, frameon=False, loc="lower left")
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(family, fontsize=9)
         axes[0].set_ylabel(f"{NETWORKS[network].title}\ntest accuracy, %", fontsize=9)
     for axis in grid[-1]:
         axis.set_xlabel("sparsity", fontsize=9)
+        # One legend for each family, below its column: inside a panel it would hide points.
+        axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
