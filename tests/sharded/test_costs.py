@@ -67,6 +67,9 @@ class Watch:
                 run(lane)
 
         setattr(lockstep._Lane, "_run", run_and_look)  # noqa: B010  # of a class with a type variable
+        # Never stopped: Python before 3.13.2 crashes where tracemalloc stops while a thread allocates without the GIL
+        # (python/cpython issue 128679), as torch's own threads do here.
+        tracemalloc.start()
 
     def before_step(self, *arguments: Any) -> None:
         sent, all_reduce = list[int](), dist.all_reduce
@@ -76,14 +79,14 @@ class Watch:
             return all_reduce(tensor, *its, **more)
 
         dist.all_reduce = counted
-        tracemalloc.start()
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
         try:
             with self.sizes:
                 self._before(*arguments)
         finally:
             dist.all_reduce = all_reduce
-            self.peak = max(self.peak, tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
+            self.peak = max(self.peak, tracemalloc.get_traced_memory()[1] - before)
         self.calls, self.bytes = max(self.calls, len(sent)), max(self.bytes, sum(sent))
 
 
