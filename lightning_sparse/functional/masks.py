@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "awake",
     "check_packed",
     "count_true",
     "counts_true",
@@ -28,7 +29,10 @@ __all__ = [
 # Entries zeroed at a time on the CPU: the integers that a chunk of the mask is widened to stay in the cache.
 _CHUNK = 1 << 17
 
+_NUMPY_IS_FAST = (torch.float32, torch.float64)  # to compare these it takes a quarter of torch's time
+
 _LARGEST = 1 << 63  # what torch counts in
+_LARGEST_BYTE = 255
 
 _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -56,7 +60,7 @@ def counts_true(masks: Sequence[Tensor]) -> list[int]:
 
 
 def row_counts(rows: Tensor) -> Tensor:
-    """The number of ``True`` in each row of a mask; a sum without ``dtype=`` and ``any`` take six times as long.
+    """The number of ``True`` in each row of a mask, eight entries at a time; a sum of ``bool`` takes twice as long.
 
     Args:
         rows: ``bool``, two-dimensional.
@@ -68,7 +72,36 @@ def row_counts(rows: Tensor) -> Tensor:
         >>> row_counts(torch.tensor([[True, False, True], [False, False, False]]))
         tensor([2, 0])
     """
-    return rows.sum(dim=1, dtype=torch.int32).long()
+    whole = rows.shape[1] // 8 * 8
+    counts = rows[:, whole:].sum(dim=1)
+    entries = rows[:, :whole].reshape(-1)
+    if entries.storage_offset() % 8:
+        entries = entries.clone()
+    eights = entries.view(torch.int64).view(len(rows), whole // 8)
+    for some in eights.split(_LARGEST_BYTE, dim=1):  # of so many, no byte's sum flows over
+        counts += some.sum(dim=1, keepdim=True).view(torch.uint8).sum(dim=1)
+    return counts
+
+
+def awake(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Where pruned entries of ``tensor`` are not zero; NaN is not.
+
+    Args:
+        tensor: Any shape and strides.
+        mask: ``bool``, the shape of ``tensor``; ``True`` = active.
+
+    Returns:
+        ``bool``, the shape of ``tensor``.
+
+    Example:
+        >>> awake(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([True, False, False]))
+        tensor([False,  True, False])
+    """
+    tensor = tensor.detach()
+    if on_cpu(tensor) and tensor.dtype in _NUMPY_IS_FAST:
+        found = np.asarray(tensor.numpy() != 0)
+        return torch.from_numpy(np.greater(found, mask.numpy(), out=found))
+    return (tensor != 0).gt(mask)
 
 
 def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -170,8 +170,8 @@ def in_pieces(parts: Sequence[Tensor]) -> list[Tensor]:
 def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Key | None) -> Tensor | None:
     """:func:`smallest` without a tensor of the size of the keys; None where the sample misleads, or k is out of range.
 
-    A sample brackets the k-th key. One pass counts the keys below the bracket and collects those inside, a partition of
-    these finds the k-th, and a second pass compares with it.
+    A sample brackets the k-th key. One pass marks the keys below the bracket and gathers those inside, of which a
+    partition finds the smallest.
     """
     sizes = [len(piece) for piece in pieces]
 
@@ -186,59 +186,40 @@ def _smallest_in_pieces(pieces: Sequence[Tensor], k: int, among: Tensor, key: Ke
         return _smallest_of_few(pieces, k, among, key)
     few = k * _FEW <= num_eligible
     low, high = _bracket(pieces, k / num_eligible, among, key, one_of=512 if few else 128)
-    if few:
-        return _few_smallest(parts, high, k, among)
-    return _smallest_between(parts, low, high, k, among)
+    return _smallest_between(parts, -math.inf if few else low, high, k, among)  # of few it gathers all that are below
 
 
 def _smallest_between(parts: _Parts, low: float, high: float, k: int, among: Tensor) -> Tensor | None:
-    """The same by two passes: one counts below the bracket and gathers what is inside, one compares with the k-th."""
-    below, inside = 0, list[np.ndarray[Any, Any]]()
-    for _, keys, eligible in parts():
-        below += np.count_nonzero((keys < low) & eligible)
-        inside.append(keys[(keys >= low) & (keys <= high) & eligible])
-    between = np.concatenate(inside)
-    rank = k - below
-    if not 1 <= rank <= len(between):
-        return None
-    between.partition(rank - 1)
-    threshold = between[rank - 1]
-    if not np.isfinite(threshold):
-        return None
-    chosen = torch.empty_like(among)
+    """The same in one pass, which marks what is below the bracket and gathers what is inside."""
+    chosen = torch.zeros_like(among)
+    places, candidates = list[np.ndarray[Any, Any]](), list[np.ndarray[Any, Any]]()
     for start, keys, eligible in parts():
-        np.logical_and(keys <= threshold, eligible, out=chosen.numpy()[start : start + len(keys)])
-    surplus = count_true(chosen) - k
-    if surplus:
-        ties = [start + np.flatnonzero((keys == threshold) & eligible) for start, keys, eligible in parts()]
-        chosen.numpy()[np.concatenate(ties)[-surplus:]] = False
-    return chosen
+        inside = keys <= high
+        if low > -math.inf:
+            below = chosen.numpy()[start : start + len(keys)]
+            np.less(keys, low, out=below)
+            inside ^= below
+            below &= eligible
+        inside &= eligible
+        where = np.flatnonzero(inside)
+        places.append(where + start)
+        candidates.append(keys[where])
+    missing, between = k - count_true(chosen), np.concatenate(candidates)
+    return _mark_smallest_(chosen, np.concatenate(places), between, missing) if 1 <= missing <= len(between) else None
 
 
 def _smallest_of_few(pieces: Sequence[Tensor], k: int, among: Tensor, key: Key | None) -> Tensor | None:
     """The same where few are eligible: these are gathered."""
     where = np.flatnonzero(among.numpy())
-    return _marked(where, keys_of(_take(pieces, where), key), k, among)
+    return _mark_smallest_(torch.zeros_like(among), where, keys_of(_take(pieces, where), key), k)
 
 
-def _few_smallest(parts: _Parts, high: float, k: int, among: Tensor) -> Tensor | None:
-    """The same where few are wanted: one pass gathers what is below the bracket's end, and a partition is of these."""
-    places, candidates = list[np.ndarray[Any, Any]](), list[np.ndarray[Any, Any]]()
-    for start, keys, eligible in parts():
-        where = np.flatnonzero((keys <= high) & eligible)
-        places.append(where + start)
-        candidates.append(keys[where])
-    where, keys = np.concatenate(places), np.concatenate(candidates)
-    return _marked(where, keys, k, among) if k <= len(keys) else None
-
-
-def _marked(where: np.ndarray[Any, Any], keys: np.ndarray[Any, Any], k: int, among: Tensor) -> Tensor | None:
-    """The mask of the ``k`` smallest keys, which stand at rising places; None where one of them is not finite."""
+def _mark_smallest_(chosen: Tensor, where: np.ndarray[Any, Any], keys: np.ndarray[Any, Any], k: int) -> Tensor | None:
+    """Mark the ``k`` smallest keys, which stand at rising places; None where one of them is not finite."""
     threshold = np.partition(keys, k - 1)[k - 1]
     if not np.isfinite(threshold):
         return None
     below, ties = np.flatnonzero(keys < threshold), np.flatnonzero(keys == threshold)
-    chosen = torch.zeros_like(among)
     chosen.numpy()[where[np.concatenate([below, ties[: k - len(below)]])]] = True
     return chosen
 

@@ -189,8 +189,10 @@ class ConstantFanIn(Pattern):
         self, weight: MaskedWeight, scores: Tensor, k: int, among: Tensor, key: Key | None = None
     ) -> Tensor:
         eligible = weight.rows(among)
-        alive = row_counts(eligible) > 0
-        keys = torch.where(eligible, weight.rows(scores if key is None else key(scores)), -torch.inf)
+        counts = row_counts(eligible)
+        alive, keys = counts > 0, weight.rows(scores if key is None else key(scores))
+        if not on_cpu(keys) or int(counts.sum()) < keys.numel():  # as a rule all are, where a layer grows
+            keys = torch.where(eligible, keys, -torch.inf)
         fan_in = k // max(1, weight.count_rows(alive))
         if fan_in == 0:
             fan_in, eligible = 1, eligible & weight.largest_rows(keys.amax(dim=1), k, alive).unsqueeze(1)

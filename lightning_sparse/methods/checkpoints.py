@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sparse.functional.masks import count_true, unpack
+from lightning_sparse.functional.masks import awake, count_true, unpack
 from lightning_sparse.masks.checkpoint import CheckpointError, fault_of_seal, load_checkpoint, masks_by_method
 from lightning_sparse.masks.layout import is_sharded, saved_everywhere
 from lightning_sparse.masks.places import printable
@@ -251,14 +251,14 @@ def look_at_saved(method: Method) -> None:
         return
     checkpoint, run.saved = run.saved, None
     masks = (checkpoint.get("callbacks", {}).get(method.state_key) or {}).get("masks", {})
-    awake = [
+    names = [
         weight.name
         for _, value, weight in _stored(checkpoint, method)
         if weight.name in masks and _is_awake(value, unpack(masks[weight.name]["bits"], weight.shape))
     ]
-    if awake:
+    if names:
         method.warn_once(
-            f"pruned weights of {enumerated(awake)} were written as or after a checkpoint was saved, which may hold"
+            f"pruned weights of {enumerated(names)} were written as or after a checkpoint was saved, which may hold"
             " them: in on_save_checkpoint of a later callback or of the module, perhaps. List that callback before"
             f" {type(method).__name__}, or write zeros"
         )
@@ -277,7 +277,7 @@ def _stored(checkpoint: Mapping[str, Any], method: Method) -> list[tuple[str, Te
 
 
 def _is_awake(value: Tensor, mask: Tensor) -> bool:
-    return bool((value != 0).logical_and_(~mask.to(value.device)).any())
+    return bool(awake(value, mask.to(value.device)).any())
 
 
 def forget_stale(method: Method, module: pl.LightningModule) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse.functional.masks import counts_true
+from lightning_sparse.functional.masks import awake, counts_true
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import is_sharded, local_part
 from lightning_sparse.masks.weight import MaskedWeight
@@ -140,10 +140,10 @@ class Guard:
             return []
         if clipped:
             samples = self._sampled()
-            awake = [int((weight.grad.reshape(-1)[samples[index]] != 0).any()) for index, weight in written]
+            counts = [int((weight.grad.reshape(-1)[samples[index]] != 0).any()) for index, weight in written]
         else:
-            awake = counts_true([(weight.grad != 0).gt(weight.mask) for _, weight in written])
-        return [weight for (_, weight), count in zip(written, awake, strict=True) if count]
+            counts = counts_true([awake(weight.grad, weight.mask) for _, weight in written])
+        return [weight for (_, weight), count in zip(written, counts, strict=True) if count]
 
     def _marks(self) -> list[_Mark]:
         return _marks([weight.parameter for weight in self._group])
@@ -156,7 +156,7 @@ class Guard:
 
 def count_awake(weights: Sequence[MaskedWeight]) -> list[int]:
     """How many pruned weights of each are not zero; reads them all, with one transfer from a device."""
-    return counts_true([(weight.value != 0).gt(weight.mask) for weight in weights]) if weights else []
+    return counts_true([awake(weight.value, weight.mask) for weight in weights]) if weights else []
 
 
 def _state_of(group: MaskGroup) -> object:

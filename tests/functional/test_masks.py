@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sparse.functional import kth_smallest, largest, pack, smallest, unpack, zero_pruned_
 from lightning_sparse.functional import selection as selecting
+from lightning_sparse.functional.masks import awake, row_counts
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BYTE_FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -260,6 +261,28 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def random_mask(shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
+@pytest.mark.parametrize("width", [0, 1, 7, 8, 9, 2040, 2041, 2048, 5003])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_counts_of_rows_are_their_sums_wherever_they_lie(rows: int, width: int, density: float) -> None:
+    memory = torch.rand(rows * width + 3, generator=torch.Generator().manual_seed(0)) < density
+    for start in (0, 1, 3):
+        mask = memory[start : start + rows * width].view(rows, width)
+        assert row_counts(mask).equal(mask.sum(dim=1))
+        assert row_counts(mask.t()).equal(mask.sum(dim=0))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_awake_is_pruned_and_not_zero(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0, -0.0], [math.nan, math.nan, -math.inf, 1e-7]], dtype=dtype)
+    mask = torch.tensor([[True, False, True, False], [True, False, False, False]])
+    expected = torch.tensor([[False, True, False, False], [False, True, True, True]])
+    assert awake(weight, mask).equal(expected)
+    assert awake(weight.t(), mask.t()).equal(expected.t())
+    assert awake(weight[1, 1], mask[1, 1])
+    assert awake(weight[:, :0], mask[:, :0]).shape == (2, 0)
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
