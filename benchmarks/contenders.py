@@ -30,7 +30,25 @@ from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsif
 from torch.nn.utils import parametrize, prune
 from typing_extensions import override
 
-from lightning_sparse import DST, EAST, FGGP, GMP, SET, FixedMask, RigL
+from lightning_sparse import (
+    ACDC,
+    DSR,
+    DST,
+    EAST,
+    FGGP,
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    SRSTE,
+    STR,
+    Feather,
+    FixedMask,
+    GraNet,
+    RigL,
+    SRigL,
+    TopKAST,
+)
 from lightning_sparse.functional.thresholds import long_tailed_estimator
 from lightning_sparse.masks import select_weights
 from lightning_sparse.modules import DyReLUPhasing
@@ -272,11 +290,22 @@ METHODS: dict[str, Contender] = {
     "SET": Contender(lambda: [SET(SPARSITY, **STILL)]),
     "RigL": Contender(lambda: [RigL(SPARSITY, **STILL)]),
     "EAST": Contender(lambda: [EAST(SPARSITY, **STILL, cycles=0, sharing=False, phasing=False)]),
+    "GraNet": Contender(lambda: [GraNet(Constant(SPARSITY), **STILL)]),
+    "MEST": Contender(lambda: [MEST(SPARSITY, **STILL)]),
+    "SNFS": Contender(lambda: [SNFS(SPARSITY, **STILL)]),
+    "DSR": Contender(lambda: [DSR(SPARSITY, stop=0)]),
+    "ACDC": Contender(lambda: [ACDC(SPARSITY, update_every=1, start=0, last_dense=0, stop=0)]),
+    "SRigL": Contender(lambda: [SRigL(SPARSITY, **STILL)]),
     "FixedMask": Contender(lambda: [FixedMask()], zero_smallest),
     "DST": Contender(lambda: [DST(ALPHA)]),
+    "SRSTE": Contender(lambda: [SRSTE("2:4")]),
+    "STR": Contender(lambda: [STR(-5.0, decay=1e-4)]),
+    "TopKAST": Contender(lambda: [TopKAST(SPARSITY)]),
+    "Feather": Contender(lambda: [Feather(SPARSITY, stop=0)]),
     "EAST, Dynamic ReLUs": Contender(phasing),
 }
-"""The methods of this package, between updates; EAST after its phase of Dynamic ReLUs, and during it."""
+"""The methods of this package, between updates; EAST after its phase of Dynamic ReLUs, and during it. The masks of DST,
+SR-STE, STR, Top-KAST and Feather change at every step, which is measured with them; those of SR-STE hold 50 %."""
 
 RIVALS: dict[str, Contender] = {
     "torch.nn.utils.prune": Contender(prepare=prune_by_torch),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks import (
+    contenders,
     dst,
     files,
     guard,
@@ -40,6 +41,10 @@ def test_the_smallest_case_runs_and_writes_its_figures(benchmark: ModuleType, tm
     content = json.loads((tmp_path / "figures.json").read_text())
     assert content["rows"]
     assert {"torch", "lightning", "cpus", "threads"} <= content["conditions"].keys()
+
+
+def test_whose_updates_are_timed_are_also_weighed_and_timed_between_updates() -> None:
+    assert update.METHODS.keys() <= contenders.METHODS.keys()
 
 
 @pytest.fixture
