@@ -125,6 +125,11 @@ class SRigL(GrowingMethod):
         return budgets
 
     @override
+    def after_update(self, group: MaskGroup) -> None:
+        for weight in group:
+            del self._own.alive[weight.name]  # as large as the masks
+
+    @override
     def allowed(self, weight: MaskedWeight) -> Tensor:
         return self._own.alive[weight.name]
 
