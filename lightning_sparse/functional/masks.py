@@ -33,6 +33,7 @@ _NUMPY_IS_FAST = (torch.float32, torch.float64)  # to compare these it takes a q
 
 _LARGEST = 1 << 63  # what torch counts in
 _LARGEST_BYTE = 255
+_MANY, _NARROW, _WIDE = 1 << 18, 64, 1 << 13  # entries of masks, and of rows, that are counted in other ways
 
 _INTEGER_OF_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,10 +61,10 @@ def counts_true(masks: Sequence[Tensor]) -> list[int]:
 
 
 def row_counts(rows: Tensor) -> Tensor:
-    """The number of ``True`` in each row of a mask, eight entries at a time; a sum of ``bool`` takes twice as long.
+    """The number of ``True`` in each row of a mask; for large masks on a CPU in half of the time of a sum, or less.
 
     Args:
-        rows: ``bool``, two-dimensional.
+        rows: ``bool``, two-dimensional, any strides.
 
     Returns:
         ``int64``, one for each row.
@@ -72,9 +73,14 @@ def row_counts(rows: Tensor) -> Tensor:
         >>> row_counts(torch.tensor([[True, False, True], [False, False, False]]))
         tensor([2, 0])
     """
-    whole = rows.shape[1] // 8 * 8
+    width = rows.shape[1]
+    if not on_cpu(rows) or rows.numel() < _MANY or width < _NARROW or rows.stride(1) != 1:
+        return rows.sum(dim=1, dtype=torch.int32).long()  # without dtype= it takes six times as long
+    if width > _WIDE:
+        return torch.tensor([int(np.count_nonzero(row)) for row in rows.numpy()])
+    whole = width // 8 * 8
     counts = rows[:, whole:].sum(dim=1)
-    entries = rows[:, :whole].reshape(-1)
+    entries = rows[:, :whole].contiguous().view(-1)
     if entries.storage_offset() % 8:
         entries = entries.clone()
     eights = entries.view(torch.int64).view(len(rows), whole // 8)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_sparse.functional import kth_smallest, largest, pack, smallest, unpack, zero_pruned_
+from lightning_sparse.functional import kth_smallest, largest, masks, pack, smallest, unpack, zero_pruned_
 from lightning_sparse.functional import selection as selecting
 from lightning_sparse.functional.masks import awake, row_counts
 
@@ -263,6 +263,14 @@ def random_mask(shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
 
 
+@pytest.fixture
+def _counted_as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_MANY", 0)
+    monkeypatch.setattr(masks, "_NARROW", 8)
+    monkeypatch.setattr(masks, "_WIDE", 5_000)
+
+
+@pytest.mark.usefixtures("_counted_as_if_large")
 @pytest.mark.parametrize("width", [0, 1, 7, 8, 9, 2040, 2041, 2048, 5003])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -270,8 +278,15 @@ def test_counts_of_rows_are_their_sums_wherever_they_lie(rows: int, width: int, 
     memory = torch.rand(rows * width + 3, generator=torch.Generator().manual_seed(0)) < density
     for start in (0, 1, 3):
         mask = memory[start : start + rows * width].view(rows, width)
+        one = memory[:1].expand(rows, 24)
+        for view in (mask, mask.t(), mask.t()[:1], mask[:, ::2], mask[:, 1:], mask[::2], one):
+            assert row_counts(view).equal(view.sum(dim=1))
+
+
+def test_counts_of_rows_of_large_masks_are_their_sums() -> None:
+    for shape in ((2_000, 300), (5_000, 64), (30, 10_000), (20_000, 20)):
+        mask = random_mask(shape)
         assert row_counts(mask).equal(mask.sum(dim=1))
-        assert row_counts(mask.t()).equal(mask.sum(dim=0))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
