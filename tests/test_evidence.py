@@ -43,8 +43,7 @@ def test_a_cut_leaves_whole_seeds() -> None:
     seeds = [run.seed for run in all_runs(["lenet300"])]
     assert seeds == sorted(seeds)
     assert len(set(all_runs())) == len(all_runs())
-    without = {network for network in NETWORKS if (network, 0.9) not in STR_DECAY}
-    assert not any(run.method == "STR" and run.network in without for run in all_runs())
+    assert {(run.network, run.sparsity) for run in all_runs() if run.method == "STR"} == STR_DECAY.keys()
 
 
 @pytest.mark.parametrize("network", NETWORKS)
