@@ -153,6 +153,7 @@ def fit(
     monitor = [SparsityMonitor(per_layer=False, histograms=False, heatmap=False)] if callbacks else []
     trainer = quiet_trainer(
         max_epochs=epochs,
+        precision=run.setting.precision,
         check_val_every_n_epoch=epochs,
         callbacks=[*callbacks, *monitor],
         gradient_clip_val=None,
