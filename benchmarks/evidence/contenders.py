@@ -45,9 +45,13 @@ STR_DECAY: Mapping[tuple[str, float], float] = {
     ("lenet300", 0.95): 0.0282,
     ("lenet300", 0.98): 0.0453,
     ("lenet300", 0.99): 0.0602,
+    ("cnn-bn", 0.9): 0.003668,
     ("cnn-bn", 0.95): 0.006727,
+    ("cnn-bn", 0.98): 0.016,
     ("cnn-bn", 0.99): 0.02934,
+    ("cnn", 0.9): 0.005187,
     ("cnn", 0.95): 0.008724,
+    ("cnn", 0.98): 0.01499,
     ("cnn", 0.99): 0.01987,
 }
 """STR has no target sparsity. These are the weight decays of s that ended nearest to each sparsity, as found by
