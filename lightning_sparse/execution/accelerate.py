@@ -130,7 +130,7 @@ class _Acceleration:
         timed = [(rounds[str(number)], made) for number, made in enumerate(candidates)]
         fastest, best = min(timed, key=lambda pair: min(pair[0]))
         gains = [dense / fast for dense, fast in zip(rounds["dense"], fastest, strict=True)]
-        low, middle, high = quantiles(gains, n=4)
+        low, middle, high = quantiles(gains, method="inclusive")
         dense, fast = min(rounds["dense"]), min(fastest)
         if min(low, dense / fast) < LEAST_GAIN_OF_THE_WHOLE:  # in a quarter of the rounds, or where each is undisturbed
             return self._as_it_is(
@@ -139,7 +139,7 @@ class _Acceleration:
         assert best.recipe is not None
         if best.recipe.threads != self.threads:
             self._note("Sparse layers compute on one thread, which was faster than on several.")
-        best.report = replace(self._report(best.recipe, dense, fast), gain_range=(low, high))
+        best.report = replace(self._report(best.recipe, dense, fast), gains=tuple(gains))
         return best
 
     def _run_example(self) -> list[Tensor]:
@@ -251,13 +251,8 @@ class _Acceleration:
         chosen = frozenset[str]() if recipe is None else recipe.layers
         key = (False, self.threads) if recipe is None else (recipe.shrink, recipe.threads)
         layers = self.layers.get(key, [])
-        kept = "the network is faster without it"
         return [
-            replace(
-                layer,
-                sparse=layer.name in chosen,
-                reason="" if layer.name in chosen else layer.reason or kept,
-            )
+            replace(layer, sparse=layer.name in chosen, reason=_reason(layer, layer.name in chosen))
             for layer in layers
             if layer.sparsity or layer.name in chosen
         ]
@@ -273,6 +268,13 @@ class _Acceleration:
         if warn:
             warnings.warn(note, stacklevel=4)
         return AcceleratedModule(self.module, None, self._report(None, None, None))
+
+
+def _reason(layer: LayerChoice, is_chosen: bool) -> str:
+    """Why a layer is dense, or why it is sparse though that was no faster when it was timed alone."""
+    if is_chosen:
+        return "" if layer.sparse else "no faster alone, but the network is"
+    return layer.reason or "the network is faster without it"
 
 
 def _versions(module: nn.Module) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import io
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median, quantiles
 from typing import final
 
 import torch
@@ -28,7 +29,7 @@ class LayerChoice:
         sparse: Whether the layer is executed sparsely.
         dense_seconds: Time of a call of the dense layer on its own input; ``None`` if it was not timed.
         sparse_seconds: Time of a call of the sparse layer.
-        reason: Why the layer stays dense, if it does.
+        reason: Why the layer stays dense; or why it does not, where the sparse one is no faster.
 
     Example:
         >>> LayerChoice("fc", (10, 20), 0.9, True, dense_seconds=2e-5, sparse_seconds=5e-6).gain
@@ -61,16 +62,17 @@ class AccelerationReport:
         kernels: The kernels that execute sparse layers.
         threads: Number of threads.
         input_shapes: Shapes of the example's tensors.
-        dense_seconds: Time of a call of the original module on the example.
-        fast_seconds: Time of a call of the returned module; ``None`` if nothing was tried.
-        gain_range: Quartiles of the gain over the rounds of timing: how far it can be trusted on this machine.
+        dense_seconds: Time of a call of the original module on the example, in the fastest round.
+        fast_seconds: Time of a call of the returned module, likewise; ``None`` if nothing was tried.
+        gains: The gain in each round of timing, at least two, if any.
         accelerated: Whether the returned module differs from the original.
         notes: Other remarks, one sentence each.
 
     Example:
-        >>> report = AccelerationReport([], "llvm", 1, [(1, 4)], dense_seconds=3e-5, fast_seconds=1e-5)
-        >>> round(report.gain, 6)
-        3.0
+        >>> gains = (2.0, 3.0, 4.0)
+        >>> report = AccelerationReport([], "llvm", 1, [(1, 4)], dense_seconds=3e-5, fast_seconds=1e-5, gains=gains)
+        >>> report.gain, report.gain_range
+        (3.0, (2.5, 3.5))
     """
 
     layers: Sequence[LayerChoice]
@@ -79,16 +81,22 @@ class AccelerationReport:
     input_shapes: Sequence[tuple[int, ...]]
     dense_seconds: float | None = None
     fast_seconds: float | None = None
-    gain_range: tuple[float, float] | None = None
+    gains: Sequence[float] = field(default_factory=tuple)
     accelerated: bool = False
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
     def gain(self) -> float:
-        """How many times as fast a call is as one of the original module; 1 if that is returned."""
-        if self.dense_seconds is None or self.fast_seconds is None:
-            return 1.0
-        return self.dense_seconds / self.fast_seconds
+        """How many times as fast a call is as one of the original module: the median; 1 if that is returned."""
+        return median(self.gains) if self.gains else 1.0
+
+    @property
+    def gain_range(self) -> tuple[float, float] | None:
+        """Quartiles of the gain over the rounds of timing: how far it can be trusted on this machine."""
+        if not self.gains:
+            return None
+        low, _, high = quantiles(self.gains, method="inclusive")
+        return low, high
 
     @property
     def conditions(self) -> str:
@@ -103,7 +111,7 @@ class AccelerationReport:
         for layer in self.layers:
             times = [_microseconds(layer.dense_seconds), _microseconds(layer.sparse_seconds)]
             gain = "" if layer.gain is None else f"{layer.gain:.2f}"
-            chosen = "sparse" if layer.sparse else f"dense: {layer.reason}"
+            chosen = ("sparse" if layer.sparse else "dense") + (f": {layer.reason}" if layer.reason else "")
             table.add_row(layer.name, "×".join(map(str, layer.shape)), f"{layer.sparsity:.4f}", *times, gain, chosen)
         stream = io.StringIO()
         Console(file=stream, width=160, color_system=None, force_jupyter=False).print(table)

@@ -257,8 +257,9 @@ class DST(LatentMethod):
             least = min(collapsed.values())
             rank_zero_warn(
                 f"DST: {enumerated(collapsed)} {have} collapsed to sparsity {least:.4f}{' and more' * (have != 'has')}"
-                f" {'by' if ended else 'at'} step {self.step}; thresholds are reset to 0. A lower alpha avoids this."
-                " Later resets are counted in masks/threshold_resets."
+                f" {'by' if ended else 'at'} step {self.step}; thresholds are reset to 0."
+                f" {'A lower alpha' if self.sparsity is None else 'Longer training, or a lower sparsity=,'} avoids"
+                " this. Later resets are counted in masks/threshold_resets."
             )
             collapsed.clear()
             own.is_told = True
@@ -309,10 +310,11 @@ class DST(LatentMethod):
         self._tell_of_resets(ended=True)
         actual = self.actual_sparsity()
         if self.sparsity is not None and abs(self.sparsity - actual) > _TOLERANCE:
+            end = self.run.origin + self.run.total_steps
             rank_zero_warn(
-                f"DST: training ended at sparsity {actual:.4f} instead of {self.sparsity}, at step"
-                f" {self.step} of {self.run.origin + self.run.total_steps:g}. Train to the end, longer, or with a"
-                " larger learning rate: thresholds move at that of the weights."
+                f"DST: training ended at sparsity {actual:.4f} instead of {self.sparsity}, at step {self.step} of"
+                f" {end:g}. Train {'to the end, longer,' if self.step < end else 'longer'} or with a larger learning"
+                " rate: thresholds move at that of the weights."
             )
 
     @override

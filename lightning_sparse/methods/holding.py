@@ -30,6 +30,7 @@ __all__ = [
     "mend_gradients",
     "repair_written",
     "warn_of_dead_filters",
+    "warn_of_empty",
     "warn_of_thawed",
 ]
 
@@ -53,16 +54,23 @@ def masks_are_others(method: Method, group: MaskGroup) -> None:
     run.averages.apply_(group)
     run.guards[group].masks_changed()
     run.guards[group].note_weights()
+    warn_of_empty(method, group)
+
+
+def warn_of_empty(method: Method, group: MaskGroup) -> None:
+    """Warn of each layer once, as soon as all of its weights are pruned."""
+    run = method.run
     empty = [weight for weight in group if weight.num_active == 0 and f"empty: {weight.name}" not in run.warned]
     if empty:
         run.warned.update(f"empty: {weight.name}" for weight in empty)
         them = "it" if len(empty) == 1 else "them"
         depthwise = any("@depthwise" in weight.candidate.traits for weight in empty)
         advice = "exclude=['@depthwise']" if depthwise else "exclude="
+        if hasattr(method, "min_active"):
+            advice += ", or set min_active"
         method.warn_once(
             f"{enumerated(weight.name for weight in empty)} {'has' if len(empty) == 1 else 'have'} no active weight"
-            f" left; no signal passes through {them}. To train {them}, leave {them} out with {advice}, or set"
-            " min_active if the method has it"
+            f" left; no signal passes through {them}. To train {them}, leave {them} out with {advice}"
         )
 
 

@@ -30,6 +30,7 @@ from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, re
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
+from lightning_sparse.methods.holding import warn_of_empty
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
 from lightning_sparse.methods.twins import (
     descend,
@@ -293,6 +294,7 @@ class LatentMethod(SparseMethod):
         for weight in group:
             weight.budget = weight.num_active
         self.masks_renewed(group)
+        warn_of_empty(self, group)
 
     @override
     def target_sparsity(self, name: str | None = None) -> float:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,10 +61,21 @@ def test_a_convolutional_network_is_faster_and_the_same() -> None:
 
 
 def test_the_report_is_a_table_with_conditions_and_the_whole() -> None:
-    text = str(accelerate(wide_perceptron(), torch.randn(16, 512), threads=1, seconds=QUICK).report)
+    report = accelerate(wide_perceptron(), torch.randn(16, 512), threads=1, seconds=QUICK).report
+    text = str(report)
     assert text.startswith("input 16×512, 1 thread, kernels ")
     assert "| 1 " in text
     assert "times as fast" in text
+    assert report.gain_range is not None
+    assert report.gain_range[0] <= report.gain <= report.gain_range[1]
+
+
+def test_the_report_says_why_a_layer_is_sparse_that_is_no_faster_alone() -> None:
+    timed = LayerChoice("fc", (10, 20), 0.9, False, dense_seconds=2e-5, sparse_seconds=2e-5, reason="not as fast")
+    assert _module("accelerate")._reason(timed, False) == "not as fast"
+    beside = replace(timed, sparse=True, reason=_module("accelerate")._reason(timed, True))
+    text = str(AccelerationReport([beside], "llvm", 1, [(1, 4)]))
+    assert "sparse: no faster alone, but the network is" in text
 
 
 @pytest.mark.skipif("llvm" not in available_kernels(), reason="llvmlite is not installed")

@@ -489,6 +489,7 @@ def test_a_layer_of_zeros_is_not_said_to_have_collapsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:DST. alpha is 3")
+@pytest.mark.filterwarnings("ignore:.* no active weight left")
 def test_no_layer_is_reset_when_the_guard_is_off(tmp_path: Path) -> None:
     method = DST(3.0, reset_sparsity=1.1)
     make_trainer(tmp_path, callbacks=[method]).fit(ToyModel())
@@ -497,6 +498,7 @@ def test_no_layer_is_reset_when_the_guard_is_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:DST. alpha is 3")
+@pytest.mark.filterwarnings("ignore:.* no active weight left")
 def test_evaluation_never_resets(tmp_path: Path) -> None:
     method = DST(3.0, reset_sparsity=1.1)
     trainer = make_trainer(tmp_path, callbacks=[method])

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse import SRSTE
+from lightning_sparse import SRSTE, STR, Feather
 from lightning_sparse.methods.latent import LatentMethod
 from lightning_sparse.testing import masks_of
 from lightning_sparse.testing.toys import OPTIMIZERS
@@ -277,3 +277,16 @@ def test_an_error_before_the_step_leaves_the_weights_of_the_last_forward(case: C
         make_trainer(tmp_path, callbacks=[case.make()]).fit(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, seen[name]), name
+
+
+# What every method tells, tells this family too.
+
+
+@pytest.mark.parametrize("method", [Feather(0.9), STR(1.0, decay=0.0)], ids=["Feather", "STR"])
+@pytest.mark.filterwarnings(r"ignore:.*network\.2\.weight has no active weight left")
+def test_a_layer_without_active_weights_is_named(method: LatentMethod, tmp_path: Path) -> None:
+    model = ToyModel()
+    with torch.no_grad():
+        model.get_parameter("network.4.weight").mul_(1e-6)
+    with pytest.warns(UserWarning, match=r"network\.4\.weight.* no active weight left.* with exclude=\.$"):
+        make_trainer(tmp_path, callbacks=[method]).fit(model)
