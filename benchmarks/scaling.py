@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 {
                     "method": name,
                     "growing": grows,
-                    "ms by number": ", ".join(f"{size}: {ms:.3g}" for size, ms in of_update.items()),
+                    "ms by number": ", ".join(f"{size}: {float(f'{ms:.3g}'):,g}" for size, ms in of_update.items()),
                     "exponent": b,
                     "goal": GOAL if grows == "weights" else "",
                 }

@@ -30,6 +30,7 @@ TIMED = {
     "resnet18-32": "ResNet-18, 32²",
     "resnet18-224": "ResNet-18, 224²",
     "resnet50-224": "ResNet-50, 224²",
+    "vit-32": "ViT, 32²",
 }
 
 DENSE_COLOUR, METHOD_COLOURS = "#6b7280", {"gmp": "#7f9cc0", "fggp": "#d1495b"}

@@ -22,7 +22,7 @@ def test_it_shows_the_figures_that_are_there(picture: dict[str, Any]) -> None:
     figures = picture["read"]()
     digest = picture["digest"](figures)
     assert b"Source\0" + digest.encode() in PICTURE.read_bytes(), "they are others now: run python docs/picture.py"
-    assert len(figures["speeds"]) == 6
+    assert len(figures["speeds"]) == 7
     assert {row["sparsity"] for row in figures["files"]} == {0.9, 0.95, 0.99, 0.999}
 
 
