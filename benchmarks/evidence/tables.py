@@ -310,7 +310,7 @@ def _rank_table(evidence: Evidence) -> str:
         for method, average in ranks.average.items()
     ]
     absent = [_name(method) for method in COMPETE if method not in ranks.average]
-    left_out = f" Left out, because a run is missing or ended denser than it should: {', '.join(absent)}." if absent else ""
+    left_out = f" Left out, because a run is missing or ended too dense: {', '.join(absent)}." if absent else ""
     told_apart = sum(
         abs(ranks.average[one] - ranks.average[other]) > ranks.critical for one, other in combinations(ranks.average, 2)
     )
