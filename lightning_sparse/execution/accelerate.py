@@ -129,17 +129,18 @@ class _Acceleration:
         rounds = compare_rounds(calls, budget=self.seconds, rounds=11, device=self.device, what=what)
         timed = [(rounds[str(number)], made) for number, made in enumerate(candidates)]
         fastest, best = min(timed, key=lambda pair: min(pair[0]))
-        gains = [dense / fast for dense, fast in zip(rounds["dense"], fastest, strict=True)]
-        low, middle, high = quantiles(gains, method="inclusive")
-        dense, fast = min(rounds["dense"]), min(fastest)
-        if min(low, dense / fast) < LEAST_GAIN_OF_THE_WHOLE:  # in a quarter of the rounds, or where each is undisturbed
+        by_gain = sorted(zip(rounds["dense"], fastest, strict=True), key=lambda pair: pair[0] / pair[1])
+        low, middle, high = quantiles([dense / fast for dense, fast in by_gain], method="inclusive")
+        # In a quarter of the rounds, or where each is undisturbed:
+        if min(low, min(rounds["dense"]) / min(fastest)) < LEAST_GAIN_OF_THE_WHOLE:
             return self._as_it_is(
                 f"The fastest variant is {middle:.2f} times as fast as the dense module ({low:.2f} to {high:.2f})"
             )
         assert best.recipe is not None
         if best.recipe.threads != self.threads:
             self._note("Sparse layers compute on one thread, which was faster than on several.")
-        best.report = replace(self._report(best.recipe, dense, fast), gains=tuple(gains))
+        dense, fast = by_gain[len(by_gain) // 2]
+        best.report = replace(self._report(best.recipe, dense, fast), gain_range=(low, high))
         return best
 
     def _run_example(self) -> list[Tensor]:

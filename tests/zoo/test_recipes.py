@@ -269,6 +269,7 @@ def trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options
     return method
 
 
+@pytest.mark.filterwarnings("ignore:Feather.* no active weight left")  # the narrow network has few weights
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_recipe_trains_to_its_sparsity(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = trained(name, tmp_path, monkeypatch, *TRAINED[name])
