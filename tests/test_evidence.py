@@ -15,7 +15,7 @@ from benchmarks import fine_tuning, moments
 from benchmarks.evidence.__main__ import PAGE, all_runs
 from benchmarks.evidence.contenders import METHODS, ONLY_ON, STR_DECAY, VARIANTS, n_of_m
 from benchmarks.evidence.networks import NETWORKS, equal_width, num_weights
-from benchmarks.evidence.tables import Evidence, beside_baselines, markdown
+from benchmarks.evidence.tables import Evidence, beside_baselines, markdown, on_cnns
 from benchmarks.evidence.training import Run, train
 from benchmarks.pages import written
 from benchmarks.runs import read
@@ -124,6 +124,23 @@ def test_a_method_that_loses_to_a_baseline_is_named() -> None:
     }
 
 
+def test_a_card_says_where_on_the_cnns_its_method_loses() -> None:
+    def rows(network: str, sparsity: float, **accuracies: float) -> list[dict[str, Any]]:
+        return [row(name, value, sparsity=sparsity) | {"network": network} for name, value in accuracies.items()]
+
+    one = [
+        *rows("cnn-bn", 0.9, static=95.0, SET=90.0, RigL=95.0),
+        *rows("cnn-bn", 0.99, static=90.0, SET=89.8, RigL=88.0),
+    ]
+    two = [*rows("cnn", 0.9, static=95.0, SET=90.0, RigL=96.0), *rows("cnn", 0.99, static=90.0, SET=89.0, RigL=90.0)]
+    evidence = Evidence([*one, *two])
+    loses = "On a small CNN it loses to a baseline at"
+    assert on_cnns(evidence, "SET") == f"{loses} 90 % with BatchNorm, and at 90 and 99 % without."
+    assert on_cnns(evidence, "RigL") == f"{loses} 99 % with BatchNorm."
+    assert on_cnns(Evidence(two), "SET") == f"{loses} 90 and 99 % without BatchNorm."
+    assert on_cnns(Evidence(one), "GMP") == "On a small CNN it loses to no baseline."
+
+
 def test_trials_on_fewer_images_are_no_evidence() -> None:
     assert not Evidence([row("GMP", 97.0) | {"train_images": 1000}]).rows
 
@@ -145,6 +162,7 @@ def test_a_card_tells_what_was_measured(name: str) -> None:
     *first, last = [f"{accuracy:.1f}" for accuracy in means]
     card = " ".join((getattr(lightning_sparse, name).__doc__ or "").split())
     assert f"(4 epochs, mean of three seeds): {', '.join(first)} and {last} %;" in card
+    assert on_cnns(evidence, name) in card
 
 
 def test_a_page_without_markers_is_refused() -> None:

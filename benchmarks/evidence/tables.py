@@ -16,7 +16,7 @@ from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.training import Run
 from benchmarks.runs import mean_and_deviation, read
 
-__all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown"]
+__all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdown", "on_cnns"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
 ALL = (*BASELINES, *METHODS, *VARIANTS)
@@ -200,6 +200,28 @@ def beside_baselines(evidence: Evidence) -> dict[str, list[str]]:
             if lost:
                 sentences.setdefault(method, []).append(f"{_TITLES[baseline]}: {'; '.join(lost)}")
     return sentences
+
+
+def on_cnns(evidence: Evidence, method: str) -> str:
+    """A sentence for a method's card: where on the CNNs it loses to a baseline by more than ``MARGIN`` in the mean."""
+    where = {
+        with_or_without: [
+            f"{100 * s:g}"
+            for s in evidence.sparsities(network)
+            if any(
+                _loses(evidence, network, s, method, baseline) for baseline in ("equal-weights", "static", "one-shot")
+            )
+        ]
+        for with_or_without, network in (("with", "cnn-bn"), ("without", "cnn"))
+    }
+    lost = [
+        f"at {' and '.join(filter(None, (', '.join(its[:-1]), its[-1])))} % {how}{' BatchNorm' * (how == 'with')}"
+        for how, its in where.items()
+        if its
+    ]
+    if not where["with"] and lost:
+        lost[0] += " BatchNorm"
+    return f"On a small CNN it loses to {'a baseline ' + ', and '.join(lost) if lost else 'no baseline'}."
 
 
 def _loses(evidence: Evidence, network: str, sparsity: float, method: str, baseline: str) -> bool:

@@ -59,7 +59,7 @@ class DSR(GrowingMethod):
     weights at all four, and to random masks (ERK) from 95 % on. At 98 and 99 % it collapses: the last layer begins with
     ten or twenty random weights for ten classes, and a layer grows only as much as it has kept. ``allocation="erk"``
     reaches 96.1, 94.4, 91.3 and 86.2 % (``"DSR(erk)"``). ``python -m benchmarks.evidence --only lenet300 DSR`` trains
-    it.
+    it. On a small CNN it loses to a baseline at 90, 95, 98 and 99 % with BatchNorm, and at 90, 95, 98 and 99 % without.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -67,7 +67,7 @@ class DST(LatentMethod):
 
     Measured with LeNet-300-100 on MNIST at 90, 95, 98 and 99 % (4 epochs, mean of three seeds): 97.7, 97.5, 96.9 and
     96.2 %; dense 98.0 %. It loses to no baseline. These runs use ``sparsity=``. ``python -m benchmarks.evidence --only
-    lenet300 DST`` trains it. On a CNN with BatchNorm at 99 % it loses to all baselines.
+    lenet300 DST`` trains it. On a small CNN it loses to a baseline at 98 and 99 % with BatchNorm.
 
     Raises:
         ValueError: Neither or both of alpha and sparsity are given, or one is out of its range.

@@ -72,7 +72,8 @@ class EAST(GrowingMethod):
     93.5 %; dense 98.0 %. It loses to one-shot magnitude pruning with fine-tuning at 90, 95 and 98 %, by 0.3 to 0.6
     points, and beats it at 99 %. It was made for residual networks, 99.9 % and long training: after four epochs of a
     ResNet-20 it beats ``RigL`` at 99 %, and not at 99.9 %. ``python -m benchmarks.evidence --only lenet300 EAST``
-    trains it on MNIST, ``python -m benchmarks.cifar`` on CIFAR-10.
+    trains it on MNIST, ``python -m benchmarks.cifar`` on CIFAR-10. On a small CNN it loses to a baseline at 95, 98 and
+    99 % with BatchNorm, and at 90, 95, 98 and 99 % without.
 
     Raises:
         ValueError: An argument is out of its range, or a part is neither a ``bool`` nor its callback.

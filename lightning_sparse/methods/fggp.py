@@ -62,8 +62,8 @@ class FGGP(ScoredMethod):
     GraNet's selection, with which the authors compare theirs.
 
     Measured with LeNet-300-100 on MNIST at 90, 95, 98 and 99 % (4 epochs, mean of three seeds): 97.7, 97.4, 96.4 and
-    94.8 %; dense 98.0 %. It loses to no baseline. ``python -m benchmarks.evidence --only lenet300 FGGP`` trains it.
-    On a CNN with BatchNorm at 99 % it loses to a small dense network with equal weights.
+    94.8 %; dense 98.0 %. It loses to no baseline. ``python -m benchmarks.evidence --only lenet300 FGGP`` trains it. On
+    a small CNN it loses to a baseline at 99 % with BatchNorm.
 
     Raises:
         ValueError: An argument is out of its range.

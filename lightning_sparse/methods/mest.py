@@ -53,7 +53,8 @@ class MEST(GrowingMethod):
     weights at all four, and to random masks (ERK) from 95 % on. At 98 and 99 % it collapses: the last layer has ten or
     twenty random weights for ten classes. The authors leave it and the first dense; ``exclude=["@first", "@last"]``
     does that, or ``soft=True, allocation="erk"``, which reaches 96.3, 95.1, 91.9 and 86.2 % (``"MEST(soft,erk)"``).
-    ``python -m benchmarks.evidence --only lenet300 MEST`` trains it.
+    ``python -m benchmarks.evidence --only lenet300 MEST`` trains it. On a small CNN it loses to a baseline at 90, 95,
+    98 and 99 % with BatchNorm, and at 90, 95, 98 and 99 % without.
 
     Raises:
         ValueError: An argument is out of its range.
