@@ -20,7 +20,8 @@ __all__ = ["MARGIN", "RESULTS", "Evidence", "Ranks", "beside_baselines", "markdo
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
 ALL = (*BASELINES, *METHODS, *VARIANTS)
-COMPETE = ("equal-weights", "static", "one-shot", *METHODS)
+_RIVALS = BASELINES[1:]
+COMPETE = (*_RIVALS, *METHODS)
 """Those that are ranked. The dense network is not, as it is larger; variants are not, as no method is ranked twice."""
 
 MISSES = 0.1
@@ -185,17 +186,12 @@ def beside_baselines(evidence: Evidence) -> dict[str, list[str]]:
     """By method, one sentence for each baseline to which it loses by more than ``MARGIN`` in the mean, and where."""
     sentences: dict[str, list[str]] = {}
     for method in METHODS:
-        for baseline in ("equal-weights", "static", "one-shot"):
+        for baseline in _RIVALS:
+            places = {network: _lost_at(evidence, network, method, [baseline]) for network in evidence.networks}
             lost = [
-                f"{NETWORKS[network].title} at {', '.join(where)}"
-                for network in evidence.networks
-                if (
-                    where := [
-                        f"{100 * s:g} %"
-                        for s in evidence.sparsities(network)
-                        if _loses(evidence, network, s, method, baseline)
-                    ]
-                )
+                f"{NETWORKS[network].title} at {', '.join(f'{percent} %' for percent in where)}"
+                for network, where in places.items()
+                if where
             ]
             if lost:
                 sentences.setdefault(method, []).append(f"{_TITLES[baseline]}: {'; '.join(lost)}")
@@ -204,24 +200,26 @@ def beside_baselines(evidence: Evidence) -> dict[str, list[str]]:
 
 def on_cnns(evidence: Evidence, method: str) -> str:
     """A sentence for a method's card: where on the CNNs it loses to a baseline by more than ``MARGIN`` in the mean."""
-    where = {
-        with_or_without: [
-            f"{100 * s:g}"
-            for s in evidence.sparsities(network)
-            if any(
-                _loses(evidence, network, s, method, baseline) for baseline in ("equal-weights", "static", "one-shot")
-            )
-        ]
-        for with_or_without, network in (("with", "cnn-bn"), ("without", "cnn"))
-    }
-    lost = [
-        f"at {' and '.join(filter(None, (', '.join(its[:-1]), its[-1])))} % {how}{' BatchNorm' * (how == 'with')}"
-        for how, its in where.items()
-        if its
+    normalized, plain = (
+        " and ".join(", ".join(_lost_at(evidence, network, method, _RIVALS)).rsplit(", ", 1))
+        for network in ("cnn-bn", "cnn")
+    )
+    if not (normalized or plain):
+        return "On a small CNN it loses to no baseline."
+    if normalized and plain:
+        where = f"{normalized} % with BatchNorm, and at {plain} % without"
+    else:
+        where = f"{normalized} % with BatchNorm" if normalized else f"{plain} % without BatchNorm"
+    return f"On a small CNN it loses to a baseline at {where}."
+
+
+def _lost_at(evidence: Evidence, network: str, method: str, baselines: Sequence[str]) -> list[str]:
+    """The sparsities of a network, in percent, at which a method loses to one of the baselines."""
+    return [
+        f"{100 * s:g}"
+        for s in evidence.sparsities(network)
+        if any(_loses(evidence, network, s, method, baseline) for baseline in baselines)
     ]
-    if not where["with"] and lost:
-        lost[0] += " BatchNorm"
-    return f"On a small CNN it loses to {'a baseline ' + ', and '.join(lost) if lost else 'no baseline'}."
 
 
 def _loses(evidence: Evidence, network: str, sparsity: float, method: str, baseline: str) -> bool:
