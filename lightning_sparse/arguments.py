@@ -10,7 +10,7 @@ __all__ = ["check_flag", "check_globs", "check_whole"]
 
 
 def check_flag(name: str, value: object) -> bool:
-    """A ``bool``, that of numpy too.
+    """The flag as Python's own ``bool``; numpy's is accepted too.
 
     Raises:
         ValueError: It is none.
@@ -42,7 +42,7 @@ def check_globs(name: str, value: object) -> tuple[str, ...] | None:
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least ``least``, numpy's too, as Python's own.
+    """A whole number of at least ``least``, as Python's own ``int``; numpy's is accepted too.
 
     Raises:
         ValueError: It is none.

@@ -92,7 +92,7 @@ class SparsityMonitor(TrainerCallback):
     Attributes:
         values: The values that were written last, by name.
         timeline: The sparsity of each layer at the steps that were recorded; :meth:`draw
-            <lightning_sparse.metrics.timeline.SparsityTimeline.draw>` draws the heat map.
+            <lightning_sparse.metrics.SparsityTimeline.draw>` draws the heat map.
 
     Example:
         >>> import lightning as L
@@ -153,7 +153,9 @@ class SparsityMonitor(TrainerCallback):
                 " one, as in Trainer(callbacks=[GMP(sparsity=0.9), SparsityMonitor()])."
             )
         if not trainer.loggers:
-            rank_zero_warn("SparsityMonitor has nowhere to write to: this Trainer has no logger. Give it one, logger=.")
+            rank_zero_warn(
+                "SparsityMonitor has nowhere to write to: this Trainer has no logger. Give it one with logger=."
+            )
         if self.heatmap and any(writers_of(trainer, "add_figure")) and find_spec("matplotlib") is None:
             rank_zero_warn("SparsityMonitor draws no heat map: matplotlib is missing. Run: pip install matplotlib")
 
@@ -246,7 +248,10 @@ class SparsityMonitor(TrainerCallback):
         self._begun = True
         self._is_spread = is_spread(self._registry)
         if self._is_spread:
-            rank_zero_warn("SparsityMonitor counts no operations where weights are sharded, so flops/* are left out.")
+            rank_zero_warn(
+                "SparsityMonitor cannot count the operations of sharded weights, so it logs no flops/*. To see them, train"
+                " a few steps on one device."
+            )
         self._history = history_of(self._registry)
         self._shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}
         self.timeline = SparsityTimeline(list(self._registry))

@@ -134,16 +134,16 @@ def trained_module(model: str, checkpoint: str | Path) -> nn.Module:
     state = read_state(checkpoint)
     module = _instance(_settings_of(model, checkpoint), model)
     own = module.state_dict()
-    for names, problem in ((own.keys() - state.keys(), "lacks"), (state.keys() - own.keys(), "has besides")):
+    for names, problem in ((own.keys() - state.keys(), "lacks"), (state.keys() - own.keys(), "also has")):
         if names:
             raise CommandError(
-                f"{checkpoint} is not of {model}: it {problem} {', '.join(sorted(names)[:3])}"
+                f"{checkpoint} does not fit {model}: it {problem} {', '.join(sorted(names)[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}. Give the model that was trained."
             )
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise CommandError(f"{checkpoint} is not of {model}: {str(error).splitlines()[-1].strip()}") from error
+        raise CommandError(f"{checkpoint} does not fit {model}: {str(error).splitlines()[-1].strip()}") from error
     return module.eval()
 
 

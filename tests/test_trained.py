@@ -221,13 +221,13 @@ def test_inputs_may_be_tokens(asked: list[Any]) -> None:
         (["--model", "nowhere.Net"], "There is no class nowhere.Net"),
         (["--model", "torch.zeros"], "There is no class torch.zeros"),
         (["--model", "sparsenet.Needy"], "sparsenet.Needy cannot be built"),
-        (["--model", "fggp-digits"], "last.ckpt is not of fggp-digits: it lacks network.fc1.bias"),
+        (["--model", "fggp-digits"], "last.ckpt does not fit fggp-digits: it lacks network.fc1.bias"),
         (["--model", "sparsenet.Net"], "it has no tensor example_input_array. Give the sizes"),
         (["--model", "sparsenet.Net", "--input", "7"], "does not take an input of shape (1, 7) and type float32"),
         (["--model", "sparsenet.Net", "--input", "6:words"], "--input is '6:words'; it takes sizes"),
         (["--model", "sparsenet.Net", "--input", "6,-1"], "--input is '6,-1'; it takes sizes"),
         (["--model", "sparsenet.Net", "--input", "6", "--batch", "0"], "--batch is 0; it takes 1 or more"),
-        (["--model", "torch.nn.Identity", "--input", "6"], "last.ckpt is not of torch.nn.Identity: it has besides"),
+        (["--model", "torch.nn.Identity", "--input", "6"], "last.ckpt does not fit torch.nn.Identity: it also has"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
@@ -244,6 +244,6 @@ def test_weights_of_another_shape_and_missing_files_are_one_sentence(capsys: pyt
 
     torch.save(Net(9).state_dict(), "last.ckpt")
     sentence = refused(capsys, "speed", "last.ckpt", "--model", "sparsenet.Net", "--input", "6")
-    assert "last.ckpt is not of sparsenet.Net: size mismatch" in sentence
+    assert "last.ckpt does not fit sparsenet.Net: size mismatch" in sentence
     assert "There is no file none.ckpt" in refused(capsys, "export", "none.ckpt", "--to", "sparse")
     assert "give it with --model" in refused(capsys, "export", "last.ckpt", "--to", "onnx")

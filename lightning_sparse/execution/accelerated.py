@@ -194,7 +194,7 @@ class AcceleratedModule(nn.Module):
 
     @property
     def executed(self) -> nn.Module:
-        """What is called: a graph or a copy with sparse layers, or the module itself."""
+        """The module that is called, which is a graph or a copy with sparse layers, or the original module itself."""
         return self._executed[0]
 
     @override

@@ -62,12 +62,12 @@ def save_sparse(
     not at all.
 
     Args:
-        source: A module, whose ``state_dict`` is meant, or a state dict.
-        path: The file; one that is there is replaced, and keeps its mode.
+        source: A module, whose ``state_dict`` is saved, or a state dict.
+        path: The file. An existing file is replaced, and its permissions are kept.
         values: ``"float16"`` stores the values of ``float32`` and ``float64`` tensors with two dimensions or more in
             two bytes each. They come back in their dtype, rounded to 11 bits; what is below 3e-8 comes back as zero.
-        signed_zeros: Keep the sign of zeros. What was pruned by a product with a mask has -0.0 in half of its places,
-            which takes one bit a weight; ``False`` makes them 0.0.
+        signed_zeros: Whether to keep the sign of zeros. Weights that were multiplied by a mask have -0.0 in about half
+            of the pruned places; to keep these takes one bit per weight. ``False`` stores them as 0.0.
 
     Raises:
         TypeError: The source or the path has another type, or something in the state dict is not a tensor.
@@ -103,13 +103,13 @@ def save_sparse(
 def load_sparse(path: str | Path, into: nn.Module | None = None) -> dict[str, Tensor]:
     """Read the state dict that :func:`save_sparse` wrote.
 
-    Tensors are read one by one, and no memory is taken that the file does not account for. Before anything is
-    returned or loaded the digest of the whole file is checked.
+    The digest of the whole file is checked before anything is returned or loaded. Tensors are read one by one; a small
+    file that claims huge tensors is refused before memory is taken for them.
 
     Args:
         path: The file.
-        into: A module that takes the tensors, by its ``load_state_dict``; it is left alone unless all names and shapes
-            are its own.
+        into: A module to load the tensors into, by its ``load_state_dict``. It does not change unless all names and
+            shapes fit.
 
     Returns:
         Dense tensors on the CPU, by name in alphabetical order; tied ones are one tensor.

@@ -97,8 +97,8 @@ class SparseLinear(StandIn):
 
         Args:
             linear: The layer.
-            kernels: As above.
-            threads: As above.
+            kernels: As for :class:`SparseLinear`.
+            threads: As for :class:`SparseLinear`.
             low: Lower bound of the results; 0 for a ReLU.
             high: Upper bound of the results.
         """

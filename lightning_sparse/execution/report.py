@@ -92,7 +92,7 @@ class AccelerationReport:
 
     @property
     def conditions(self) -> str:
-        """What the times depend on: shapes, threads, kernels, versions and processor."""
+        """The shapes, threads, kernels, versions and processor on which the times depend, as one line."""
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.input_shapes)
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"input {shapes}, {threads}, kernels {self.kernels}, torch {torch.__version__}, {platform.machine()}"

@@ -132,7 +132,9 @@ def project_to_2_4(module: nn.Module) -> Projection:
     own = copied(module)
     linears = [(name, layer) for name, layer in own.named_modules() if isinstance(layer, nn.Linear)]
     if not linears:
-        raise ValueError(f"{type(module).__name__} has no linear layer, and 2:4 is for those.")
+        raise ValueError(
+            f"{type(module).__name__} has no linear layer; give a module with nn.Linear, the layers that 2:4 is for."
+        )
     layers: list[LayerProjection] = []
     left: list[str] = []
     done: dict[int, int] = {}

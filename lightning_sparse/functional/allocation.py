@@ -166,7 +166,9 @@ def proportional(
     """
     low = [0] * len(weights) if minima is None else minima
     if not sum(low) <= total <= sum(capacities):
-        raise ValueError(f"{total} cannot be shared out: there is room for {sum(low)} to {sum(capacities)}.")
+        raise ValueError(
+            f"{total} cannot be shared out; give a total of {sum(low)} to {sum(capacities)}, for which there is room."
+        )
     # A layer with the weight 0 gets what nobody else has room for.
     least = max(weights, default=0.0) * 1e-12 or 1.0
     slopes = [max(weight, least) for weight in weights]

@@ -32,9 +32,9 @@ def apply_masks(module: nn.Module, masks: str | Path | Mapping[str, Tensor] | Ma
     Args:
         module: The module that you will give to ``fit``, with its weights loaded. If each process runs the script, as
             in DDP, call this in every process. A sharded module works too; give the same whole masks in each process.
-        masks: A path or a mapping. A path leads to a file that :func:`~lightning_sparse.save_masks` wrote, a method's
-            checkpoint, or a file of weights with zeros (safetensors too). A mapping has ``bool`` tensors with the
-            weights' shapes by parameter name, ``True`` = active. Weights without a mask do not change.
+        masks: A path or a mapping. A path leads to a file that :func:`~lightning_sparse.masks.save_masks` wrote, a
+            method's checkpoint, or a file of weights with zeros (safetensors too). A mapping has ``bool`` tensors with
+            the weights' shapes by parameter name, ``True`` = active. Weights without a mask do not change.
 
     Raises:
         ValueError: There is no mask, one is not ``bool``, names or shapes are not those of the module, or the module is

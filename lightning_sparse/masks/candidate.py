@@ -24,10 +24,10 @@ class Candidate:
         local_name: Its name there.
         reason: Why it is left dense; empty where it is masked.
         wiring: How its entries feed outputs.
-        part: What it is of its layer's weight, where that is computed from several parameters.
+        part: Which part of its layer's weight it is, if that weight is computed from several parameters.
         traits: The selectors that it answers to, such as ``"@depthwise"``.
-        keeps_zeros: Whether its layer computes with the zeros that are stored; None where nobody knows.
-        uses: How many layers use it, where :class:`~lightning_sparse.modules.WeightSharing` lets several.
+        keeps_zeros: Whether its layer computes with the zeros that are stored; None if that is not known.
+        uses: How many layers use it; more than one under :class:`~lightning_sparse.modules.WeightSharing`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def numel(self) -> int:
-        """Number of entries; 0 where it has no shape yet."""
+        """Number of entries; 0 if it has no shape yet."""
         return 0 if nn.parameter.is_lazy(self.parameter) else self.parameter.numel()
 
     @property
@@ -78,13 +78,13 @@ class Candidate:
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """The shape of one layer: that of the parameter, or of one of its :attr:`copies`."""
+        """The shape of the parameter, or of one of its :attr:`copies`."""
         shape = tuple(self.parameter.shape)
         return shape[1:] if self.wiring.is_stack else (shape[0] // self.copies, *shape[1:])
 
     @property
     def leading(self) -> int:
-        """How many of its first dimensions count outputs, if it stores these first: two in a stack, else one."""
+        """How many of its first dimensions count outputs, two in a stack and else one, if it stores outputs first."""
         return 2 if self.wiring.is_stack else 1
 
     @property

@@ -66,7 +66,7 @@ def save_masks(
     not at all.
 
     Args:
-        path: The file. An existing file is replaced; its mode is kept, and links to it still work.
+        path: The file. An existing file is replaced; its permissions are kept, and links to it still work.
         masks: One of these. A mapping from names to ``bool`` tensors, ``True`` = active. A registry. A callback, which
             gives the masks of all methods of its module. A module, which gives its registry during training, and
             otherwise the zeros of the weights that a method would mask. Wrappers (``torch.compile``, Fabric, DDP,

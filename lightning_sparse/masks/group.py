@@ -38,7 +38,7 @@ class MaskGroup(MaskPool):
 
     Attributes:
         updated_at: The step of the last update; -1 before the first.
-        not_finite_for: Steps in a row whose gradients held inf or NaN where they were looked at.
+        not_finite_for: Number of consecutive steps whose gradients had inf or NaN when they were checked.
     """
 
     def __init__(self, candidates: Sequence[Candidate], optimizer: torch.optim.Optimizer) -> None:
@@ -49,7 +49,7 @@ class MaskGroup(MaskPool):
 
     @classmethod
     def of(cls, weights: Sequence[MaskedWeight], optimizer: torch.optim.Optimizer, like: MaskGroup) -> MaskGroup:
-        """A group of weights that have masks already, as they come under another optimizer."""
+        """A group of weights that have masks already and now belong to another optimizer."""
         group = cls.__new__(cls)
         group._weights, group.optimizer = list(weights), optimizer
         group.updated_at, group.not_finite_for = like.updated_at, like.not_finite_for
@@ -57,7 +57,7 @@ class MaskGroup(MaskPool):
         return group
 
     def packed(self) -> dict[str, PackedMask]:
-        """The masks at one bit a weight, by name, for a checkpoint. A collective where weights are sharded."""
+        """The masks by name, one bit per weight, for a checkpoint. A collective if weights are sharded."""
         return {
             weight.name: {
                 "shape": list(weight.shape),
@@ -70,11 +70,11 @@ class MaskGroup(MaskPool):
         }
 
     def load_(self, packed: Mapping[str, PackedMask], source: Literal["checkpoint", "module"] = "checkpoint") -> None:
-        """Take saved masks: all of them or, where one does not fit, none.
+        """Load saved masks: all of them, or none if one does not fit.
 
         Args:
             packed: By name.
-            source: Whence they come, for the message: a checkpoint, or the last training of the module.
+            source: Where they come from, for the message: a checkpoint, or the last training of the module.
 
         Raises:
             MisconfigurationException: A mask is missing, has another shape or is cut short.

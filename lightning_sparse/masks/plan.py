@@ -82,16 +82,16 @@ class Plan(Sequence[Candidate]):
 
     @property
     def coverage(self) -> float:
-        """Fraction of the entries of the module's matrices that are masked, in [0, 1]: 1 where there are none.
+        """Fraction, in [0, 1], of the entries of the module's weight matrices that are masked; 1 if it has none.
 
-        A sparsity is that of masked weights: at coverage 0.7, a sparsity of 0.9 leaves 37 % of all matrices.
+        A method's sparsity is that of masked weights: at coverage 0.7 and sparsity 0.9, 37 % of all stay active.
         """
         sizes = {id(candidate.parameter): candidate.numel for candidate in self if candidate.is_matrix}
         return sum(candidate.numel for candidate in self.masked) / sum(sizes.values()) if sizes else 1.0
 
     @property
     def refusal(self) -> str:
-        """The sentences that refuse what would be masked and cannot be, one for each kind; empty where all can."""
+        """Why weights that would be masked cannot be, one sentence for each kind of reason; empty if all can be."""
         sentences: list[str] = []
         for kind, sentence in _REFUSALS.items():
             refused = [candidate for candidate in self if kind_of(candidate.reason) == kind]
@@ -112,7 +112,7 @@ class Plan(Sequence[Candidate]):
 
     @property
     def summary(self) -> str:
-        """One line of at most 200 characters: how much is masked, and why the rest is not."""
+        """How much is masked, and why the rest is not, in one line of at most 200 characters."""
         masked = sum(candidate.numel for candidate in self.masked)
         total = sum({id(candidate.parameter): candidate.numel for candidate in self}.values())
         line = (

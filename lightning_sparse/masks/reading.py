@@ -33,7 +33,7 @@ _OF_OURS = {
 class CheckpointError(ValueError):
     """A file cannot be read as a checkpoint or as masks; the message says why, and what to do.
 
-    What a file calls its tensors is in many a message, and control characters in it are written out.
+    Control characters in names that come from the file are escaped in the message.
     """
 
     def __init__(self, message: str) -> None:
@@ -130,7 +130,7 @@ def as_path(path: object) -> Path:
         '.ckpt'
     """
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"The path of a file is a str or a pathlib.Path; it is a {type(path).__name__}.")
+        raise TypeError(f"The path is a {type(path).__name__}; give a str or a pathlib.Path.")
     return Path(path)
 
 

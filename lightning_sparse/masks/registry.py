@@ -139,7 +139,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
 
     @classmethod
     def find(cls, module: nn.Module) -> MaskRegistry | None:
-        """The registry of ``module`` if there is one, in a training."""
+        """The registry of ``module`` during a training; None if there is none."""
         record = cls._records.get(module)
         return None if record is None else record.registry
 
@@ -152,7 +152,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
         """Let the next :meth:`of` make a new registry; existing references keep this one.
 
         Returns:
-            What the training has left, for those who want to know later whether it is still there.
+            What the training has left in the module, so that one can check later whether it is still there.
         """
         record = cls._records.get(module)
         if record is None:
@@ -193,7 +193,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
     def left_in(cls, module: nn.Module) -> dict[str, Tensor]:
         """The masks with which the last training of ``module`` ended, by name.
 
-        Empty where there was none, and where pruned weights have moved since: it then no longer is that sparse module.
+        Empty if there was no training, or if pruned weights are no longer zero: the masks then no longer fit.
         """
         left = cls.last_left(module)
         return {} if left is None else left.masks_of(module)
@@ -214,7 +214,7 @@ class MaskRegistry(Mapping[str, MaskedWeight]):
     def claim_more(
         self, owner: str, candidates: Sequence[Candidate], optimizers: Sequence[torch.optim.Optimizer]
     ) -> list[MaskGroup]:
-        """:meth:`claim` beside what ``owner`` has already."""
+        """Like :meth:`claim`, in addition to what ``owner`` already has."""
         for candidate in candidates:
             self._check_free(owner, candidate)
         groups = [MaskGroup(members, opt) for opt, members in _by_optimizer(candidates, optimizers) if members]

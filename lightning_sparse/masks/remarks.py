@@ -54,7 +54,7 @@ def _on_unknown(candidates: Sequence[Candidate], include: Sequence[str] | None) 
     names = _covering(unknown, candidates)
     advice = [*(include if include is not None else ["*"]), *names]
     return (
-        f"{dense:,} of {total:,} entries of matrices ({dense / total:.0%}) stay dense, because their modules are"
+        f"{dense:,} of {total:,} weights in matrices ({dense / total:.0%}) stay dense, because their modules are"
         f" unknown: {enumerated(names)}. To mask them, write include=[{_list_of(advice)}]."
     )
 
@@ -67,7 +67,7 @@ def _on_parametrized(candidates: Sequence[Candidate], _include: Sequence[str] | 
     if dense <= _LARGE_SHARE * total:
         return ""
     return (
-        f"{dense:,} of {total:,} entries of matrices ({dense / total:.0%}) stay dense because their layers compute with"
+        f"{dense:,} of {total:,} weights in matrices ({dense / total:.0%}) stay dense because their layers compute with"
         f" other weights than they store: {enumerated(candidate.name for candidate in computed)}."
         " print(select_weights(module)) says what to do for each."
     )

@@ -74,7 +74,7 @@ class MaskedWeight:
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        """Shape of one layer: that of the weight, or of one of its :attr:`copies`."""
+        """Shape of the weight, or of one of its :attr:`copies`."""
         return self._candidate.layer_shape
 
     @property
@@ -122,7 +122,7 @@ class MaskedWeight:
     # How its entries are ranked and counted.
 
     def smallest(self, scores: Scores, k: int, among: Tensor | None = None, key: Key | None = None) -> Tensor:
-        """The mask of the ``k`` smallest scores of the whole weight, of this process' entries.
+        """The mask of the ``k`` smallest scores of the whole weight; if it is sharded, this process's part of the mask.
 
         Args:
             scores: Floating point, shaped like :attr:`value`.
@@ -148,7 +148,7 @@ class MaskedWeight:
     # How its rows are ranked and counted.
 
     def largest_rows(self, scores: Tensor, k: int, among: Tensor) -> Tensor:
-        """The mask of the ``k`` rows of the whole with the largest scores, of this process' rows.
+        """The mask of the ``k`` rows with the largest scores; if the weight is sharded, this process's part of it.
 
         Args:
             scores: Floating point, one for each row of :meth:`rows`.

@@ -29,7 +29,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, out of what ``torch.compile``, Fabric, DDP, DataParallel or AveragedModel have put around it.
 
     Raises:
-        TypeError: It is no module.
+        TypeError: It is not a module.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel
@@ -37,7 +37,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
         Linear(in_features=2, out_features=2, bias=True)
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"What has weights is a torch.nn.Module; this is a {type(module).__name__}.")
+        raise TypeError(f"The module is a {type(module).__name__}; give a torch.nn.Module.")
     while held := _held_as(module):
         module = getattr(module, held)
     return module

@@ -254,8 +254,8 @@ def _tell_of_others(method: SparseMethod, trainer: pl.Trainer, values: Mapping[s
         )
     if folders := sorted(key for key in theirs if any(key.startswith(f"{ours}/") for ours in values)):
         method.warn_once(
-            f"the module logs {enumerated(folders)}, as in a folder of what this callback logs, and loggers that keep a"
-            " file for each key, as MLflow's does, fail on that. Log yours under another name"
+            f"the module logs {enumerated(folders)}, whose first part is a metric of this callback. Loggers that keep a"
+            " file for each metric, such as MLflow's, fail on that. Log yours under another name"
         )
     return theirs
 

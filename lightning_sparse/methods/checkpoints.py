@@ -57,8 +57,8 @@ def state_of(method: Method) -> dict[str, Any]:
     left = loaded.left if loaded is not None and state is not None else None if run is None else run.left
     if run is not None and not run.active and _is_awake_since(left, run.module()):
         method.warn_once(
-            "pruned weights were written after training, so that its masks are no longer those of the module and are"
-            " not saved. To keep them, call save_masks with this callback, or zero the weights with apply_masks"
+            "pruned weights were written after training, so the masks no longer fit the module and are not saved. To"
+            " keep the masks, call save_masks with this callback, or set the weights to zero with apply_masks"
         )
         return {}
     if state is not None:
@@ -258,9 +258,9 @@ def look_at_saved(method: Method) -> None:
     ]
     if names:
         method.warn_once(
-            f"pruned weights of {enumerated(names)} were written as or after a checkpoint was saved, which may hold"
-            " them: in on_save_checkpoint of a later callback or of the module, perhaps. List that callback before"
-            f" {type(method).__name__}, or write zeros"
+            f"pruned weights of {enumerated(names)} were written while or after a checkpoint was saved, so the file may"
+            " hold values that are not zero. If on_save_checkpoint of a later callback or of the module writes them,"
+            f" list that callback before {type(method).__name__}, or let it write zeros"
         )
 
 

@@ -21,11 +21,11 @@ def check_choice(name: str, value: object, allowed: object) -> None:
         >>> check_choice("allocation", "erdos", Allocation)
         Traceback (most recent call last):
             ...
-        ValueError: allocation is 'erdos'; it is one of 'global', 'uniform', 'er', 'erk'.
+        ValueError: allocation is 'erdos'; give one of 'global', 'uniform', 'er', 'erk'.
     """
     choices = get_args(allowed)
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, choices))}.")
 
 
 def check_number(name: str, value: Any) -> float:

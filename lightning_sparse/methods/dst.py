@@ -135,7 +135,9 @@ class DST(LatentMethod):
         self.sparsity = None if self.sparsity is None else Steering(self.sparsity).sparsity
         given = self.reset_sparsity
         if given is not None and not (_is_number(given) and given > 0.0):
-            raise ValueError(f"reset_sparsity is {self.reset_sparsity!r}; give a number above 0, or above 1 for none.")
+            raise ValueError(
+                f"reset_sparsity is {self.reset_sparsity!r}; give a number above 0; above 1 means no resets."
+            )
 
     @property
     def thresholds(self) -> Mapping[str, nn.Parameter]:
@@ -314,7 +316,7 @@ class DST(LatentMethod):
             rank_zero_warn(
                 f"DST: training ended at sparsity {actual:.4f} instead of {self.sparsity}, at step {self.step} of"
                 f" {end:g}. Train {'to the end, longer,' if self.step < end else 'longer'} or with a larger learning"
-                " rate: thresholds move at that of the weights."
+                " rate, which the thresholds share with the weights."
             )
 
     @override

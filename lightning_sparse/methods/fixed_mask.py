@@ -60,7 +60,7 @@ class FixedMask(HardMaskMethod):
 
     - ``None``: from the earlier method, in the checkpoint that is resumed or from the module's last training. If there
       are none, as after ``load_from_checkpoint``, from the zeros of the weights when training begins.
-    - a path: a checkpoint of any method, a file that :func:`~lightning_sparse.save_masks` wrote, or any other
+    - a path: a checkpoint of any method, a file that :func:`~lightning_sparse.masks.save_masks` wrote, or any other
       checkpoint or safetensors file, whose zeros then become the masks.
     - a mapping of parameter names to ``bool`` tensors with the weights' shapes, ``True`` = active.
 

@@ -24,7 +24,7 @@ from lightning_sparse.schedules import Cosine, Duration, Schedule, as_schedule, 
 __all__ = ["GrowingMethod", "InitialScale"]
 
 InitialScale = Literal["none", "density"]
-"""How initial weights are scaled: not at all, or by one over the square root of the layer's density."""
+"""Whether initial weights are scaled by one over the square root of the layer's density."""
 
 
 @method

@@ -155,7 +155,7 @@ class HardMaskMethod(SparseMethod):
     @final
     @override
     def step_skipped(self, group: MaskGroup) -> None:
-        """Nothing was moved, and nothing waits."""
+        """Does nothing: no weight has moved, and no update is pending."""
 
     @final
     @override

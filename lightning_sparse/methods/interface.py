@@ -41,17 +41,17 @@ _PATIENCE = 100
 class Method(TrainerCallback, ABC):
     """A method of sparse training: the questions that it answers, and its public attributes.
 
-    :class:`~lightning_sparse.SparseMethod` adds Lightning's hooks, which ask these questions.
+    :class:`~lightning_sparse.methods.base.SparseMethod` adds Lightning's hooks, which ask these questions.
 
     Attributes:
         paper: Where the method is defined.
-        needs_dense_gradients: Whether an update reads the gradients of pruned weights, which cost a dense backward.
+        needs_dense_gradients: Whether an update reads the gradients of pruned weights, and so needs a dense backward.
         clears_gradients: Whether the gradients of pruned weights are zero when the optimizer steps.
         masks_new_weights: Whether the method can mask a layer that takes the place of another while it trains.
         step: Optimizer steps taken so far.
         last_run: The training that is running, or the last one.
-        loaded: What a checkpoint has brought since.
-        brought: The :meth:`companions` that it has put into the Trainer, until training begins.
+        loaded: What has been loaded from a checkpoint since then.
+        brought: The :meth:`companions` that it has added to the Trainer, until training begins.
     """
 
     include: Sequence[str] | None = field(
@@ -83,8 +83,7 @@ class Method(TrainerCallback, ABC):
     def initialize_masks(self, group: MaskGroup) -> None:
         """Write the initial masks into ``group.mask``, which is all active.
 
-        Where ``self.inherited`` has masks, training goes on from them as far as the method can. No weight is to be
-        touched here.
+        If ``self.inherited`` has masks, begin with them as far as the method can. Do not change weights here.
         """
 
     @abstractmethod
@@ -93,7 +92,7 @@ class Method(TrainerCallback, ABC):
 
     @abstractmethod
     def after_step(self, group: MaskGroup) -> None:
-        """Act on the weights of ``group`` that its optimizer has just moved."""
+        """Act on the weights of ``group``, after its optimizer has stepped."""
 
     @abstractmethod
     def step_skipped(self, group: MaskGroup) -> None:
@@ -195,7 +194,7 @@ class Method(TrainerCallback, ABC):
         """
         if self.last_run is None:
             raise RuntimeError(
-                f"{type(self).__name__} has not trained a module in this process; fit begins a training. {ELSEWHERE}."
+                f"{type(self).__name__} has not trained a module in this process; call fit first. {ELSEWHERE}."
             )
         return self.last_run
 

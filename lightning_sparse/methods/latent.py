@@ -118,7 +118,7 @@ class LatentMethod(SparseMethod):
         """``weight`` took no part in the loss; set the gradients of what is learned beside it, if they have any."""
 
     def take_step(self, group: MaskGroup) -> None:
-        """The optimizer has stepped: take into each :meth:`latent` what it has made of W."""
+        """The optimizer has stepped on the dense W; copy the new W into each :meth:`latent`."""
         for weight in group:
             self.latent(weight).copy_(weight.value)
 
@@ -129,7 +129,7 @@ class LatentMethod(SparseMethod):
         """The masks of ``group`` were renewed and counted; ``self.renew`` may be called on one again."""
 
     def own_state(self) -> dict[str, Any]:
-        """What the method must remember besides weights, masks and what it learns: tensors and primitives alone."""
+        """What the method must save besides weights, masks and what it learns; only tensors and primitives."""
         return {}
 
     def own_fields(self) -> Mapping[str, Check]:
@@ -137,7 +137,7 @@ class LatentMethod(SparseMethod):
         return {}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`own_state` gave."""
+        """Load what :meth:`own_state` returned."""
 
     # What can be read.
 

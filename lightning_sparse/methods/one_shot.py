@@ -49,8 +49,8 @@ def prune(
     inputs, rounded down, and all layers have the same sparsity. Wanda does not train.
 
     Weights that earlier masks of the module prune are pruned first, whatever their scores. The next method that trains
-    the module starts from these masks. In your own training loop, call :func:`~lightning_sparse.apply_masks` after each
-    optimizer step.
+    the module starts from these masks. In your own training loop, call :func:`~lightning_sparse.masks.apply_masks`
+    after each optimizer step.
 
     Args:
         module: Any module; frozen weights are pruned too. Wrappers such as DDP are ignored.

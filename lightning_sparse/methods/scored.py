@@ -48,7 +48,7 @@ from lightning_sparse.schedules import (
 __all__ = ["Allocation", "ScoredMethod"]
 
 Allocation = Literal["global", "uniform", "er", "erk"]
-"""How a budget is shared among layers: by ranking all weights together, or in stated proportions."""
+"""How a budget is shared among layers, by ranking all weights together or in stated proportions."""
 
 
 @method

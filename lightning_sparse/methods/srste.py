@@ -46,11 +46,11 @@ class SRSTE(LatentMethod):
     The authors train ResNet-50 on ImageNet at 2:4 for 120 epochs with a weight decay of 5e-5.
 
     Measured with LeNet-300-100 on MNIST at 90, 95, 98 and 99 % (4 epochs, mean of three seeds): 97.4, 96.9, 76.7 and
-    32.1 %; dense 98.0 %. With one N of M for each layer it loses to no baseline at 90 and 95 %. At 98 and 99 % it loses
-    to all: one or two of a hundred leave each class one or two inputs of the last layer. The authors go no further than
-    1:16; with ``exclude=`` for the last layer it reaches 94.5 % at 97.6 % and 90.3 % at 98.6 % (``"SRSTE(last
-    dense)"``). ``python -m benchmarks.evidence --only lenet300 SRSTE`` trains it. On a small CNN it loses to a baseline
-    at 99 % with BatchNorm, and at 90, 95, 98 and 99 % without.
+    32.1 %; dense 98.0 %. With the nearest N:M in every layer it loses to no baseline at 90 and 95 %. At 98 and 99 % it
+    loses to all: one or two of a hundred leave each class one or two inputs of the last layer. The authors go no
+    further than 1:16; with ``exclude=`` for the last layer it reaches 94.5 % at 97.6 % and 90.3 % at 98.6 %
+    (``"SRSTE(last dense)"``). ``python -m benchmarks.evidence --only lenet300 SRSTE`` trains it. On a small CNN it
+    loses to a baseline at 99 % with BatchNorm, and at 90, 95, 98 and 99 % without.
 
     Raises:
         ValueError: The pattern is not N:M, or decay is negative.

@@ -118,7 +118,7 @@ class TopKAST(LatentMethod):
 
     @property
     def trained(self) -> Mapping[str, Tensor]:
-        """The weights that the optimizer moves, B, by name: ``bool``, of the weight's shape; empty before training."""
+        """Which weights the optimizer moves (B), by name, ``bool`` and of the weight's shape; empty before training."""
         return {} if self.last_run is None else self._own.trained
 
     @property

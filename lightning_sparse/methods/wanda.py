@@ -74,7 +74,7 @@ def wanda_scores(module: nn.Module, batches: Iterable[Any], candidates: Sequence
                     " Give tensors, (inputs, targets), or mappings of keyword arguments."
                 ) from error
     if not count:
-        raise ValueError("batches has none, but Wanda needs inputs: give about a hundred training samples.")
+        raise ValueError("batches is empty, but Wanda needs inputs; give about a hundred training samples.")
     unseen = [candidate.name for candidate in candidates if candidate.name not in squares]
     if unseen:
         raise ValueError(

@@ -33,8 +33,9 @@ def notice_within(method: Method) -> None:
     awake = [weight for weight, count in zip(written, count_awake(written), strict=True) if count]
     if awake and module is not None:
         method.warn_once(
-            f"pruned weights of {enumerated(weight.name for weight in awake)} were written before a forward, after this"
-            " callback's look (in training_step or a hook of the module's own); from now on they are zeroed before each"
+            f"pruned weights of {enumerated(weight.name for weight in awake)} were written right before a forward pass,"
+            " where no callback runs (in training_step or in a hook of the module). From now on, they are set to zero"
+            " before each forward pass"
         )
         look = _Look(method)
         run.watched += [part.register_forward_pre_hook(look, prepend=True) for part in _parts(module)]

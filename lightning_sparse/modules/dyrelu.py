@@ -92,7 +92,7 @@ class _Phase:
 
 @final
 class PhasedReLU(nn.Module):
-    r"""A ReLU that is a Dynamic ReLU first: :class:`DyReLU` at :math:`\beta = 1`, ReLU at 0, the way between linear.
+    r"""A ReLU that is a Dynamic ReLU first: :class:`DyReLU` at :math:`\beta = 1`, ReLU at 0, linear in between.
 
     Once it is phased out, it computes only ``relu``, and ``state_dict`` no longer has its parameters. Loading a state
     without them phases it out; loading a state with them brings the Dynamic ReLU back. So a ``state_dict`` always says

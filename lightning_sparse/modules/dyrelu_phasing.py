@@ -273,7 +273,7 @@ class DyReLUPhasing(TrainerCallback):
             rank_zero_warn(
                 f"DyReLUPhasing: training ended at beta {self.beta:.3f}, and the module"
                 f" {'still holds' if stays else 'is left without'} the Dynamic ReLUs that it needs. Train to the stop"
-                " of the phase, or give an earlier stop; a checkpoint that was written now goes on from here."
+                " of the phase, for example by resuming from a checkpoint of this run, or give an earlier stop."
             )
             for site in self._sites.values() if not stays else ():
                 _replace(pl_module, site, site.relu)

@@ -155,9 +155,10 @@ def share_weights(
     # In a module that shares already, a glob may name a stage that has nothing left to share.
     for pattern in () if stages is None or shared_convolutions(module) else stages:
         if not any(fnmatchcase(name, pattern) for name in found):
+            known = ", ".join(name or "the module itself, which is '*'" for name in found)
             raise ValueError(
-                f"stages={pattern!r} matches no stage of more than {own} equal blocks. The stages are"
-                f" {', '.join(name or 'the module itself, which * names' for name in found) or 'none'}."
+                f"stages={pattern!r} matches no stage of more than {own} equal blocks."
+                f" The stages are {known or 'none'}."
             )
     chosen = [name for name in found if stages is None or any(fnmatchcase(name, pattern) for pattern in stages)]
     shared = {later: source for name in chosen for later, source in found[name].items()}
@@ -281,7 +282,9 @@ class WeightSharing(TrainerCallback):
 def _checked_own(own: int) -> int:
     plain = as_number(own)
     if isinstance(plain, bool) or not isinstance(plain, int) or plain < 1:
-        raise ValueError(f"own is {own!r}; a stage needs at least 1 block with weights of its own, an int.")
+        raise ValueError(
+            f"own is {own!r}; give the number of blocks of a stage that keep their weights, an int of at least 1."
+        )
     return plain
 
 

@@ -113,7 +113,7 @@ class Gains:
 
     @property
     def compiled_zeros(self) -> int:
-        """Zeros that torch's own sparse product cannot use: those in convolutions larger than 1 × 1."""
+        """Zeros in convolutions larger than 1 × 1, which torch's own sparse product cannot use."""
         return sum(gain.num_zeros for gain in self.layers if gain.needs_compiler)
 
     def sentences(self) -> Iterator[str]:

@@ -97,7 +97,7 @@ class SparsityReport:
 
     @property
     def masked(self) -> SparsityReport:
-        """The layers alone that are known to be masked: a sparsity that a method was asked for is that of these."""
+        """A report on only the layers that are known to be masked; the sparsity that a method was given is theirs."""
         return SparsityReport(tuple(layer for layer in self.layers if layer.masked))
 
     def to_dict(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class MaskOverlap:
 
     @property
     def jaccard(self) -> float:
-        """Jaccard's index, in [0, 1]: active in both, over active in one at least; 1 where nothing is active."""
+        """Jaccard index in [0, 1], the weights active in both over those active in at least one; 1 if none is."""
         either = self.active_before + self.active_after - self.shared
         return self.shared / either if either else 1.0
 

@@ -48,7 +48,7 @@ def advised(sentence: str) -> list[str]:
 def test_a_large_share_of_unknown_modules_is_told_with_counts_and_names() -> None:
     module = nn.ModuleDict({"a": Mixer(), "b": Mixer(), "linear": nn.Linear(10, 10), "norm": nn.LayerNorm(10)})
     assert remark_on(module) == (
-        "200 of 300 entries of matrices (67%) stay dense, because their modules are unknown: Mixer. To mask them,"
+        "200 of 300 weights in matrices (67%) stay dense, because their modules are unknown: Mixer. To mask them,"
         " write include=['*', 'Mixer']."
     )
 
@@ -101,7 +101,7 @@ def test_a_large_share_of_parametrized_weights_is_told_and_the_plan_says_what_to
         parametrizations.weight_norm(nn.Linear(10, 10)), nn.utils.weight_norm(nn.Linear(10, 10)), nn.Linear(2, 2)
     )
     assert re.match(
-        r"\d+ of \d+ entries of matrices \(98%\) stay dense because their layers compute", remark_on(module)
+        r"\d+ of \d+ weights in matrices \(98%\) stay dense because their layers compute", remark_on(module)
     )
     table = str(select_weights(module))
     for name in ("0.parametrizations.weight.original1", "1.weight_v"):
@@ -160,6 +160,6 @@ class Told(L.LightningModule):
 
 def test_a_method_warns_once_when_training_begins(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
-    with pytest.warns(UserWarning, match=r"16 of 24 entries of matrices \(67%\) stay dense") as caught:
+    with pytest.warns(UserWarning, match=r"16 of 24 weights in matrices \(67%\) stay dense") as caught:
         make_trainer(tmp_path, callbacks=[GMP(sparsity=0.5)], max_epochs=1).fit(Told(), data)
     assert len([warning for warning in caught if "Mixer" in str(warning.message)]) == 1

@@ -522,7 +522,7 @@ def test_proportional_shares_sum_and_fit(layers_of: list[tuple[int, int]], data:
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="9 cannot be shared out: there is room for 0 to 8"):
+    with pytest.raises(ValueError, match="9 cannot be shared out; give a total of 0 to 8"):
         proportional([1.0, 1.0], 9, [4, 4])
 
 

@@ -226,8 +226,8 @@ def test_min_active_holds_in_every_layer_at_every_step(tmp_path: Path) -> None:
         ({"pool": math.nan}, r"pool is nan.* \[0, 1\]"),
         ({"pool": Linear(0.5, 1.5)}, r"pool is 1\.5 at progress 1\.00"),
         ({"pool": None}, "None"),
-        ({"pool_of": "all"}, r"pool_of is 'all'; it is one of 'active', 'survivors'"),
-        ({"first": "weight"}, r"first is 'weight'; it is one of 'gradient', 'magnitude'"),
+        ({"pool_of": "all"}, r"pool_of is 'all'; give one of 'active', 'survivors'"),
+        ({"first": "weight"}, r"first is 'weight'; give one of 'gradient', 'magnitude'"),
     ],
     ids=str,
 )

@@ -399,7 +399,7 @@ def own_masks() -> dict[str, Tensor]:
     return {name: torch.rand(value.shape, generator=generator) < 0.2 for name, value in weights.items()}
 
 
-@pytest.mark.filterwarnings("ignore:FixedMask at step 0. .* entries of matrices .* stay dense")
+@pytest.mark.filterwarnings("ignore:FixedMask at step 0. .* weights in matrices .* stay dense")
 @pytest.mark.parametrize("as_file", [False, True])
 @pytest.mark.parametrize("are_zero", [False, True])
 def test_masks_that_are_given_of_unknown_modules_are_held(as_file: bool, are_zero: bool, tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_masks_that_are_given_of_unknown_modules_are_held(as_file: bool, are_zer
         assert torch.equal(model.get_parameter(name) != 0, mask), name
 
 
-@pytest.mark.filterwarnings("ignore:FixedMask at step 0. .* entries of matrices .* stay dense")
+@pytest.mark.filterwarnings("ignore:FixedMask at step 0. .* weights in matrices .* stay dense")
 def test_zeros_of_unknown_modules_without_masks_are_told_with_counts(tmp_path: Path) -> None:
     masks, model = own_masks(), OwnLayers()
     zero(model, masks)

@@ -370,7 +370,7 @@ class _Odd(ToyModel):
         (partial(TopKAST, 0.5, backward_sparsity=0.8), r"backward_sparsity is 0\.8 and sparsity is 0\.5, but every"),
         (partial(TopKAST, 1.0), r"sparsity is 1.*\[0, 1\)"),
         (partial(TopKAST, 90), r"Did you mean 0\.9"),
-        (partial(TopKAST, 0.9, **{"allocation": "global"}), r"allocation is 'global'; it is one of"),
+        (partial(TopKAST, 0.9, **{"allocation": "global"}), r"allocation is 'global'; give one of"),
         (partial(TopKAST, 0.9, **{"update_every": 0.5}), r"update_every is 0\.5; give a number of steps"),
         (partial(Feather, 1.0), r"sparsity is 1.*\[0, 1\)"),
         (partial(Feather, 0.9, theta=2.0), r"theta is 2\.0"),

@@ -285,7 +285,7 @@ def test_initial_weights_are_scaled_by_the_root_of_their_density_once(tmp_path: 
 
 
 def test_an_initial_scale_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="initial_scale is 'unit'; it is one of 'none', 'density'"):
+    with pytest.raises(ValueError, match="initial_scale is 'unit'; give one of 'none', 'density'"):
         SET(0.9, initial_scale="unit")  # type: ignore[arg-type]
 
 

@@ -149,7 +149,7 @@ def attention() -> nn.Module:
         (two_by_four, {"scores": "wanda"}, r"give batches= too"),
         (two_by_four, {"batches": BATCHES}, r"only with scores='wanda'"),
         (two_by_four, {"scores": "wander", "batches": BATCHES}, r"scores is 'wander'; give 'wanda'"),
-        (two_by_four, {"scores": "wanda", "batches": []}, r"batches has none"),
+        (two_by_four, {"scores": "wanda", "batches": []}, r"batches is empty"),
         (two_by_four, {"scores": "wanda", "batches": [torch.ones(3, 7)]}, r"cannot compute on a calibration batch"),
         (two_by_four, {"scores": "wanda", "batches": [torch.full((1, 4), torch.nan)]}, r"8 scores of weight are NaN"),
         (attention, {"scores": "wanda", "batches": [torch.ones(1, 3, 8)]}, r"not self_attn\.in_proj_weight"),

@@ -127,7 +127,7 @@ def test_the_hooks_of_who_is_watched_are_gone_after_training_and_from_copies(tmp
             pickle.dumps(self.network)
 
     model = Copies()
-    with pytest.warns(UserWarning, match="were written before a forward"):
+    with pytest.warns(UserWarning, match="were written right before a forward pass"):
         make_trainer(tmp_path, callbacks=[METHODS["fixed"]()]).fit(model)
     assert not any(module._forward_pre_hooks for module in model.network.modules())
     nudge(model.copied)
@@ -146,7 +146,7 @@ def test_a_compiled_network_whose_writer_is_watched_compiles_as_often(tmp_path: 
         def on_fit_start(self) -> None:
             self.network = torch.compile(self.network, backend=backend, fullgraph=True)  # type: ignore[assignment]
 
-    with pytest.warns(UserWarning, match="were written before a forward"):
+    with pytest.warns(UserWarning, match="were written right before a forward pass"):
         make_trainer(tmp_path, callbacks=[METHODS["fixed"]()]).fit(Compiled())
     assert len(compiled) == 2  # in training and in validation
 
@@ -297,7 +297,7 @@ def test_what_an_earlier_callback_puts_into_a_checkpoint_is_sparse(name: str, wr
 @every_method
 @pytest.mark.parametrize(("writer", "model"), [(Rewrites, ToyModel), (Writes, ToyModel), (None, RewritesItself)])
 def test_what_comes_into_a_checkpoint_after_us_is_told(name: str, writer: Any, model: Any, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="written as or after a checkpoint was saved, which may hold them"):
+    with pytest.warns(UserWarning, match="written while or after a checkpoint was saved, so the file may hold values"):
         saved([METHODS[name](), *([writer()] if writer else [])], model(), tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_masks_are_not_saved_beside_weights_that_were_written_since(tmp_path: Pa
     trainer.save_checkpoint(tmp_path / "sparse.ckpt")
     assert awake_in(tmp_path / "sparse.ckpt") == 0
     model.load_state_dict(ToyModel(seed=3).state_dict())
-    with pytest.warns(UserWarning, match="written after training, so that its masks are no longer those of the module"):
+    with pytest.warns(UserWarning, match="written after training, so the masks no longer fit the module"):
         trainer.save_checkpoint(tmp_path / "dense.ckpt")
     assert masks_by_method(load_checkpoint(tmp_path / "dense.ckpt"), "it") == {}
 

@@ -148,7 +148,7 @@ def test_the_module_itself_may_be_a_stage() -> None:
     assert net[3].conv.source is net[1].conv
     assert net(inputs).shape == inputs.shape
     assert share_weights(net) == {}
-    with pytest.raises(ValueError, match=r"The stages are the module itself, which \* names\."):
+    with pytest.raises(ValueError, match=r"The stages are the module itself, which is '\*'\."):
         share_weights(stage()[0], stages=["layer1"])
 
 

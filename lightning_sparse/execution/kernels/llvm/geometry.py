@@ -115,14 +115,16 @@ def shapes_of(steps: Sequence[PlaneStep], inputs: dict[str, Shape]) -> dict[str,
         if isinstance(step, ConvStep):
             expected = step.weight.shape[1] * step.groups
             if channels != expected:
-                raise ValueError(f"A convolution takes {expected} channels and was given {channels}.")
+                raise ValueError(f"A convolution was given {channels} channels; give images with {expected}.")
             channels = step.weight.num_rows
         sizes = [
             (size + 2 * padding - reach - 1) // step.stride + 1
             for size, padding, reach in zip((height, width), step.padding, step.reach, strict=True)
         ]
         if min(sizes) < 1:
-            raise ValueError(f"Images of {height} x {width} are smaller than a window of the network.")
+            raise ValueError(
+                f"Images of {height} x {width} are smaller than a window of the network; give larger ones."
+            )
         shapes[step.y] = channels, sizes[0], sizes[1]
     return shapes
 

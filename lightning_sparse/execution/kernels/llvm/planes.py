@@ -311,7 +311,9 @@ def _taps(step: ConvStep) -> tuple[Any, Any, Any]:
 def _narrow(offsets: Any) -> Any:
     """Return offsets as 32-bit integers."""
     if len(offsets) and offsets.max() > np.iinfo(np.int32).max:
-        raise ValueError("The images are too large for sparse convolutions: a layer's input has over 2**31 entries.")
+        raise ValueError(
+            "A layer's input has over 2**31 entries, too many for sparse convolutions; give smaller images."
+        )
     return offsets.astype(np.int32)
 
 
