@@ -249,8 +249,8 @@ class SparsityMonitor(TrainerCallback):
         self._is_spread = is_spread(self._registry)
         if self._is_spread:
             rank_zero_warn(
-                "SparsityMonitor cannot count the operations of sharded weights, so it logs no flops/*. To see them, train"
-                " a few steps on one device."
+                "SparsityMonitor cannot count the operations of sharded weights, so it logs no flops/*. To see them,"
+                " train a few steps on one device."
             )
         self._history = history_of(self._registry)
         self._shapes = {name: tuple(weight.shape) for name, weight in self._registry.items()}

@@ -125,6 +125,9 @@ def dead_units(module: nn.Module, example: Any) -> Shrinkage:
         module: Any module; it is not changed.
         example: Its input; see :func:`shrink`.
 
+    Returns:
+        The number of units and of dead units in each layer, and the number of parameters before and after.
+
     Raises:
         TypeError: ``module`` is not a module, or the example does not fit its ``forward``.
         ValueError: The module cannot be copied, or fails on the example.

@@ -6,9 +6,9 @@ A weight matrix :math:`W` of shape ``(outputs, fan-in)`` has a threshold :math:`
 
 with the unit step :math:`S`, strict: :math:`S(0) = 0`.
 
-Paper: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable Masked Layers",
-       ICLR 2020, https://arxiv.org/abs/2005.06870, §3
-Code:  https://github.com/junjieliu2910/DynamicSparseTraining
+References:
+    Liu et al., `Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With Trainable Masked Layers
+    <https://arxiv.org/abs/2005.06870>`_, ICLR 2020, §3; code https://github.com/junjieliu2910/DynamicSparseTraining
 """
 
 from __future__ import annotations
