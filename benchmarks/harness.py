@@ -248,7 +248,9 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None
 def write(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
     """Write the figures to a file, if there is one."""
     if json_file is not None:
-        content = {"title": title, "conditions": conditions(), "rows": [dict(row) for row in rows]}
+        # what rows say themselves, as the number of threads, differs between them
+        common = {name: value for name, value in conditions().items() if name not in rows[0]}
+        content = {"title": title, "conditions": common, "rows": [dict(row) for row in rows]}
         json_file.write_text(json.dumps(content, default=vars, indent=2) + "\n")
 
 
