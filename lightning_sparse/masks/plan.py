@@ -116,8 +116,8 @@ class Plan(Sequence[Candidate]):
         masked = sum(candidate.numel for candidate in self.masked)
         total = sum({id(candidate.parameter): candidate.numel for candidate in self}.values())
         line = (
-            f"{len(self.masked)} of {len(self)} parameters masked ({masked:,} of {total:,} weights),"
-            f" {self.coverage:.0%} of its matrices"
+            f"{len(self.masked)} of {len(self)} parameters masked ({masked:,} of {total:,} entries,"
+            f" {self.coverage:.0%} of those in matrices)"
         )
         reasons = Counter(kind_of(candidate.reason) for candidate in self if candidate.reason)
         named = {kind_of(candidate.reason): printable(candidate.name) for candidate in self}

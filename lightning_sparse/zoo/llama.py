@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> LanguageModel:
     loss = float(trainer.callback_metrics["train_loss"])
     if trainer.is_global_zero:
         # Guessing gives ln 64 = 4.16; the entropy of a step is ln 3 = 1.10.
-        print(f"{method.registry}; loss {loss:.2f}, between 4.16 and 1.10")  # noqa: T201  # a command
+        print(f"{method.registry}; loss {loss:.2f} (guessing: 4.16, best possible: 1.10)")  # noqa: T201  # a command
     return model
 
 

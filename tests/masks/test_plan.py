@@ -419,7 +419,7 @@ def test_coverage_is_the_share_of_all_matrices_that_is_masked() -> None:
         nn.Embedding(6, 2), nn.Linear(2, 4), nn.LayerNorm(4)
     )  # 12 and 8 entries; vectors do not count
     assert select_weights(module).coverage == pytest.approx(0.4)
-    assert "40% of its matrices" in select_weights(module).summary
+    assert "40% of those in matrices" in select_weights(module).summary
 
 
 class Many(nn.Module):
