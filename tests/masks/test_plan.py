@@ -234,7 +234,7 @@ def test_a_module_registered_twice_is_masked_once() -> None:
 
 def test_the_summary_counts_a_tied_weight_once() -> None:
     module = tie(nn.Linear(2, 5, bias=False), nn.Embedding(5, 2))  # 10 weights, tied, and 4 others
-    assert "(4 of 14 weights)" in select_weights(module).summary
+    assert "(4 of 14 entries," in select_weights(module).summary
 
 
 # Wrapped and nested modules
