@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoints",
         nargs="+",
         metavar="checkpoint",
-        help="a Lightning checkpoint, of ours or not, or a file with a state dict",
+        help="any Lightning checkpoint, or a file with a state dict",
     )
     checkpoint.add_argument("--all", action="store_true", help="biases, normalisation and integer tensors too")
     add_model_options(checkpoint, purpose="for dead units and FLOPs: ")

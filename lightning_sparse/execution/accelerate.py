@@ -289,7 +289,7 @@ def _unread(module: nn.Module) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" whose weights are plain tensors; those of {', '.join(names[:3])}{more} are not, as of quantised layers"
+    return f" (those of {', '.join(names[:3])}{more} are not counted, because their weights are not plain tensors)"
 
 
 def _calling(call: Call, module: nn.Module) -> Callable[[], Any]:

@@ -374,7 +374,9 @@ class ScoredMethod(HardMaskMethod, ABC):
                         " change then: lower the learning rate, or clip gradients."
                     )
             elif group.num_active < budget and not self._shaped:
-                advice = "It began with more zeros, and what is pruned stays pruned; a method that grows lets them go."
+                advice = (
+                    "It began with more zeros, and this method grows none of them; use one that does, such as RigL."
+                )
             else:
                 continue
             rank_zero_warn(

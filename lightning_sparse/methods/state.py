@@ -175,5 +175,5 @@ def _contradiction(state: Mapping[str, Any]) -> str:
             return f"the mask of {printable(name)} has a budget of {mask['budget']:,} of at most {numel:,} weights"
     for name in (*state["dense"], *state["frozen"]):
         if name in state["masks"]:
-            return f"{printable(name)} has a mask, and is to stay dense too"
+            return f"{printable(name)} has a mask, but is listed as dense too"
     return ""

@@ -332,7 +332,7 @@ def test_quantised_layers_are_named(recwarn: pytest.WarningsRecorder) -> None:
     network = quantize(perceptron(16, 8, 4).eval(), {nn.Linear}, dtype=torch.qint8)
     fast = accelerate(network, torch.randn(2, 16), seconds=QUICK)
     assert fast.executed is network
-    assert "those of 1, 3 are not, as of quantised layers" in fast.report.notes[-1]
+    assert "those of 1, 3 are not counted, because their weights are not plain tensors" in fast.report.notes[-1]
 
 
 class Counting(nn.Module):

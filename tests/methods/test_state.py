@@ -174,7 +174,7 @@ def test_mutated_states_of_other_callbacks_are_refused_or_harmless(kind: str, tm
         (("step",), 10**12, "step is 1000000000000, not a whole number"),
         (("step",), True, "step is True, not a whole number"),
         (("origin",), 10**9, "origin is 1,000,000,000, after step 8"),
-        (("dense",), ["network.0.weight"], "network.0.weight has a mask, and is to stay dense too"),
+        (("dense",), ["network.0.weight"], "network.0.weight has a mask, but is listed as dense too"),
         (("dense",), "network.0.weight", "dense is 'network.0.weight', not a list of names"),
         (("not_finite_for",), [-1], "not_finite_for at 0 is -1"),
         (("masks", "network.0.weight", "budget"), 3, r"has \d+ active weights, and its budget is 3"),
