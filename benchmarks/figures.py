@@ -358,6 +358,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "files": files,
     "whole-runs": whole_runs,
     "steps": lambda: overhead("SGD", "fp32", "steps.json"),
+    "steps-adamw": lambda: overhead("AdamW", "fp32", "steps.json"),
+    "steps-fused": lambda: overhead("AdamW-fused", "fp32", "steps.json"),
     "overhead": lambda: overhead("SGD", "fp32"),
     "overhead-bf16": lambda: overhead("SGD", "bf16"),
     "overhead-adamw": lambda: overhead("AdamW", "fp32"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -42,10 +43,34 @@ napoleon_use_rtype = False
 
 
 def take_over(_: Sphinx, __: str, source: list[str]) -> None:
-    """Let a page take over what is said elsewhere."""
-    source[0] = pages.take_over(source[0])
+    """Let a page take over what is said elsewhere, and keep a figure and its deviation on one line."""
+    source[0] = pages.take_over(source[0]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+
+
+COLON = "\ue000"  # stands for one while napoleon reads, which takes what comes before a first colon for a type
+
+
+def hide_colon(_: Sphinx, what: str, *others: Any) -> None:
+    """Let the first line of a property's docstring be a sentence that may have a colon."""
+    lines = others[-1]
+    if what in {"property", "attribute", "data"} and lines:
+        lines[0] = lines[0].replace(": ", f"{COLON} ")
+
+
+def show_colon(*arguments: Any) -> None:
+    """Give a docstring its colon back."""
+    arguments[-1][:] = [line.replace(COLON, ":") for line in arguments[-1]]
+
+
+def plain_defaults(*arguments: Any) -> tuple[str, str | None] | None:
+    """Write ``...`` for a default that has no literal: Sphinx cannot read its repr, and shows the whole as it is."""
+    signature, returns = arguments[-2:]
+    return (re.sub(r"= <.+?>(?=[,)])", "= ...", signature), returns) if signature else None
 
 
 def setup(app: Sphinx) -> None:
     """Let the pages take over what is said elsewhere."""
     app.connect("source-read", take_over)
+    app.connect("autodoc-process-docstring", hide_colon, priority=400)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", show_colon, priority=600)
+    app.connect("autodoc-process-signature", plain_defaults)

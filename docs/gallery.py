@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 GALLERY = Path(__file__).with_name("gallery")
 COLOURS = 128  # of a picture: it is a fifth of the size, and looks the same
+TERMINAL = re.compile(r"\x1b\[[0-9;]*m")  # bold and colours, which rich asks a terminal for
 MACHINE = Path("/proc/cpuinfo")
 
 
@@ -60,7 +62,7 @@ def keep(path: Path) -> None:
 
 
 def kept(cell: Any, stem: str) -> Any:
-    """The outputs of a cell: text as it is, pictures as the names of files that are written here."""
+    """The outputs of a cell: text without colours, pictures as the names of files that are written here."""
     for number, output in enumerate(cell.outputs):
         data = output.get("data", {})
         if "image/png" in data:
@@ -70,7 +72,7 @@ def kept(cell: Any, stem: str) -> Any:
         elif output.get("name") == "stderr":
             continue  # remarks on this machine
         elif text := output.get("text") or data.get("text/plain"):
-            yield {"text": text.rstrip()}
+            yield {"text": TERMINAL.sub("", text).rstrip()}
 
 
 def write_picture(png: bytes, path: Path) -> None:

@@ -51,6 +51,7 @@ def test_the_documentation_shows_what_this_code_has_printed(path: Path) -> None:
     assert kept["digest"] == gallery["digest"](read(path)), f"run python docs/gallery.py {path.name[:2]}"
     shown = [output for outputs in kept["outputs"].values() for output in outputs]
     assert all((ROOT / "docs" / "gallery" / output["picture"]).exists() for output in shown if "picture" in output)
+    assert not any("\x1b" in output.get("text", "") for output in shown), "a page shows what a terminal would obey"
 
 
 @every_notebook
