@@ -339,10 +339,36 @@ def sync() -> str:
     return markdown(header, cells, conditions)
 
 
+def sharded() -> str:
+    """What an update of sharded masks sends and takes."""
+    rows, conditions = content_of("sharded.json")
+    header = ["", "weights", "layers", "processes", "all-reduces", "kB sent", "CPU, ms", "alone, ms", "CPU / alone"]
+    cells = [
+        [
+            f"{NAMES[row['method']]}, {row['ranked']}",
+            f"{float(row['weights']):,.0f}",
+            f"{row['layers']}",
+            f"{row['processes']}",
+            f"{row['collectives']}",
+            f"{row['kB']:,.1f}",
+            f"{row['ms']:,.0f}",
+            f"{row['alone']:,.0f}" if row["alone"] else "",
+            f"{row['ratio']:.1f}" if row["ratio"] else "extrapolated",
+        ]
+        for row in rows
+    ]
+    return markdown(header, cells, conditions)
+
+
 def goals_met() -> str:
     """Every goal, and whether it is met. The sections below say how each was measured."""
-    rows = goals.summary(lambda name: content_of(name)[0])
-    return markdown(goals.HEADER, rows, "").rstrip()
+    rows = goals.summary(lambda name: lines_of(name) if name.endswith(".jsonl") else content_of(name)[0])
+    return markdown(goals.HEADER, [[_with_names(cell) for cell in row] for row in rows], "").rstrip()
+
+
+def _with_names(text: str) -> str:
+    """A text with the name that readers know in the place of a network's own."""
+    return re.sub(r"(?<=: )[\w-]+(?=, batch)", lambda network: NAMES.get(network[0], network[0]), text)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -368,6 +394,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "memory": memory,
     "sync": sync,
+    "sharded": sharded,
 }
 
 if __name__ == "__main__":

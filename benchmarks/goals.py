@@ -11,6 +11,19 @@ Rows = Sequence[Mapping[str, Any]]
 Read = Callable[[str], Rows]
 
 HEADER = ["figure", "goal", "measured", "met"]
+TORCH, BEST = "over torch", "over best fp32"
+INFERENCE: dict[tuple[str, int | None], dict[str, dict[float, float]]] = {
+    ("linear-1024", 1): {TORCH: {0.9: 5, 0.95: 10, 0.99: 30}},
+    ("linear-1024", 64): {TORCH: {0.9: 4, 0.95: 7, 0.99: 15}},
+    ("linear-4096", 1): {TORCH: {0.9: 5, 0.95: 10, 0.99: 30}},
+    ("linear-4096", 64): {TORCH: {0.9: 4, 0.95: 7, 0.99: 15}},
+    ("lenet300", None): {TORCH: {0.95: 4}},
+    ("bert-ffn-128", None): {TORCH: {0.95: 4}},
+    ("bert-block-128", None): {TORCH: {0.95: 4}},
+    ("resnet18-32", 1): {TORCH: {0.95: 4.5}, BEST: {0.95: 2.5}},
+    ("resnet18-224", 1): {TORCH: {0.95: 3.5}, BEST: {0.95: 1.6}},
+}
+"""How many times as fast networks should be, by network and batch size (all of them where there is none)."""
 RIVALS = {"over prune (goal 0.97)": "`torch.nn.utils.prune`", "over parametrize (goal 0.97)": "`parametrize`"}
 
 
@@ -20,7 +33,8 @@ def summary(read: Read) -> list[list[str]]:
     Args:
         read: Reads the rows of a file of results, by its name.
     """
-    return [*_steps(read), *_rivals(read), *_whole_runs(read), *_updates(read), *_bytes(read), *_files(read)]
+    parts = (_steps, _rivals, _whole_runs, _updates, _bytes, _files, _inference)
+    return [line for part in parts for line in part(read)]
 
 
 def _line(figure: str, goal: float, values: Sequence[float], *, digits: int = 2, at_least: bool = False) -> list[str]:
@@ -128,3 +142,18 @@ def _files(read: Read) -> list[list[str]]:
         )
         for row in _with_goal(read("files.json"))
     ]
+
+
+def _inference(read: Read) -> list[list[str]]:
+    rows = [row for row in read("inference.jsonl") if row.get("threads") == 1]
+    lines: list[list[str]] = []
+    for (network, batch), goals in INFERENCE.items():
+        of_network = [row for row in rows if row["network"] == network and batch in (None, row["batch"])]
+        batches = ", ".join(f"{size}" for size in sorted({row["batch"] for row in of_network}))
+        for over, of_sparsity in goals.items():
+            engine = "dense torch" if over == TORCH else "the best dense engine"
+            for sparsity, goal in of_sparsity.items():
+                figure = f"times as fast as {engine}: {network}, batch {batches}, {100 * sparsity:g} % zeros"
+                values = [row[over] for row in of_network if row["sparsity"] == sparsity]
+                lines.append(_line(figure, goal, values, digits=1, at_least=True))
+    return lines

@@ -130,7 +130,7 @@ def extrapolated(rows: Sequence[dict[str, Any]], weights: float, layers: int, pr
         layers: Number of layers.
         processes: Number of processes.
     """
-    last, is_together = rows[-1], rows[-1]["layers"] == "together"
+    last, is_together = rows[-1], rows[-1]["ranked"] == "together"
     line = linear_regression([row["weights"] / row["processes"] for row in rows], [row["ms"] for row in rows])
     sent = last["kB"] * (2 if is_together and weights >= 1 << 31 else 1)  # counts of eight bytes
     sent *= 1 if is_together else layers / last["layers"]
@@ -138,7 +138,7 @@ def extrapolated(rows: Sequence[dict[str, Any]], weights: float, layers: int, pr
         **last,
         "weights": f"{weights:.0e}",
         "processes": processes,
-        "layers": last["layers"] if is_together else layers,
+        "layers": layers,
         "kB": sent,
         "ms": line.intercept + line.slope * weights / processes,
         "alone": "",
@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         {
                             "method": name,
                             "weights": weights,
-                            "layers": "together" if name == "FGGP" else number,
-                            "of": number,
+                            "layers": number,
+                            "ranked": "together" if name == "FGGP" else "layer by layer",
                             "processes": processes,
                             **many,
                             "alone": alone,
@@ -180,11 +180,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     write(TITLE, rows, arguments.json)
     for name in NAMES:
         same = [
-            row for row in rows if row["method"] == name and row["processes"] == max(counts) and row["of"] == layers[0]
+            row
+            for row in rows
+            if row["method"] == name and row["processes"] == max(counts) and row["layers"] == layers[0]
         ]
         if len(same) > 1:
             rows.append(extrapolated(same, 1e10, 500, 64))
-    rows = [{key: value for key, value in row.items() if key != "of"} for row in rows]
     write(TITLE, rows, arguments.json)
     report(TITLE, rows)
 
