@@ -368,6 +368,26 @@ def test_a_module_whose_calls_differ_is_returned_as_it_is(kind: type[Counting]) 
     assert int(network.calls) == 0
 
 
+class TakesAnotherTurn(nn.Module):
+    """Gives another type to a graph, whose values are no tensors yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = wide_perceptron()
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.network(x)
+        return y.bfloat16() if isinstance(x, Tensor) else y
+
+
+def test_outputs_keep_their_type() -> None:
+    x = torch.randn(16, 512)
+    fast = accelerate(TakesAnotherTurn(), x, threads=1, seconds=QUICK)
+    assert fast(x).dtype == torch.bfloat16
+    assert any("another shape or type" in note for note in fast.report.notes)
+
+
 def _doubled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return 2 * output
 
