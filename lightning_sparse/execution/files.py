@@ -72,8 +72,8 @@ def save_sparse(
 
     Raises:
         TypeError: The source or the path has another type, or something in the state dict is not a tensor.
-        ValueError: There is no tensor, one has the name of the format's own notes or no plain memory (sparse, quantised,
-            on the meta device, not initialised, sharded), or a value is too large for ``float16``.
+        ValueError: There is no tensor, one has the name of the format's own notes or no plain memory (sparse, on the
+            meta device, quantised, not initialised, sharded), or a value is too large for ``float16``.
         SparseFileError: The file cannot be written.
 
     Example:
