@@ -190,7 +190,7 @@ def _tell_of_changes(method: Method, state: Mapping[str, Any]) -> None:
 
 def _warn_of_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Warn of masks that were left in the module and that no method takes over: their zeros would be trained."""
-    left = checkpoints.inherited_by_all(methods, pl_module)
+    left = MaskRegistry.left_in(pl_module)
     taken = {name for method in methods for name in method.run.registry}
     # What is frozen is not trained; the warning comes when it thaws.
     frozen = {candidate.name for method in methods for candidate in method.run.plan.frozen}

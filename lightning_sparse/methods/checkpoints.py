@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,6 @@ __all__ = [
     "denser_checkpoints",
     "forget_stale",
     "hold_saved",
-    "inherited_by_all",
     "look_at_saved",
     "look_before_loading",
     "look_no_more",
@@ -324,12 +323,6 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
         with saved_everywhere():
             return Beginning(_state(method, run), goes_on=goes_on, source="module")
     return Beginning(inherited=MaskRegistry.left_in(module))
-
-
-def inherited_by_all(methods: Sequence[Method], module: pl.LightningModule) -> Mapping[str, Tensor]:
-    """The masks that were left in ``module``, where a method begins with them."""
-    begins = any(method.run.beginning.state is None for method in methods)
-    return MaskRegistry.left_in(module) if begins else {}
 
 
 def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:

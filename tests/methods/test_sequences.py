@@ -372,3 +372,29 @@ def test_fixed_masks_by_path_go_on_two_processes(tmp_path: Path) -> None:
     for name, mask in masks.items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         assert first["weights"][name][~mask].count_nonzero() == 0
+
+
+# A method less.
+
+
+@pytest.mark.filterwarnings("ignore:GMP at step 8. resumed with 16 steps")
+@pytest.mark.parametrize("goes_on", ["from a checkpoint", "in the module"])
+@pytest.mark.parametrize("advice", [False, True])
+def test_masks_of_a_method_that_is_left_out_are_missed(goes_on: str, advice: bool, tmp_path: Path) -> None:
+    def stays() -> GMP:
+        return GMP(0.5, include=["network.0.*"])
+
+    kept, path, model = stays(), tmp_path / "both.ckpt", ToyModel()
+    trainer = make_trainer(tmp_path, callbacks=[kept, GMP(0.8, include=["network.2.*"])], max_epochs=1)
+    trainer.fit(model)
+    trainer.save_checkpoint(path)
+    pruned = model.network[2].weight == 0
+    assert float(pruned.float().mean()) == pytest.approx(0.8, abs=0.01)
+
+    more = [FixedMask(include=["network.2.*"])] if advice else []
+    from_file = goes_on == "from a checkpoint"
+    model = ToyModel() if from_file else model
+    trainer = make_trainer(tmp_path, callbacks=[stays() if from_file else kept, *more], max_epochs=2)
+    with nullcontext() if advice else pytest.warns(UserWarning, match="network.2.weight had masks until now"):
+        trainer.fit(model, ckpt_path=path if from_file else None)
+    assert bool((model.network[2].weight[pruned] == 0).all()) is advice
