@@ -219,7 +219,7 @@ def _divided(weight: MaskedWeight) -> str:
 
 def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     run = method.run
-    run.active = True
+    run.active, method.is_set_up = True, False
     run.averages.look(trainer, pl_module, method.weights)
     for group in run.groups:
         steps.put_to_work(method, trainer, group)
@@ -231,7 +231,7 @@ def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningMod
 @torch.no_grad()
 def leave(method: Method, pl_module: pl.LightningModule) -> None:
     """End a training, however it ended: leave the module sparse, and nothing else behind."""
-    run = method.last_run
+    run, method.is_set_up = method.last_run, False
     if run is None or not run.active:
         checkpoints.resume_no_more(method)
         return

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 
 from lightning_sparse import DST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
@@ -398,3 +399,45 @@ def test_masks_of_a_method_that_is_left_out_are_missed(goes_on: str, advice: boo
     with nullcontext() if advice else pytest.warns(UserWarning, match="network.2.weight had masks until now"):
         trainer.fit(model, ckpt_path=path if from_file else None)
     assert bool((model.network[2].weight[pruned] == 0).all()) is advice
+
+
+# A finder before a later training.
+
+
+class Findable(StepIndexedToy):
+    """What finders ask of a module: the numbers that they would set."""
+
+    lr = 0.1
+    batch_size = 8
+
+
+def _finder(name: str) -> L.Callback:
+    if name == "learning rate":
+        return LearningRateFinder(num_training_steps=4, update_attr=False)
+    return BatchSizeFinder(steps_per_trial=1, max_trials=1, init_val=8)
+
+
+@pytest.mark.filterwarnings("ignore:RigL at step .*resumed with 16 steps")
+@pytest.mark.parametrize("finder", ["learning rate", "batch size"])
+@pytest.mark.parametrize("trains", ["another module", "the same module", "the same module in the same Trainer"])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_finder_does_not_change_how_a_later_training_begins(
+    trains: str, finder: str, evaluates: bool, tmp_path: Path
+) -> None:
+    def second(*finders: L.Callback) -> tuple[Any, ...]:
+        method, model = RigL(0.5, update_every=2), Findable()
+        trainer = make_trainer(tmp_path, callbacks=[method], max_epochs=1)
+        trainer.fit(model)
+        if evaluates:
+            trainer.save_checkpoint(tmp_path / "first.ckpt")
+            trainer.validate(model, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+        if trains.endswith("Trainer"):
+            trainer.callbacks += finders
+            trainer.fit_loop.max_epochs = 2
+        else:
+            trainer = make_trainer(tmp_path, callbacks=[method, *finders], max_epochs=1)
+        trainer.fit(Findable(seed=1) if trains == "another module" else model)
+        run = method.run
+        return method.step, run.origin, run.timetable, method.registry.num_updates
+
+    assert second(_finder(finder)) == second()
