@@ -25,6 +25,7 @@ from lightning_sparse.masks.derivatives import by_fsdp, differentiates_twice, in
 from lightning_sparse.masks.distributed import mean_
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import laid_like, local_part
+from lightning_sparse.masks.moments import loss_scale
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
@@ -111,9 +112,11 @@ class GraSP(AtInitialization):
     @override
     def observe(self, weight: MaskedWeight) -> None:
         if self._has_gradient(weight):
-            self.memory(weight, "product").add_(self.watched.tensors[weight.name])
+            trainer = self.run.trainer()
+            scale = 1.0 if trainer is None else loss_scale(trainer)
+            self.memory(weight, "product").add_(self.watched.tensors[weight.name], alpha=1.0 / scale)
         else:
-            self.memory(weight, "gradient").add_(weight.grad)
+            self.memory(weight, "gradient").add_(self.gradient(weight))
         super().observe(weight)
 
     @override

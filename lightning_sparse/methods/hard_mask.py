@@ -20,6 +20,7 @@ from lightning_sparse.masks.moments import (
     all_finite,
     as_stepped_on,
     clear_moments,
+    gradient_scale,
     has_second_moments,
     keeps_zeros,
     warm_moments,
@@ -132,6 +133,7 @@ class HardMaskMethod(SparseMethod):
         observes = self.observes(group)
         before: Tensor | None = None
         if (due or observes) and self._gradients_are_usable(group, due=due):
+            self.run.gradient_scale = gradient_scale(trainer, group.optimizer)
             if observes:
                 for weight in group:
                     self.observe(weight)
@@ -205,7 +207,16 @@ class HardMaskMethod(SparseMethod):
             self.be_patient(group)
         return usable
 
-    # What a method remembers of each weight.
+    # What a method asks and remembers of each weight.
+
+    @final
+    def gradient(self, weight: MaskedWeight) -> Tensor:
+        """``weight.grad`` without the scale that a fused optimizer in float16 removes inside its step.
+
+        Ask for it where gradients are compared with weights, or with gradients of other steps.
+        """
+        scale = self.run.gradient_scale
+        return weight.grad if scale == 1.0 else weight.grad / scale
 
     @final
     def memory(self, weight: MaskedWeight, name: str) -> Tensor:
