@@ -132,9 +132,10 @@ class GraSP(AtInitialization):
         try:
             first = _gradients(loss, weights, create_graph=True)
             pairs = zip(weights, first, strict=True)
-            slope = sum(inner_product(self.memory(w, "gradient"), g, w.parameter) for w, g in pairs if g is not None)
-            assert isinstance(slope, Tensor)
-            second = _gradients(slope, group, create_graph=False)
+            slopes = [inner_product(self.memory(w, "gradient"), g, w.parameter) for w, g in pairs if g is not None]
+            if not slopes:  # the loss of another optimizer
+                return
+            second = _gradients(sum(slopes[1:], slopes[0]), group, create_graph=False)
         except RuntimeError as error:
             raise MisconfigurationException(
                 "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
@@ -170,6 +171,10 @@ class GraSP(AtInitialization):
 
 
 def _gradients(of: Tensor, weights: Sequence[MaskedWeight], *, create_graph: bool) -> Sequence[Tensor | None]:
-    """Gradients with respect to weights; None where one plays no part."""
-    parameters = [weight.parameter for weight in weights]
-    return torch.autograd.grad(of, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    """Gradients with respect to weights; None where one plays no part, or its optimizer is toggled off."""
+    taught = [weight.parameter for weight in weights if weight.parameter.requires_grad]
+    if not taught:
+        return [None] * len(weights)
+    its = torch.autograd.grad(of, taught, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    by_weight = dict(zip(taught, its, strict=True))
+    return [by_weight.get(weight.parameter) for weight in weights]

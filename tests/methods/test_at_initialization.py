@@ -181,6 +181,43 @@ def test_a_loss_without_a_second_derivative_is_refused_with_a_way_out(tmp_path: 
         make_trainer(tmp_path, callbacks=[GraSP(0.5)]).fit(Attention())
 
 
+class TwoPlayers(ToyModel):
+    """Two networks with losses and optimizers of their own, of which one sees what the other makes."""
+
+    toggles = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.judge = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        made, optimizers = self(batch[0]), self.optimizers()
+        losses = nn.functional.softplus(self.judge(made.detach())).mean(), made.square().mean()
+        for loss, optimizer in zip(losses, reversed(optimizers), strict=True):  # type: ignore[call-overload]
+            if self.toggles:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            if self.toggles:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.network, self.judge)]
+
+
+@pytest.mark.parametrize("toggles", [False, True])
+@pytest.mark.parametrize("include", [None, ["network.*"], ["judge.*"]])
+def test_a_loss_without_the_masked_weights_says_nothing_of_them(
+    include: list[str] | None, toggles: bool, tmp_path: Path
+) -> None:
+    grasp, model = GraSP(0.5, include=include), TwoPlayers()
+    model.toggles = toggles
+    make_trainer(tmp_path, callbacks=[grasp]).fit(model)
+    assert grasp.registry.sparsity == pytest.approx(0.5, abs=0.02)
+
+
 # SynFlow
 
 
