@@ -111,17 +111,25 @@ class GraSP(AtInitialization):
 
     @override
     def observe(self, weight: MaskedWeight) -> None:
-        if self._has_gradient(weight):
+        if not self._has_gradient(weight):
+            self.memory(weight, "gradient").add_(self.gradient(weight))
+        elif weight.name in self.watched.tensors:
             trainer = self.run.trainer()
             scale = 1.0 if trainer is None else loss_scale(trainer)
             self.memory(weight, "product").add_(self.watched.tensors[weight.name], alpha=1.0 / scale)
         else:
-            self.memory(weight, "gradient").add_(self.gradient(weight))
+            return  # another optimizer's weights have had no gradient yet
         super().observe(weight)
 
     @override
+    def is_ready(self, group: MaskGroup) -> bool:
+        looks = not self.is_pending(group) or all(weight.name in self.watched.tensors for weight in group)
+        return looks and super().is_ready(group)
+
+    @override
     def waits(self, group: MaskGroup) -> bool:
-        self.watched.tensors.clear()  # used by now, or of a step whose gradients were not finite
+        for weight in group:  # used by now, or of a step whose gradients were not finite
+            self.watched.tensors.pop(weight.name, None)
         return super().waits(group)
 
     @override

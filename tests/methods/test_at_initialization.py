@@ -218,6 +218,38 @@ def test_a_loss_without_the_masked_weights_says_nothing_of_them(
     assert grasp.registry.sparsity == pytest.approx(0.5, abs=0.02)
 
 
+class OneLoss(TwoPlayers):
+    """Both optimizers step on one loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(self.judge(self(batch[0])).square().mean())
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Critic(TwoPlayers):
+    """One optimizer steps three times before the other does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        first, second = self.optimizers()  # type: ignore[misc]
+        for optimizer in (second, second, second, first):
+            optimizer.zero_grad()
+            self.manual_backward(self.judge(self(batch[0])).square().mean())
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [OneLoss, Critic])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_two_optimizers_may_step_as_they_will_under_grasp(kind: type[TwoPlayers], batches: int, tmp_path: Path) -> None:
+    grasp, model = GraSP(0.5, batches=batches), kind()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    make_trainer(tmp_path, callbacks=[grasp], max_epochs=1).fit(model)
+    assert [weight.num_active for weight in grasp.weights] != [weight.numel for weight in grasp.weights]
+    assert grasp.registry.sparsity == pytest.approx(0.5, abs=0.02)
+    assert all(bool((model.get_parameter(name) != value).any()) for name, value in before.items())
+
+
 # SynFlow
 
 
