@@ -71,6 +71,9 @@ class HardMaskMethod(SparseMethod):
     def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         """Change the gradients of all that the optimizer of ``group`` steps, before the pruned ones become zero."""
 
+    def update_failed(self, group: MaskGroup) -> None:
+        """:meth:`update_masks` has raised; the masks are those before it."""
+
     def is_ready(self, group: MaskGroup) -> bool:
         """Whether an update that is due can come at this step, after :meth:`observe`; the same in every process."""
         return True
@@ -176,6 +179,7 @@ class HardMaskMethod(SparseMethod):
             group.recount()
             for weight, budget in zip(group, budgets, strict=True):
                 weight.budget = budget
+            self.update_failed(group)
             raise
         broadcast_masks_(group)
         group.updated_at = self.step
