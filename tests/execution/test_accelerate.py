@@ -219,6 +219,33 @@ class TestWeightsWrittenSince:
                 fast(x)
             assert_close(fast.refresh()(x), in_float64(network, x))
 
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_are_noticed_where_layers_are_others(self, traced: bool) -> None:
+        network = wide_perceptron()
+        outer = nn.Sequential(network, nn.ReLU()).eval()
+        x = torch.randn(2, 512)
+        fast = made_sparse(outer, x, {"0.1"}, traced=traced)
+
+        def replaced() -> None:
+            network[3] = sparsify(nn.Linear(1024, 512))
+
+        def activated() -> None:
+            outer[1] = nn.Tanh()
+
+        changes = {
+            "'0.3'": replaced,
+            "'1'": activated,
+            "'2'": lambda: outer.append(nn.ReLU()),
+            "A layer": lambda: outer.pop(2),
+        }
+        for name, change in changes.items():
+            change()
+            with pytest.raises(StaleWeightsError, match=f"{name}.* of the original module.*refresh"):
+                fast(x)
+            with pytest.raises(StaleWeightsError, match="refresh"):
+                copy.deepcopy(fast)
+            assert_close(fast.refresh()(x), in_float64(outer, x))
+
 
 class TestTheModuleReturned:
     def test_is_copied_pickled_and_saved(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import pytest
@@ -192,9 +192,9 @@ class TwoPlayers(ToyModel):
         self.judge = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        made, optimizers = self(batch[0]), self.optimizers()
+        made, optimizers = self(batch[0]), cast("list[Any]", self.optimizers())
         losses = nn.functional.softplus(self.judge(made.detach())).mean(), made.square().mean()
-        for loss, optimizer in zip(losses, reversed(optimizers), strict=True):  # type: ignore[call-overload]
+        for loss, optimizer in zip(losses, optimizers[::-1], strict=True):
             if self.toggles:
                 self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
@@ -223,7 +223,7 @@ class OneLoss(TwoPlayers):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self.manual_backward(self.judge(self(batch[0])).square().mean())
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in cast("list[Any]", self.optimizers()):
             optimizer.step()
             optimizer.zero_grad()
 
@@ -232,7 +232,7 @@ class Critic(TwoPlayers):
     """One optimizer steps three times before the other does."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        first, second = self.optimizers()  # type: ignore[misc]
+        first, second = cast("list[Any]", self.optimizers())
         for optimizer in (second, second, second, first):
             optimizer.zero_grad()
             self.manual_backward(self.judge(self(batch[0])).square().mean())

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_sparse import DST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
 from lightning_sparse.functional import num_active
 from lightning_sparse.schedules import Constant, Polynomial
+from lightning_sparse.trainer import callbacks_of, set_callbacks
 from tests.helpers import DumpRank, ToyModel, fit_two_processes, make_trainer
 from tests.methods.spies import Kill, KilledError, StepIndexedToy, ZeroWatch, masks_of
 
@@ -385,11 +386,12 @@ def test_masks_of_a_method_that_is_left_out_are_missed(goes_on: str, advice: boo
     def stays() -> GMP:
         return GMP(0.5, include=["network.0.*"])
 
-    kept, path, model = stays(), tmp_path / "both.ckpt", ToyModel()
+    kept, path = stays(), tmp_path / "both.ckpt"
+    model: Any = ToyModel()
     trainer = make_trainer(tmp_path, callbacks=[kept, GMP(0.8, include=["network.2.*"])], max_epochs=1)
     trainer.fit(model)
     trainer.save_checkpoint(path)
-    pruned = model.network[2].weight == 0
+    pruned: Tensor = model.network[2].weight == 0
     assert float(pruned.float().mean()) == pytest.approx(0.8, abs=0.01)
 
     more = [FixedMask(include=["network.2.*"])] if advice else []
@@ -432,7 +434,7 @@ def test_a_finder_does_not_change_how_a_later_training_begins(
             trainer.save_checkpoint(tmp_path / "first.ckpt")
             trainer.validate(model, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
         if trains.endswith("Trainer"):
-            trainer.callbacks += finders
+            set_callbacks(trainer, [*callbacks_of(trainer), *finders])
             trainer.fit_loop.max_epochs = 2
         else:
             trainer = make_trainer(tmp_path, callbacks=[method, *finders], max_epochs=1)
