@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 import lightning.pytorch as pl
@@ -189,12 +190,25 @@ def steps_of_training(trainer: pl.Trainer, pl_module: pl.LightningModule) -> flo
     total = trainer.estimated_stepping_batches
     if total < 0:  # Lightning's answer for a data loader without length
         return math.inf
-    if math.isfinite(total) and _has_epoch_without_steps(trainer):
-        of_an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        total = min(total, of_an_epoch * ((trainer.max_epochs or 1) - 1))
+    if trainer.max_epochs != -1 and math.isfinite(trainer.num_training_batches):
+        by_epochs = _steps_of_epochs(trainer, max(trainer.max_epochs or 1, 1) - _has_epoch_without_steps(trainer))
+        total = by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
     if trainer.max_steps != -1 and not pl_module.automatic_optimization:
         return min(total, trainer.max_steps // max(1, len(trainer.optimizers)))
     return total
+
+
+def _steps_of_epochs(trainer: pl.Trainer, epochs: int) -> int:
+    """The steps of so many epochs, whose batches may be accumulated in other numbers later: Lightning does not look."""
+    accumulated: dict[int, int] = {0: trainer.accumulate_grad_batches}
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "GradientAccumulationScheduler"):
+            accumulated = callback.scheduling  # type: ignore[attr-defined]
+    firsts = sorted(first for first in accumulated if first < epochs)
+    return sum(
+        math.ceil(trainer.num_training_batches / accumulated[first]) * (after - first)
+        for first, after in pairwise([*firsts, epochs])
+    )
 
 
 def _has_epoch_without_steps(trainer: pl.Trainer) -> bool:

@@ -231,7 +231,9 @@ class _Acceleration:
             return None
         difference = _difference(outputs, self.outputs)
         if difference > 1:
-            self._note(f"One variant was dropped: its outputs differ by {difference:.1g} times the allowed error.")
+            off = f"differ by {difference:.1g} times the allowed error"
+            off = off if math.isfinite(difference) else "have another shape or type, or NaN elsewhere"
+            self._note(f"One variant was dropped: its outputs {off}.")
             return None
         return made
 
@@ -298,7 +300,7 @@ def _calling(call: Call, module: nn.Module) -> Callable[[], Any]:
 
 def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
     """How far outputs are off, in units of what they may be; infinite if they are others altogether."""
-    if [x.shape for x in outputs] != [x.shape for x in expected]:
+    if [(x.shape, x.dtype) for x in outputs] != [(x.shape, x.dtype) for x in expected]:
         return float("inf")
     worst = 0.0
     for x, y in zip(outputs, expected, strict=True):

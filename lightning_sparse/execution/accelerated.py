@@ -113,9 +113,10 @@ class AcceleratedModule(nn.Module):
     """A module for inference with the same outputs as another module, executed in the fastest measured way.
 
     It holds the original module and copies of its weights. ``state_dict`` is that of the original; copying and pickling
-    keep both. If the original's weights are written or replaced later, a call raises :class:`StaleWeightsError` until
-    ``refresh`` is called. Writes past autograd are not noticed: those through ``.data``, as in ``weight.data.mul_(2)``,
-    through NumPy arrays, and by other processes. Call ``refresh`` after them, or write under ``torch.no_grad()``.
+    keep both. If the original's weights are written or its weights or layers replaced later, a call raises
+    :class:`StaleWeightsError` until ``refresh`` is called. Writes past autograd are not noticed: those through
+    ``.data``, as in ``weight.data.mul_(2)``, through NumPy arrays, and by other processes. Nor are hooks and settings
+    of layers. Call ``refresh`` after them, or write under ``torch.no_grad()``.
 
     Args:
         module: The original module. It is not changed.
@@ -163,6 +164,9 @@ class AcceleratedModule(nn.Module):
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 self._refuse_stale(held, name)
+        for parts, then in self._parts:
+            if tuple(parts.values()) != then:
+                self._refuse_other_parts(parts, then)
         if self._arity is not None and (kwargs or len(args) != self._arity or type(args[0]) is not Tensor):
             assert self.recipe is not None
             args, kwargs = tuple(as_traced(self._source[0], self.recipe.arguments, args, kwargs)), {}
@@ -241,7 +245,11 @@ class AcceleratedModule(nn.Module):
         for held, name, tensor, version, address in self._watched:
             if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 self._refuse_stale(held, name)
-        return {name: value for name, value in self.__dict__.items() if name not in ("_watched", "_call", "_direct")}
+        for parts, then in self._parts:
+            if tuple(parts.values()) != then:
+                self._refuse_other_parts(parts, then)
+        left_out = ("_watched", "_parts", "_call", "_direct")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -279,11 +287,17 @@ class AcceleratedModule(nn.Module):
         return self._source[0] if self.recipe is None else self.recipe.make(self._source[0])
 
     def _watch(self) -> None:
-        """Remember every parameter and buffer as it is: which tensor, how often written, where its memory is."""
+        """Remember every parameter and buffer as it is: which tensor, how often written, where its memory is.
+
+        And the layers in each layer.
+        """
         self._watched: list[tuple[Any, str, Any, int, int]] = []
+        self._parts: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
         if self.recipe is None:
             return
         for module in self._source[0].modules():
+            if module._modules:
+                self._parts.append((module._modules, tuple(module._modules.values())))
             for held in (module._parameters, module._buffers):  # the only way to notice that one was replaced
                 for name, tensor in held.items():
                     if tensor is not None and not tensor.is_inference() and type(tensor) in (Tensor, nn.Parameter):
@@ -297,4 +311,16 @@ class AcceleratedModule(nn.Module):
         raise StaleWeightsError(
             f"{name!r} of the original module has changed since it was accelerated. Call refresh() to take over its"
             " weights, or accelerate it again if its zeros have changed."
+        )
+
+    def _refuse_other_parts(self, parts: Mapping[str, Any], then: tuple[Any, ...]) -> NoReturn:
+        other = next((name for name, part in parts.items() if part not in then), None)
+        path = next((path for path, module in self._source[0].named_modules() if module._modules is parts), "")
+        what = f"in {path!r}" if path else "of the original module"
+        what = (
+            f"A layer {what}" if other is None else f"{'.'.join(filter(None, (path, other)))!r} of the original module"
+        )
+        raise StaleWeightsError(
+            f"{what} has been replaced, added or removed since it was accelerated. Accelerate it again, or call"
+            " refresh() if the layers are like those before."
         )

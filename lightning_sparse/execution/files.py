@@ -32,6 +32,7 @@ from lightning_sparse.execution.packing import (
 __all__ = ["SparseFileError", "is_sparse_file", "load_sparse", "save_sparse", "sparse_nbytes"]
 
 _FORMAT, _VERSION = "lightning_sparse.sparse", "1"
+_HEADER = "__metadata__"
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
 _AT_ONCE = 1 << 18
@@ -71,8 +72,8 @@ def save_sparse(
 
     Raises:
         TypeError: The source or the path has another type, or something in the state dict is not a tensor.
-        ValueError: There is no tensor, one has no plain memory (sparse, quantised, on the meta device, not
-            initialised, sharded), or a value is too large for ``float16``.
+        ValueError: There is no tensor, one has the name of the format's own notes or no plain memory (sparse, on the
+            meta device, quantised, not initialised, sharded), or a value is too large for ``float16``.
         SparseFileError: The file cannot be written.
 
     Example:
@@ -182,6 +183,11 @@ def _state_of(source: Any) -> dict[str, Tensor]:
                     if isinstance(source, nn.Module)
                     else 'Of a checkpoint save its state dict, as in checkpoint["state_dict"].'
                 )
+            )
+        if name == _HEADER:
+            raise ValueError(
+                f"{_HEADER} cannot be saved in a sparse file: there the safetensors format has its own notes. Give the"
+                " tensor another name."
             )
         obstacle = _obstacle(tensor)
         if obstacle:

@@ -242,6 +242,8 @@ def _stored(values: Tensor, cast: torch.dtype | None) -> Tensor:
 
 
 def _bytes(values: Tensor) -> Tensor:
+    if values.numel() == 1:  # whose strides may be anything, as where it was expanded
+        values = values.clone(memory_format=torch.contiguous_format)
     return values.reshape(-1).view(torch.uint8).view(*values.shape, values.element_size())
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from typing_extensions import override
 
 from lightning_sparse.execution.shrinking.tracing import Shapes, shape_of
 
@@ -49,11 +51,12 @@ def trace(module: nn.Module, example: tuple[Any, ...]) -> fx.GraphModule:
             raise UntraceableError(f"{name or 'the module'} has hooks, which a graph would not call.")
     try:
         graph_module = fx.GraphModule(module, _Tracer().trace(module, concrete_args=_constants(module, example)))
-        with torch.no_grad():
-            Shapes(graph_module).run(*example)
+        with torch.inference_mode(mode=False), torch.no_grad():  # in inference mode, tensors count no writes
+            _Watched(graph_module).run(*example)
+    except UntraceableError:
+        raise
     except Exception as error:  # torch.fx raises whatever a module raises when it gets a Proxy
         raise UntraceableError(f"torch.fx cannot follow {type(module).__name__}: {error}") from error
-    _refuse_shared_changes(graph_module)
     _remove_what_does_nothing(graph_module)
     _fold_batch_norms(graph_module)
     graph_module.graph.lint()
@@ -125,7 +128,6 @@ def _called(node: fx.Node) -> nn.Module | None:
 
 
 RELUS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-INPLACE: set[Any] = {F.relu_, torch.relu_, "relu_", operator.iadd, "add_"}
 ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -167,12 +169,51 @@ def is_addition(node: fx.Node) -> bool:
     return bool(first == second)
 
 
-def _refuse_shared_changes(graph_module: fx.GraphModule) -> None:
-    """Refuse graphs in which a value is changed in place and also read elsewhere: the order would matter."""
-    for node in graph_module.graph.nodes:
-        inplace = node.target in INPLACE or node.kwargs.get("inplace") or getattr(_called(node), "inplace", False)
-        if inplace and node.all_input_nodes and len(node.all_input_nodes[0].users) > 1:
-            raise UntraceableError(f"{node.name} changes a value in place that other layers read too.")
+@final
+class _Watched(Shapes):
+    """Runs a graph, and refuses one in which a value is changed in place and also read elsewhere.
+
+    A graph without what nobody reads, and with fused layers, would read it before the change or without. Whatever
+    changes a value, and through whichever view, is found by autograd's counters and by the memory of values.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        # Weak references keep no memory, and no other value gets the same while they are there.
+        self._memory: dict[StorageWeakRef, list[fx.Node]] = {}
+        self._own = {_memory_of(x) for x in (*graph_module.parameters(), *graph_module.buffers())}
+
+    @override
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation, and look whether it has written what it was given."""
+        given = [x for node in n.all_input_nodes for x in _tensors_in(self.env[node]) if not x.is_inference()]
+        before = [x._version for x in given]
+        result = super().run_node(n)
+        for x, version in zip(given, before, strict=True):
+            if x._version != version and self._is_read_elsewhere(x, n):
+                raise UntraceableError(f"{n.name} changes a value in place that other layers read too.")
+        for x in _tensors_in(result):
+            self._memory.setdefault(_memory_of(x), []).append(n)
+        return result
+
+    def _is_read_elsewhere(self, x: Tensor, writer: fx.Node) -> bool:
+        memory = _memory_of(x)
+        holders = {writer, *self._memory.get(memory, ())}
+        return memory in self._own or any(user not in holders for holder in holders - {writer} for user in holder.users)
+
+
+def _memory_of(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(x.untyped_storage())
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The plain tensors in a value, however nested."""
+    if isinstance(value, Tensor):
+        if value.layout is torch.strided:
+            yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
 
 
 def _remove_what_does_nothing(graph_module: fx.GraphModule) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "has_second_moments",
     "is_second_moment",
     "keeps_zeros",
+    "loss_scale",
     "scaler_of_step",
     "skipped_step",
     "warm_moments",
@@ -208,6 +209,12 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     A fused optimizer unscales them itself, inside its step.
     """
     scaler = scaler_of_step(trainer, optimizer)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """The factor by which a GradScaler has multiplied the loss of this step; 1 where there is none."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 

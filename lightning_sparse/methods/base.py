@@ -68,6 +68,7 @@ class SparseMethod(Method):
             callbacks.insert(callbacks.index(self) + 1, companion)
         if stage == "fit":
             checkpoints.forget_stale(self, pl_module)
+            self.is_set_up, self.had_no_state = True, False
             refuse_strategy(type(self).__name__, trainer)
             if trainer.max_epochs == -1 and trainer.max_steps == -1:
                 self.timetable(math.inf)

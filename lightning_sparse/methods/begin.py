@@ -190,7 +190,7 @@ def _tell_of_changes(method: Method, state: Mapping[str, Any]) -> None:
 
 def _warn_of_waking(methods: Sequence[Method], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Warn of masks that were left in the module and that no method takes over: their zeros would be trained."""
-    left = checkpoints.inherited_by_all(methods, pl_module)
+    left = MaskRegistry.left_in(pl_module)
     taken = {name for method in methods for name in method.run.registry}
     # What is frozen is not trained; the warning comes when it thaws.
     frozen = {candidate.name for method in methods for candidate in method.run.plan.frozen}
@@ -219,7 +219,7 @@ def _divided(weight: MaskedWeight) -> str:
 
 def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     run = method.run
-    run.active = True
+    run.active, method.is_set_up = True, False
     run.averages.look(trainer, pl_module, method.weights)
     for group in run.groups:
         steps.put_to_work(method, trainer, group)
@@ -231,7 +231,7 @@ def _put_to_work(method: Method, trainer: pl.Trainer, pl_module: pl.LightningMod
 @torch.no_grad()
 def leave(method: Method, pl_module: pl.LightningModule) -> None:
     """End a training, however it ended: leave the module sparse, and nothing else behind."""
-    run = method.last_run
+    run, method.is_set_up = method.last_run, False
     if run is None or not run.active:
         checkpoints.resume_no_more(method)
         return

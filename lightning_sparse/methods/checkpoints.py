@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,6 @@ __all__ = [
     "denser_checkpoints",
     "forget_stale",
     "hold_saved",
-    "inherited_by_all",
     "look_at_saved",
     "look_before_loading",
     "look_no_more",
@@ -53,6 +52,9 @@ def state_of(method: Method) -> dict[str, Any]:
     A collective where weights are sharded: process 0 then has all of it, and writes it.
     """
     run, loaded = method.last_run, method.loaded
+    if method.is_set_up and not (loaded is not None and loaded.resumes):
+        method.had_no_state = True  # finders ask before training begins: what an earlier one left is no state of this
+        return {}
     state = None if loaded is None or (run is not None and run.active) else loaded.state
     left = loaded.left if loaded is not None and state is not None else None if run is None else run.left
     if run is not None and not run.active and _is_awake_since(left, run.module()):
@@ -64,7 +66,7 @@ def state_of(method: Method) -> dict[str, Any]:
     if state is not None:
         return dict(state)  # the weights are those of the checkpoint that was loaded since
     if run is None or (not run.groups and not run.plan.frozen):
-        return {}  # the learning-rate finder asks before training begins
+        return {}
     return sealed(_state(method, run))
 
 
@@ -148,8 +150,9 @@ def take(method: Method, trainer: pl.Trainer, pl_module: pl.LightningModule, che
         _refuse_unshared(states, pl_module, trainer.ckpt_path)
         _refuse_other_shapes(masks, pl_module)
         _masks_of_all(checkpoint, unchecked=[method.state_key])
-    if resumes and not masks and method.loaded is not None:
-        return  # the file of the learning-rate finder, which puts back the weights that were loaded before
+    is_finders = method.is_set_up and method.had_no_state
+    if resumes and not masks and (method.loaded is not None or is_finders):
+        return  # the file of a finder, which puts back the weights that were there before
     is_whole = not resumes or own is None or not fault_of_seal(own)
     left = MaskRegistry.leave(pl_module, masks, given=False) if masks and is_whole else None
     # One of the same class with other include= or exclude= is no other method: that resume is refused.
@@ -324,12 +327,6 @@ def beginning_of(method: Method, trainer: pl.Trainer, module: pl.LightningModule
         with saved_everywhere():
             return Beginning(_state(method, run), goes_on=goes_on, source="module")
     return Beginning(inherited=MaskRegistry.left_in(module))
-
-
-def inherited_by_all(methods: Sequence[Method], module: pl.LightningModule) -> Mapping[str, Tensor]:
-    """The masks that were left in ``module``, where a method begins with them."""
-    begins = any(method.run.beginning.state is None for method in methods)
-    return MaskRegistry.left_in(module) if begins else {}
 
 
 def denser_checkpoints(method: Method, trainer: pl.Trainer) -> list[str]:

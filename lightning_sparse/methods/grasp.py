@@ -25,6 +25,7 @@ from lightning_sparse.masks.derivatives import by_fsdp, differentiates_twice, in
 from lightning_sparse.masks.distributed import mean_
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.layout import laid_like, local_part
+from lightning_sparse.masks.moments import loss_scale
 from lightning_sparse.masks.pool import MaskPool
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.at_initialization import AtInitialization
@@ -110,15 +111,25 @@ class GraSP(AtInitialization):
 
     @override
     def observe(self, weight: MaskedWeight) -> None:
-        if self._has_gradient(weight):
-            self.memory(weight, "product").add_(self.watched.tensors[weight.name])
+        if not self._has_gradient(weight):
+            self.memory(weight, "gradient").add_(self.gradient(weight))
+        elif weight.name in self.watched.tensors:
+            trainer = self.run.trainer()
+            scale = 1.0 if trainer is None else loss_scale(trainer)
+            self.memory(weight, "product").add_(self.watched.tensors[weight.name], alpha=1.0 / scale)
         else:
-            self.memory(weight, "gradient").add_(weight.grad)
+            return  # another optimizer's weights have had no gradient yet
         super().observe(weight)
 
     @override
+    def is_ready(self, group: MaskGroup) -> bool:
+        looks = not self.is_pending(group) or all(weight.name in self.watched.tensors for weight in group)
+        return looks and super().is_ready(group)
+
+    @override
     def waits(self, group: MaskGroup) -> bool:
-        self.watched.tensors.clear()  # used by now, or of a step whose gradients were not finite
+        for weight in group:  # used by now, or of a step whose gradients were not finite
+            self.watched.tensors.pop(weight.name, None)
         return super().waits(group)
 
     @override
@@ -129,9 +140,10 @@ class GraSP(AtInitialization):
         try:
             first = _gradients(loss, weights, create_graph=True)
             pairs = zip(weights, first, strict=True)
-            slope = sum(inner_product(self.memory(w, "gradient"), g, w.parameter) for w, g in pairs if g is not None)
-            assert isinstance(slope, Tensor)
-            second = _gradients(slope, group, create_graph=False)
+            slopes = [inner_product(self.memory(w, "gradient"), g, w.parameter) for w, g in pairs if g is not None]
+            if not slopes:  # the loss of another optimizer
+                return
+            second = _gradients(sum(slopes[1:], slopes[0]), group, create_graph=False)
         except RuntimeError as error:
             raise MisconfigurationException(
                 "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
@@ -167,6 +179,10 @@ class GraSP(AtInitialization):
 
 
 def _gradients(of: Tensor, weights: Sequence[MaskedWeight], *, create_graph: bool) -> Sequence[Tensor | None]:
-    """Gradients with respect to weights; None where one plays no part."""
-    parameters = [weight.parameter for weight in weights]
-    return torch.autograd.grad(of, parameters, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    """Gradients with respect to weights; None where one plays no part, or its optimizer is toggled off."""
+    taught = [weight.parameter for weight in weights if weight.parameter.requires_grad]
+    if not taught:
+        return [None] * len(weights)
+    its = torch.autograd.grad(of, taught, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    by_weight = dict(zip(taught, its, strict=True))
+    return [by_weight.get(weight.parameter) for weight in weights]

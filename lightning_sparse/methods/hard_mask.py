@@ -20,6 +20,7 @@ from lightning_sparse.masks.moments import (
     all_finite,
     as_stepped_on,
     clear_moments,
+    gradient_scale,
     has_second_moments,
     keeps_zeros,
     warm_moments,
@@ -69,6 +70,9 @@ class HardMaskMethod(SparseMethod):
 
     def before_masking(self, trainer: pl.Trainer, group: MaskGroup) -> None:
         """Change the gradients of all that the optimizer of ``group`` steps, before the pruned ones become zero."""
+
+    def update_failed(self, group: MaskGroup) -> None:
+        """:meth:`update_masks` has raised; the masks are those before it."""
 
     def is_ready(self, group: MaskGroup) -> bool:
         """Whether an update that is due can come at this step, after :meth:`observe`; the same in every process."""
@@ -132,6 +136,7 @@ class HardMaskMethod(SparseMethod):
         observes = self.observes(group)
         before: Tensor | None = None
         if (due or observes) and self._gradients_are_usable(group, due=due):
+            self.run.gradient_scale = gradient_scale(trainer, group.optimizer)
             if observes:
                 for weight in group:
                     self.observe(weight)
@@ -174,6 +179,7 @@ class HardMaskMethod(SparseMethod):
             group.recount()
             for weight, budget in zip(group, budgets, strict=True):
                 weight.budget = budget
+            self.update_failed(group)
             raise
         broadcast_masks_(group)
         group.updated_at = self.step
@@ -205,7 +211,16 @@ class HardMaskMethod(SparseMethod):
             self.be_patient(group)
         return usable
 
-    # What a method remembers of each weight.
+    # What a method asks and remembers of each weight.
+
+    @final
+    def gradient(self, weight: MaskedWeight) -> Tensor:
+        """``weight.grad`` without the scale that a fused optimizer in float16 removes inside its step.
+
+        Ask for it where gradients are compared with weights, or with gradients of other steps.
+        """
+        scale = self.run.gradient_scale
+        return weight.grad if scale == 1.0 else weight.grad / scale
 
     @final
     def memory(self, weight: MaskedWeight, name: str) -> Tensor:

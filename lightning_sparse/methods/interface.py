@@ -75,6 +75,8 @@ class Method(TrainerCallback, ABC):
         self.step = 0
         self.last_run: Run | None = None
         self.loaded: Loaded | None = None
+        self.is_set_up = False  # for a fit that has not begun to train
+        self.had_no_state = False  # when it was asked for one since then, as finders do
         self.brought: list[pl.Callback] = []
 
     # What a method implements.

@@ -121,7 +121,11 @@ class MEST(GrowingMethod):
     @override
     def drop_scores(self, weight: MaskedWeight) -> Tensor:
         magnitude = weight.value.abs()
-        return magnitude.add_(weight.grad.abs(), alpha=self.gradient_weight) if self.gradient_weight else magnitude
+        return (
+            magnitude.add_(self.gradient(weight).abs(), alpha=self.gradient_weight)
+            if self.gradient_weight
+            else magnitude
+        )
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:

@@ -119,6 +119,7 @@ class Run:
         began_at: The Trainer's step at that time.
         total_steps: How many steps this training has from there; ``inf`` where it has no known end.
         timetable: When masks are updated; None where they are at every step.
+        gradient_scale: The scale of the gradients that are looked at: 1, except for fused optimizers in float16.
         memory: Tensors shaped like weights that the method remembers, by purpose and parameter name.
         own: What else a method keeps for as long as a training lasts.
         steps: Which steps are awaited.
@@ -141,6 +142,7 @@ class Run:
     began_at: int
     total_steps: float
     timetable: Timetable | None = None
+    gradient_scale: float = 1.0
     memory: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, "dict[str, Tensor]"])
     own: Any = None
     steps: StepWatch = field(default_factory=StepWatch)

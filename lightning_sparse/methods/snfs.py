@@ -96,7 +96,7 @@ class SNFS(GrowingMethod):
 
     @override
     def observe(self, weight: MaskedWeight) -> None:
-        self.memory(weight, "momentum").mul_(self.momentum).add_(weight.grad)
+        self.memory(weight, "momentum").mul_(self.momentum).add_(self.gradient(weight))
 
     @override
     def grow_scores(self, weight: MaskedWeight) -> Tensor:

@@ -73,7 +73,7 @@ class SNIP(AtInitialization):
     @override
     def observe(self, weight: MaskedWeight) -> None:
         super().observe(weight)
-        self.memory(weight, "gradient").add_(weight.grad)
+        self.memory(weight, "gradient").add_(self.gradient(weight))
 
     @override
     def drop_scores(self, weight: MaskedWeight) -> Tensor:

@@ -127,8 +127,13 @@ class SRigL(GrowingMethod):
 
     @override
     def after_update(self, group: MaskGroup) -> None:
-        for weight in group:
-            del self._own.alive[weight.name]  # as large as the masks
+        for temporary in (self._own.alive, self._own.largest):  # as large as the masks
+            for weight in group:
+                temporary.pop(weight.name, None)
+
+    @override
+    def update_failed(self, group: MaskGroup) -> None:
+        self.after_update(group)
 
     @override
     def allowed(self, weight: MaskedWeight) -> Tensor:

@@ -176,6 +176,7 @@ class TopKAST(LatentMethod):
         for weight in group:
             trained, latent = self.trained[weight.name], self.latent(weight)
             torch.where(trained, weight.value, latent, out=latent)
+            weight.value.copy_(latent)  # the optimizer's momentum or decay moves the others too, and A may take them
             clear_moments(group.optimizer, weight.parameter, ~trained)
 
     @override

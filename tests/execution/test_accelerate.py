@@ -219,6 +219,33 @@ class TestWeightsWrittenSince:
                 fast(x)
             assert_close(fast.refresh()(x), in_float64(network, x))
 
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_are_noticed_where_layers_are_others(self, traced: bool) -> None:
+        network = wide_perceptron()
+        outer = nn.Sequential(network, nn.ReLU()).eval()
+        x = torch.randn(2, 512)
+        fast = made_sparse(outer, x, {"0.1"}, traced=traced)
+
+        def replaced() -> None:
+            network[3] = sparsify(nn.Linear(1024, 512))
+
+        def activated() -> None:
+            outer[1] = nn.Tanh()
+
+        changes = {
+            "'0.3'": replaced,
+            "'1'": activated,
+            "'2'": lambda: outer.append(nn.ReLU()),
+            "A layer": lambda: outer.pop(2),
+        }
+        for name, change in changes.items():
+            change()
+            with pytest.raises(StaleWeightsError, match=f"{name}.* of the original module.*refresh"):
+                fast(x)
+            with pytest.raises(StaleWeightsError, match="refresh"):
+                copy.deepcopy(fast)
+            assert_close(fast.refresh()(x), in_float64(outer, x))
+
 
 class TestTheModuleReturned:
     def test_is_copied_pickled_and_saved(self) -> None:
@@ -366,6 +393,26 @@ def test_a_module_whose_calls_differ_is_returned_as_it_is(kind: type[Counting]) 
     assert fast.executed is network
     assert "Two calls on the example differ" in fast.report.notes[-1]
     assert int(network.calls) == 0
+
+
+class TakesAnotherTurn(nn.Module):
+    """Gives another type to a graph, whose values are no tensors yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = wide_perceptron()
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.network(x)
+        return y.bfloat16() if isinstance(x, Tensor) else y
+
+
+def test_outputs_keep_their_type() -> None:
+    x = torch.randn(16, 512)
+    fast = accelerate(TakesAnotherTurn(), x, threads=1, seconds=QUICK)
+    assert fast(x).dtype == torch.bfloat16
+    assert any("another shape or type" in note for note in fast.report.notes)
 
 
 def _doubled(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -195,6 +195,19 @@ def test_names_that_are_taken_are_stored_dense(path: Path) -> None:
     assert all(same_bits(loaded[name], state[name]) for name in state)
 
 
+def test_the_name_of_the_formats_own_notes_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="another name"):
+        save_sparse({"__metadata__": torch.eye(3)}, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint64, torch.float8_e5m2, torch.complex64, torch.bool])
+def test_one_value_of_an_expanded_tensor_comes_back(dtype: torch.dtype, path: Path) -> None:
+    one = torch.ones(()).to(dtype)
+    save_sparse({"one": one.expand(1), "first": one.expand(5)[:1]}, path)
+    assert all(bool((value.to(torch.complex64) == 1).all()) for value in load_sparse(path).values())
+
+
 def test_half_precision_is_for_weights_alone(path: Path) -> None:
     state = {"weight": torch.randn(100, 100) * (torch.rand(100, 100) < 0.05), "bias": torch.randn(100)}
     state |= {"dense": torch.randn(20, 20, dtype=torch.float64), "count": torch.full((2, 2), 70_000)}

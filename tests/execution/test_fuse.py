@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_sparse.execution.conv import SparsePlanes
@@ -177,20 +180,79 @@ def test_what_comes_after_a_mean_is_another_part() -> None:
 
 
 class ChangesInPlace(nn.Module):
+    """Clamps the outputs of a convolution in place, at a bound that small inputs do not reach."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.relu6 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU6(inplace=True)
+        self.change = change
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        self.change(y)
+        return self.second(y) + y
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "a function": lambda y: F.hardtanh_(y, -6.0, 6.0),
+    "a function told to": lambda y: F.relu6(y, inplace=True),
+    "a function told to by position": lambda y: F.hardtanh(y, -6.0, 6.0, True),
+    "a method": lambda y: y.clamp_(max=6.0),
+    "a method that only some inputs see": lambda y: y.masked_fill_(y > 6.0, 0.0),
+    "out=": lambda y: torch.clamp(y, max=6.0, out=y),
+    "a view": lambda y: y.view(-1).clamp_(max=6.0),
+    "a flat view": lambda y: F.hardtanh_(y.flatten(1), -6.0, 6.0),
+    "a part": lambda y: y[:, 0].clamp_(max=6.0),
+    "one of some parts": lambda y: y.chunk(2, 1)[1].clamp_(max=6.0),
+    "detached": lambda y: y.detach().clamp_(max=6.0),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_is_changed_in_place_and_read_again_is_refused(how: str, inference: bool) -> None:
+    x = torch.randn(1, 3, 4, 4)
+    with pytest.raises(UntraceableError, match="in place"), torch.inference_mode(mode=inference):
+        fused(ChangesInPlace(CHANGES[how]), x)
+
+
+class ChangesItsWeight(nn.Module):
+    """Keeps a weight within bounds as it computes."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        z = torch.relu_(y)
-        return y + z
+        self.conv.weight.data.clamp_(-0.1, 0.1)
+        return self.conv(x)
 
 
-def test_what_is_changed_in_place_and_read_again_is_refused() -> None:
+def test_a_graph_in_which_a_weight_is_changed_is_refused() -> None:
     with pytest.raises(UntraceableError, match="in place"):
-        fused(ChangesInPlace(), torch.randn(1, 3, 4, 4))
+        fused(ChangesItsWeight(), torch.randn(1, 3, 4, 4))
+
+
+class ChangesWhatItReadsOnce(nn.Module):
+    """Adds and clamps in place where nobody else looks, through a view too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.linear = nn.Linear(4, 3)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = self.second(y).add_(y).relu_()
+        return self.linear(F.relu_(y.mean((2, 3)).view(-1, 4)))
+
+
+def test_what_is_changed_in_place_where_nobody_else_reads_is_fused() -> None:
+    graph = check(ChangesWhatItReadsOnce(), (2, 3, 9, 9))
+    assert any(isinstance(part, SparsePlanes) for part in graph.modules())
 
 
 def test_graphs_are_pickled_and_copied() -> None:

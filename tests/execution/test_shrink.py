@@ -508,6 +508,14 @@ def test_what_was_written_in_place_is_read_as_it_is_now() -> None:
     check_equal(module, noise(5, 6))
 
 
+@pytest.mark.parametrize(
+    "between", [lambda x: x.pow(x), lambda x: torch.clamp(x, max=x), lambda x: torch.clamp(x, max=0.1, out=x)]
+)
+def test_a_value_that_is_given_twice_keeps_its_features(between: Callable[[Tensor], Tensor]) -> None:
+    small = quiet(Odd(lambda x: between(x.abs())), (noise(5, 6),))
+    assert small.up.out_features == 8
+
+
 def test_shared_layers_and_weights_stay() -> None:
     layer = nn.Linear(6, 6)
     tied: Any = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import pytest
@@ -179,6 +179,75 @@ def test_a_loss_without_a_second_derivative_is_refused_with_a_way_out(tmp_path: 
 
     with pytest.raises(MisconfigurationException, match=r"GraSP needs the second derivative.*use SNIP or SynFlow"):
         make_trainer(tmp_path, callbacks=[GraSP(0.5)]).fit(Attention())
+
+
+class TwoPlayers(ToyModel):
+    """Two networks with losses and optimizers of their own, of which one sees what the other makes."""
+
+    toggles = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.judge = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        made, optimizers = self(batch[0]), cast("list[Any]", self.optimizers())
+        losses = nn.functional.softplus(self.judge(made.detach())).mean(), made.square().mean()
+        for loss, optimizer in zip(losses, optimizers[::-1], strict=True):
+            if self.toggles:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            if self.toggles:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.network, self.judge)]
+
+
+@pytest.mark.parametrize("toggles", [False, True])
+@pytest.mark.parametrize("include", [None, ["network.*"], ["judge.*"]])
+def test_a_loss_without_the_masked_weights_says_nothing_of_them(
+    include: list[str] | None, toggles: bool, tmp_path: Path
+) -> None:
+    grasp, model = GraSP(0.5, include=include), TwoPlayers()
+    model.toggles = toggles
+    make_trainer(tmp_path, callbacks=[grasp]).fit(model)
+    assert grasp.registry.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+class OneLoss(TwoPlayers):
+    """Both optimizers step on one loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(self.judge(self(batch[0])).square().mean())
+        for optimizer in cast("list[Any]", self.optimizers()):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Critic(TwoPlayers):
+    """One optimizer steps three times before the other does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        first, second = cast("list[Any]", self.optimizers())
+        for optimizer in (second, second, second, first):
+            optimizer.zero_grad()
+            self.manual_backward(self.judge(self(batch[0])).square().mean())
+            optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [OneLoss, Critic])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_two_optimizers_may_step_as_they_will_under_grasp(kind: type[TwoPlayers], batches: int, tmp_path: Path) -> None:
+    grasp, model = GraSP(0.5, batches=batches), kind()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    make_trainer(tmp_path, callbacks=[grasp], max_epochs=1).fit(model)
+    assert [weight.num_active for weight in grasp.weights] != [weight.numel for weight in grasp.weights]
+    assert grasp.registry.sparsity == pytest.approx(0.5, abs=0.02)
+    assert all(bool((model.get_parameter(name) != value).any()) for name, value in before.items())
 
 
 # SynFlow

@@ -500,6 +500,19 @@ def test_srigl_grows_what_it_has_just_pruned_only_where_there_is_no_other_place(
     assert rows_after(group) == [[1, 1, 0, 1], [1, 1, 1, 0]]
 
 
+def test_an_update_that_fails_leaves_nothing_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    srigl = SRigL(0.7, update_every=2, stop=13)
+    monkeypatch.setattr(SRigL, "grown_to", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        make_trainer(tmp_path, callbacks=[srigl]).fit(ToyModel())
+    assert srigl.registry.num_updates == 0
+    assert not srigl.run.own.alive
+    assert not srigl.run.own.largest
+
+
 def test_srigl_shares_no_budget_over_all_layers() -> None:
     with pytest.raises(ValueError, match=r"allocation.*'global'"):
         SRigL(0.9, allocation="global")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -364,6 +364,18 @@ def test_the_epoch_that_averaging_adds_for_batch_norm_has_no_steps(
     assert gmp.run.total_steps == 5 * 8 // accumulated
     assert gmp.registry.sparsity == pytest.approx(0.9, abs=0.005)
     assert sum(int((w.value == 0).sum()) for w in gmp.weights) == sum(w.numel - w.num_active for w in gmp.weights)
+
+
+@pytest.mark.parametrize("scheduling", [{0: 3}, {0: 1, 1: 3}, {2: 5, 9: 1}])
+@pytest.mark.parametrize("max_steps", [-1, 10])
+def test_batches_are_accumulated_in_other_numbers_in_later_epochs(
+    scheduling: dict[int, int], max_steps: int, tmp_path: Path
+) -> None:
+    gmp = GMP(0.9, stop=1.0)
+    accumulate = GradientAccumulationScheduler(scheduling)
+    make_trainer(tmp_path, callbacks=[gmp, accumulate], max_epochs=4, max_steps=max_steps).fit(ToyModel())
+    assert gmp.run.total_steps == gmp.step
+    assert gmp.registry.sparsity == pytest.approx(0.9, abs=0.005)
 
 
 # An update that fails, and schedules of a user's own.

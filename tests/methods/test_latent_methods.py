@@ -294,6 +294,28 @@ def test_nothing_outside_b_moves_under_topkast(optimizer: str, update_every: int
     assert sum(int(trained.sum()) for trained in method.trained.values()) == int(0.4 * 344 + 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*no more than one weight per output")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_topkast_computes_with_the_values_that_it_keeps(optimizer: str, tmp_path: Path) -> None:
+    method = TopKAST(0.9, backward_sparsity=0.9)
+
+    class Compare(L.Callback):
+        def __init__(self) -> None:
+            self.before: dict[str, Tensor] = {}
+            self.entered = 0
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            for weight in method.weights:
+                assert torch.equal(weight.value, method.effective(weight, method.latent(weight)))
+                # Weights that decay or momentum moved outside of B, and that are used now.
+                self.entered += int((weight.mask & ~self.before.get(weight.name, weight.mask)).sum())
+                self.before[weight.name] = method.trained[weight.name].clone()
+
+    watch = Compare()
+    make_trainer(tmp_path, callbacks=[method, watch], max_epochs=4).fit(ToyModel(OPTIMIZERS[optimizer]))
+    assert watch.entered > 0
+
+
 def test_srste_holds_its_pattern_in_every_block_of_every_layer(tmp_path: Path) -> None:
     method = SRSTE("1:2")
     make_trainer(tmp_path, callbacks=[method]).fit(ConvToy())

@@ -11,11 +11,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor
 
 from lightning_sparse import DST, FGGP, GMP, SET, FixedMask, RigL, SparseMethod
 from lightning_sparse.functional import num_active
 from lightning_sparse.schedules import Constant, Polynomial
+from lightning_sparse.trainer import callbacks_of, set_callbacks
 from tests.helpers import DumpRank, ToyModel, fit_two_processes, make_trainer
 from tests.methods.spies import Kill, KilledError, StepIndexedToy, ZeroWatch, masks_of
 
@@ -372,3 +374,72 @@ def test_fixed_masks_by_path_go_on_two_processes(tmp_path: Path) -> None:
     for name, mask in masks.items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         assert first["weights"][name][~mask].count_nonzero() == 0
+
+
+# A method less.
+
+
+@pytest.mark.filterwarnings("ignore:GMP at step 8. resumed with 16 steps")
+@pytest.mark.parametrize("goes_on", ["from a checkpoint", "in the module"])
+@pytest.mark.parametrize("advice", [False, True])
+def test_masks_of_a_method_that_is_left_out_are_missed(goes_on: str, advice: bool, tmp_path: Path) -> None:
+    def stays() -> GMP:
+        return GMP(0.5, include=["network.0.*"])
+
+    kept, path = stays(), tmp_path / "both.ckpt"
+    model: Any = ToyModel()
+    trainer = make_trainer(tmp_path, callbacks=[kept, GMP(0.8, include=["network.2.*"])], max_epochs=1)
+    trainer.fit(model)
+    trainer.save_checkpoint(path)
+    pruned: Tensor = model.network[2].weight == 0
+    assert float(pruned.float().mean()) == pytest.approx(0.8, abs=0.01)
+
+    more = [FixedMask(include=["network.2.*"])] if advice else []
+    from_file = goes_on == "from a checkpoint"
+    model = ToyModel() if from_file else model
+    trainer = make_trainer(tmp_path, callbacks=[stays() if from_file else kept, *more], max_epochs=2)
+    with nullcontext() if advice else pytest.warns(UserWarning, match="network.2.weight had masks until now"):
+        trainer.fit(model, ckpt_path=path if from_file else None)
+    assert bool((model.network[2].weight[pruned] == 0).all()) is advice
+
+
+# A finder before a later training.
+
+
+class Findable(StepIndexedToy):
+    """What finders ask of a module: the numbers that they would set."""
+
+    lr = 0.1
+    batch_size = 8
+
+
+def _finder(name: str) -> L.Callback:
+    if name == "learning rate":
+        return LearningRateFinder(num_training_steps=4, update_attr=False)
+    return BatchSizeFinder(steps_per_trial=1, max_trials=1, init_val=8)
+
+
+@pytest.mark.filterwarnings("ignore:RigL at step .*resumed with 16 steps")
+@pytest.mark.parametrize("finder", ["learning rate", "batch size"])
+@pytest.mark.parametrize("trains", ["another module", "the same module", "the same module in the same Trainer"])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_finder_does_not_change_how_a_later_training_begins(
+    trains: str, finder: str, evaluates: bool, tmp_path: Path
+) -> None:
+    def second(*finders: L.Callback) -> tuple[Any, ...]:
+        method, model = RigL(0.5, update_every=2), Findable()
+        trainer = make_trainer(tmp_path, callbacks=[method], max_epochs=1)
+        trainer.fit(model)
+        if evaluates:
+            trainer.save_checkpoint(tmp_path / "first.ckpt")
+            trainer.validate(model, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+        if trains.endswith("Trainer"):
+            set_callbacks(trainer, [*callbacks_of(trainer), *finders])
+            trainer.fit_loop.max_epochs = 2
+        else:
+            trainer = make_trainer(tmp_path, callbacks=[method, *finders], max_epochs=1)
+        trainer.fit(Findable(seed=1) if trains == "another module" else model)
+        run = method.run
+        return method.step, run.origin, run.timetable, method.registry.num_updates
+
+    assert second(_finder(finder)) == second()

@@ -45,8 +45,10 @@ def _each_feature(network: Network, node: fx.Node, function: Callable[[torch.Ten
 
 
 def _has_nodes(node: fx.Node) -> bool:
-    """Whether more than the first argument is computed."""
-    return len(node.all_input_nodes) != 1 or not node.args or not isinstance(node.args[0], fx.Node)
+    """Whether more than the first argument is computed, from the same value perhaps."""
+    computed: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), computed.append)
+    return computed != list(node.args[:1])
 
 
 def _binary(network: Network, node: fx.Node) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -69,7 +69,6 @@ _ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 _SHAPE = "lightning_sparse_shape"
 
 
-@final
 class Shapes(fx.Interpreter):
     """Runs a graph and notes the shapes, for :func:`shape_of`."""
 
