@@ -13,7 +13,8 @@ Differs from the paper and the authors' code:
     - Thresholds take no step on a gradient that is inf or NaN (the authors' issue 2 reports NaN late in VGG training),
       and their gradients are not clipped.
     - If other code writes into a masked weight between steps, the dense copy overwrites that at the next step.
-    - ``sparsity=``, which adjusts alpha, is not in the paper.
+    - ``sparsity=`` is not in the paper. It adjusts alpha, and limits the gradient of the loss with respect to a
+      threshold to the largest alpha that it may give, so that a strong pull of the loss cannot undo the pruning.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class DST(LatentMethod):
         default=None,
         metadata=doc(
             "Instead of alpha, the final sparsity, in [0, 1). Alpha is then adjusted during training, so that sparsity"
-            " follows a cubic for the first 70 % of training and then stays."
+            " follows a cubic for the first 70 % of training and then stays; what the loss adds to a threshold's"
+            " gradient is limited to the largest alpha at that time."
         ),
     )
     reset_sparsity: float | None = field(
@@ -186,9 +188,13 @@ class DST(LatentMethod):
         grad, threshold = weight.grad, self.thresholds[weight.name]
         assert self.alpha is not None
         rows, alpha = weight.rows(grad), self.alpha * scale
-        if weight.cuts_rows:  # the regulariser's part is added once
-            threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, alpha=0.0)
-            threshold_grad = weight.sum_rows(threshold_grad) - alpha * torch.exp(-threshold.detach())
+        steering = self._own.steering
+        if steering or weight.cuts_rows:
+            pull = threshold_gradients_(rows, weight.rows(latent), threshold, alpha=0.0)
+            pull = weight.sum_rows(pull) if weight.cuts_rows else pull  # the regulariser's part is added once
+            if steering:  # so that full strength prevails: BatchNorm multiplies the pull on an empty neuron by hundreds
+                pull = pull.clamp(-steering.scale * scale, steering.scale * scale)
+            threshold_grad = pull - alpha * torch.exp(-threshold.detach())
         else:
             threshold_grad = threshold_gradients_(rows, weight.rows(latent), threshold, alpha)
         if rows.data_ptr() != grad.data_ptr():  # its rows do not lie in order in memory

@@ -72,6 +72,11 @@ class Steering:
         self._initial = min(sparsity, self.sparsity)
 
     @property
+    def scale(self) -> float:
+        """The strength that it may give at most, now: A."""
+        return self._scale
+
+    @property
     def alpha(self) -> float:
         """The strength now; below 0 where sparsity has overshot."""
         return self._scale * _clip(self._wanted)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lightning_sparse import DST
@@ -152,3 +153,75 @@ def test_training_ends_with_the_sparsity_that_was_asked_for(
     tail = seen.course[int(0.7 * STEPS) :]
     assert max(abs(after - before) for before, after in itertools.pairwise(tail)) < 0.01
     assert sum(method.resets.values()) == 0
+
+
+class _Normalized(_Digits):
+    """A small CNN with BatchNorm, which divides the gradients of an empty filter by a deviation of nearly zero."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd", cosine=True)
+        self.network = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(512, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)),
+        )
+
+
+def test_empty_filters_under_batch_norm_do_not_make_it_push_until_layers_collapse(
+    digits: DigitsDataModule, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, method = _Normalized(), DST(sparsity=0.98)
+    trainer = make_trainer(tmp_path, callbacks=[method], max_steps=STEPS, max_epochs=None, limit_val_batches=0)
+    trainer.fit(module, digits.train_dataloader())
+    assert method.registry.sparsity == pytest.approx(0.98, abs=0.005)
+    held_out = digits.val_set
+    with torch.no_grad():
+        right = module.network.eval()(held_out.images).argmax(1) == held_out.labels
+    assert right.double().mean() > 0.9  # with the pull unlimited, 0.47 and 0.70 in two runs
+
+
+class _Pull(L.LightningModule):
+    """A linear layer whose loss pulls strongly at its thresholds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return 1e3 * self.layer(batch).square().sum()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.randn(40, 8), batch_size=4)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+class _Moves(L.Callback):
+    """How far the thresholds move in a step, over the learning rate, and how far they may."""
+
+    def __init__(self, method: DST) -> None:
+        self.method = method
+        self.moves: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.before = self.method.thresholds["layer.weight"].detach().clone()
+        steering = self.method._own.steering
+        assert steering is not None
+        alpha = abs(steering.alpha) * float(torch.exp(-self.before).max())
+        self.limit = steering.scale + alpha
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        moved = (self.method.thresholds["layer.weight"].detach() - self.before).abs().max()
+        self.moves.append((float(moved) / 1e-6, self.limit))
+
+
+@pytest.mark.filterwarnings("ignore:DST. training ended at sparsity")
+def test_the_loss_pulls_at_a_threshold_no_harder_than_the_regulariser_can(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    method = DST(sparsity=0.5)
+    seen = _Moves(method)
+    make_trainer(tmp_path, callbacks=[method, seen], max_epochs=1, max_steps=-1).fit(_Pull())
+    assert len(seen.moves) == 10
+    assert all(0.0 < moved <= 1.01 * limit for moved, limit in seen.moves)
