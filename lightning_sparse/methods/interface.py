@@ -272,7 +272,8 @@ class Method(TrainerCallback, ABC):
                 whose = f"Gradients of another process, or what {type(self).__name__} computes from gradients,"
             raise RuntimeError(
                 f"{whose} were inf or NaN at {_PATIENCE} steps in a row, and masks never change on such gradients."
-                " Training has diverged: lower the learning rate, clip gradients (gradient_clip_val), or look for the loss that is not finite with Trainer(detect_anomaly=True)."
+                " Training has diverged: lower the learning rate, clip gradients (gradient_clip_val), or look for the"
+                " loss that is not finite with Trainer(detect_anomaly=True)."
             )
 
     @final
