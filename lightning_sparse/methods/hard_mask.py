@@ -178,6 +178,7 @@ class HardMaskMethod(SparseMethod):
         before, budgets = group.mask.clone(), [weight.budget for weight in group]
         try:
             self.update_masks(group)
+            holding.refuse_nan_outputs(self, group)
         except Exception:  # nothing half-applied
             group.mask.copy_(before)
             group.recount()
