@@ -421,11 +421,11 @@ class Widened(nn.Module):
     def __init__(self, dtype: torch.dtype, excess: float = 0.0) -> None:
         super().__init__()
         self.network = wide_perceptron().to(dtype)
-        self.excess = excess
+        self.dtype, self.excess = dtype, excess
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y = self.network(x.to(self.network[1].weight.dtype)).double()
+        y = self.network(x.to(self.dtype)).double()
         return y + self.excess * y if isinstance(x, Tensor) else y
 
 
