@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import quantiles
 from typing import Any
@@ -38,7 +38,7 @@ LEAST_GAIN_BESIDE_SPARSE = 0.6
 """A layer that is not faster may still be tried among sparse ones, where it spares two changes of layout."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""Outputs may differ so much, relative to the largest."""
+"""Outputs may differ so much, relative to the largest; 0.01 in narrower types."""
 
 
 def accelerate(
@@ -107,6 +107,8 @@ class _Acceleration:
         self.seconds = seconds
         self.device = device
         self.dense = frozen_copy(module)
+        self.error = _allowed_error([*self.dense.parameters(), *self.dense.buffers(), *_tensors(call.args)])
+        self.error = max(self.error, _allowed_error(_tensors(call.kwargs)))
         self.notes: list[str] = []
         self.layers: dict[tuple[bool, int], list[LayerChoice]] = {}  # by whether units are gone, and threads
         self.outputs = self._run_example()
@@ -154,7 +156,7 @@ class _Acceleration:
         """Whether a call depends on chance or on calls before it, so that outputs cannot be compared."""
         before = _versions(self.dense)
         again = self._run_example()
-        return before != _versions(self.dense) or _difference(again, self.outputs) > 1
+        return before != _versions(self.dense) or _difference(again, self.outputs, self.error) > 1
 
     def _recipes(self) -> list[Recipe]:
         """What is worth trying: layers that gain alone, those beside them too, without dead units, and none."""
@@ -229,7 +231,7 @@ class _Acceleration:
         except Exception as error:  # a graph may take a turn that the module would not; then it is no candidate
             self._note(f"One variant failed: {error}")
             return None
-        difference = _difference(outputs, self.outputs)
+        difference = _difference(outputs, self.outputs, self.error)
         if difference > 1:
             off = f"differ by {difference:.1g} times the allowed error"
             off = off if math.isfinite(difference) else "have another shape or type, or NaN elsewhere"
@@ -298,17 +300,28 @@ def _calling(call: Call, module: nn.Module) -> Callable[[], Any]:
     return lambda: call(module)
 
 
-def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """How far outputs are off, in units of what they may be; infinite if they are others altogether."""
+def _allowed_error(tensors: Iterable[Tensor]) -> float:
+    """The largest tolerance of any of their types; 0 if none has floating-point values."""
+    real = {tensor.dtype.to_real() for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()}
+    return max((TOLERANCE.get(dtype, 1e-2) for dtype in real), default=0.0)
+
+
+def _difference(outputs: list[Tensor], expected: list[Tensor], error: float) -> float:
+    """How far outputs are off, in units of what they may be; infinite if they are others altogether.
+
+    They may be off by ``error``, what the module computes with allows, as an output in fp64 may come from sums in fp32;
+    and by more in an output of a narrower type.
+    """
     if [(x.shape, x.dtype) for x in outputs] != [(x.shape, x.dtype) for x in expected]:
         return float("inf")
     worst = 0.0
     for x, y in zip(outputs, expected, strict=True):
-        if not y.is_floating_point() or not y.numel():
+        allowed = _allowed_error([y])
+        if not allowed or not y.numel():
             continue
         off = (x - y).abs().nan_to_num(0.0 if torch.equal(x.isnan(), y.isnan()) else float("inf")).max()
-        scale = y.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-30)
-        worst = max(worst, float(off / scale) / TOLERANCE.get(y.dtype, 1e-2))
+        scale = y.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp_min(1e-30)
+        worst = max(worst, float(off / scale) / max(error, allowed))
     return worst
 
 

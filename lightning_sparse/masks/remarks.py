@@ -107,8 +107,9 @@ def _on_directions(candidates: Sequence[Candidate], _include: Sequence[str] | No
     if not masked:
         return ""
     return (
-        f"{enumerated(masked)}: under weight norm, an output becomes NaN when all its weights are pruned. Keep the"
-        " sparsity low enough that each output keeps some, or remove the norm before fit."
+        f"{enumerated(masked)}: under weight norm, an output becomes NaN when all its weights are pruned, so a mask"
+        " that does this stops training. Keep the sparsity low enough that each output keeps some, or remove the norm"
+        " before fit."
     )
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_sparse.masks.budgets import budget_of
 from lightning_sparse.masks.group import MaskGroup
-from lightning_sparse.masks.schema import Check, mapping_of, whole
+from lightning_sparse.masks.schema import Check, mapping_of, number, whole
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.card import doc, method
 from lightning_sparse.methods.scored import Allocation, ScoredMethod
@@ -30,11 +30,13 @@ class Watched:
         seen: How many steps with finite gradients there were, by parameter name.
         batch: The latest batch.
         tensors: Tensors by parameter name; they are not kept in checkpoints.
+        share: The share of the loss's scale at which they are computed, in (0, 1].
     """
 
     seen: dict[str, int] = field(default_factory=dict[str, int])
     batch: Any = None
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    share: float = 1.0
 
 
 @method
@@ -148,13 +150,13 @@ class AtInitialization(ScoredMethod, ABC):
 
     @override
     def method_state(self) -> dict[str, Any]:
-        return super().method_state() | {"seen": dict(self.watched.seen)}
+        return super().method_state() | {"seen": dict(self.watched.seen), "share": self.watched.share}
 
     @override
     def state_fields(self) -> Mapping[str, Check]:
-        return {**super().state_fields(), "seen": mapping_of(whole())}
+        return {**super().state_fields(), "seen": mapping_of(whole()), "share": number(2.0**-128, 1.0)}
 
     @override
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         super().load_method_state(state)
-        self.watched.seen = dict(state["seen"])
+        self.watched.seen, self.watched.share = dict(state["seen"]), state["share"]

@@ -19,7 +19,7 @@ from lightning_sparse.masks.plan import Plan, select_weights
 from lightning_sparse.masks.registry import MaskRegistry
 from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
-from lightning_sparse.methods import checkpoints, steps
+from lightning_sparse.methods import checkpoints, holding, steps
 from lightning_sparse.methods.interface import Method
 from lightning_sparse.methods.run import LivePlan, Run
 from lightning_sparse.methods.settings import changes_since
@@ -117,6 +117,8 @@ def _make_masks(method: Method) -> None:
         _initialize(method, method.run)
     else:
         _resume(method, method.run)
+    for group in method.run.groups:
+        holding.refuse_nan_outputs(method, group)
 
 
 def _without_refused(method: Method, plan: Plan) -> Plan:

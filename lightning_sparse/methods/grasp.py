@@ -114,9 +114,7 @@ class GraSP(AtInitialization):
         if not self._has_gradient(weight):
             self.memory(weight, "gradient").add_(self.gradient(weight))
         elif weight.name in self.watched.tensors:
-            trainer = self.run.trainer()
-            scale = 1.0 if trainer is None else loss_scale(trainer)
-            self.memory(weight, "product").add_(self.watched.tensors[weight.name], alpha=1.0 / scale)
+            self.memory(weight, "product").add_(self.watched.tensors.pop(weight.name), alpha=1.0 / self._loss_scale)
         else:
             return  # another optimizer's weights have had no gradient yet
         super().observe(weight)
@@ -127,10 +125,23 @@ class GraSP(AtInitialization):
         return looks and super().is_ready(group)
 
     @override
+    def observed_besides(self, group: MaskGroup) -> Sequence[Tensor]:
+        return [self.watched.tensors[weight.name] for weight in group if weight.name in self.watched.tensors]
+
+    @override
     def waits(self, group: MaskGroup) -> bool:
-        for weight in group:  # used by now, or of a step whose gradients were not finite
-            self.watched.tensors.pop(weight.name, None)
+        unused = [self.watched.tensors.pop(weight.name, None) for weight in group]
+        if any(product is not None for product in unused) and self._loss_scale * self.watched.share > 1.0:
+            # In float16, H g overflows at scales of the loss at which gradients do not, and the GradScaler sees only
+            # these. So what H g is computed from is scaled down as a GradScaler would, to the loss itself at most.
+            self.watched.share /= 2.0
         return super().waits(group)
+
+    @property
+    def _loss_scale(self) -> float:
+        """The factor of the GradScaler in the loss of this step."""
+        trainer = self.run.trainer()
+        return 1.0 if trainer is None else loss_scale(trainer)
 
     @override
     def on_loss(self, group: MaskGroup, loss: Tensor) -> None:
@@ -143,7 +154,7 @@ class GraSP(AtInitialization):
             slopes = [inner_product(self.memory(w, "gradient"), g, w.parameter) for w, g in pairs if g is not None]
             if not slopes:  # the loss of another optimizer
                 return
-            second = _gradients(sum(slopes[1:], slopes[0]), group, create_graph=False)
+            second = _gradients(sum(slopes[1:], slopes[0]) * self.watched.share, group, create_graph=False)
         except RuntimeError as error:
             raise MisconfigurationException(
                 "GraSP needs the second derivative of the loss, and autograd cannot compute it here:"
@@ -153,7 +164,7 @@ class GraSP(AtInitialization):
             ) from error
         for weight, its in zip(group, second, strict=True):
             before = self.watched.tensors.get(weight.name, torch.zeros_like(weight.value))
-            here = before if its is None else before + local_part(laid_like(its, weight.parameter))
+            here = before if its is None else before + local_part(laid_like(its, weight.parameter)) / self.watched.share
             self.watched.tensors[weight.name] = here
 
     @override

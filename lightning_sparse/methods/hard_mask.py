@@ -89,6 +89,10 @@ class HardMaskMethod(SparseMethod):
         """Whether :meth:`observe` is to be called at this step."""
         return type(self).observe is not HardMaskMethod.observe
 
+    def observed_besides(self, group: MaskGroup) -> Sequence[Tensor]:
+        """What :meth:`observe` reads besides gradients, which must be finite as they must."""
+        return ()
+
     # What the family does.
 
     @final
@@ -174,6 +178,7 @@ class HardMaskMethod(SparseMethod):
         before, budgets = group.mask.clone(), [weight.budget for weight in group]
         try:
             self.update_masks(group)
+            holding.refuse_nan_outputs(self, group)
         except Exception:  # nothing half-applied
             group.mask.copy_(before)
             group.recount()
@@ -200,7 +205,8 @@ class HardMaskMethod(SparseMethod):
 
     def _gradients_are_usable(self, group: MaskGroup, *, due: bool) -> bool:
         gradients = [weight.grad for weight in group if weight.parameter.grad is not None]
-        finite = bool(gradients) and all_finite(gradients)  # there is none where training_step returned None
+        # There is no gradient where training_step returned None.
+        finite = bool(gradients) and all_finite([*gradients, *self.observed_besides(group)])
         # A process without gradients votes too. Where readiness is counted, all count the same steps; and some parts of
         # a sharded gradient may be finite, and others not.
         together = due or group.is_spread or type(self).is_ready is not HardMaskMethod.is_ready

@@ -13,6 +13,7 @@ from lightning_sparse.masks.distributed import check_weights_agree, masks_agree
 from lightning_sparse.masks.group import MaskGroup
 from lightning_sparse.masks.memory import SHARED, overlapping
 from lightning_sparse.masks.moments import clear_moments
+from lightning_sparse.masks.norms import nan_outputs
 from lightning_sparse.masks.remarks import enumerated
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.guard import count_awake
@@ -28,6 +29,7 @@ __all__ = [
     "masks_are_others",
     "masks_changed",
     "mend_gradients",
+    "refuse_nan_outputs",
     "repair_written",
     "warn_of_dead_filters",
     "warn_of_empty",
@@ -55,6 +57,23 @@ def masks_are_others(method: Method, group: MaskGroup) -> None:
     run.guards[group].masks_changed()
     run.guards[group].note_weights()
     warn_of_empty(method, group)
+
+
+def refuse_nan_outputs(method: Method, group: MaskGroup) -> None:
+    """Stop before a mask makes an output NaN, as weight norm does with one that has no weight other than zero.
+
+    Raises:
+        MisconfigurationException: The masks of ``group`` would.
+    """
+    nan = {weight.name: count for weight in group if (count := nan_outputs(weight))}
+    if nan:
+        raise MisconfigurationException(
+            f"The masks of {type(method).__name__} at step {method.step} leave {sum(nan.values())} output(s) of"
+            f" {enumerated(nan)} no weight other than zero, and under weight norm they would be NaN. Lower the"
+            " sparsity, leave the weight out of include=, or remove the norm before fit"
+            " (torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm for the older"
+            " function)."
+        )
 
 
 def warn_of_empty(method: Method, group: MaskGroup) -> None:

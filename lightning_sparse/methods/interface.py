@@ -257,7 +257,9 @@ class Method(TrainerCallback, ABC):
 
     @final
     def be_patient(self, group: MaskGroup) -> None:
-        """Call this if gradients of ``group`` are not finite; it raises after 100 such steps in a row.
+        """Call this if gradients of ``group``, or what a method derives from them, are not finite.
+
+        It raises after 100 such steps in a row.
 
         Raises:
             RuntimeError: It has.
@@ -265,10 +267,13 @@ class Method(TrainerCallback, ABC):
         group.not_finite_for += 1
         if group.not_finite_for >= _PATIENCE:
             names = [weight.name for weight in group if not all_finite([weight.grad])]
+            whose = f"The gradients of {enumerated(names)}"
+            if not names:  # all that this process has are finite
+                whose = f"Gradients of another process, or what {type(self).__name__} computes from gradients,"
             raise RuntimeError(
-                f"The gradients of {enumerated(names)} were inf or NaN at {_PATIENCE} steps in a row, and masks never"
-                " change on such gradients. Training has diverged: lower the learning rate, clip gradients"
-                " (gradient_clip_val), or look for the loss that is not finite with Trainer(detect_anomaly=True)."
+                f"{whose} were inf or NaN at {_PATIENCE} steps in a row, and masks never change on such gradients."
+                " Training has diverged: lower the learning rate, clip gradients (gradient_clip_val), or look for the"
+                " loss that is not finite with Trainer(detect_anomaly=True)."
             )
 
     @final

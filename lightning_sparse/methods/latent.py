@@ -30,7 +30,7 @@ from lightning_sparse.masks.schema import Check, list_of, mapping_of, record, re
 from lightning_sparse.masks.weight import MaskedWeight
 from lightning_sparse.methods.base import SparseMethod
 from lightning_sparse.methods.card import method
-from lightning_sparse.methods.holding import warn_of_empty
+from lightning_sparse.methods.holding import refuse_nan_outputs, warn_of_empty
 from lightning_sparse.methods.state import check_budgets, load_optimizer, optimizer_state
 from lightning_sparse.methods.twins import (
     descend,
@@ -290,6 +290,7 @@ class LatentMethod(SparseMethod):
     def _renew_all(self, group: MaskGroup, step: int) -> None:
         self.before_masks(group, step)
         group.each(lambda weight: weight.mask.copy_(self.new_mask(weight, self.latent(weight))))
+        refuse_nan_outputs(self, group)
         group.recount()
         for weight in group:
             weight.budget = weight.num_active

@@ -139,6 +139,7 @@ def clip_again(method: Method) -> None:
 def put_to_work(method: Method, trainer: pl.Trainer, group: MaskGroup) -> None:
     """Let the masks of ``group`` hold from now on."""
     run = method.run
+    holding.refuse_nan_outputs(method, group)
     group.recount()
     group.apply_()
     run.guard(group)

@@ -415,6 +415,40 @@ def test_outputs_keep_their_type() -> None:
     assert any("another shape or type" in note for note in fast.report.notes)
 
 
+class Widened(nn.Module):
+    """Computes in one type, and returns fp64; a graph of it is off by ``excess``."""
+
+    def __init__(self, dtype: torch.dtype, excess: float = 0.0) -> None:
+        super().__init__()
+        self.network = wide_perceptron().to(dtype)
+        self.dtype, self.excess = dtype, excess
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.network(x.to(self.dtype)).double()
+        return y + self.excess * y if isinstance(x, Tensor) else y
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_outputs_in_fp64_of_sums_in_fp32_are_as_exact_as_these(given: torch.dtype) -> None:
+    x = torch.randn(16, 512, dtype=given)
+    network = Widened(torch.float32)
+    fast = accelerate(network, x, threads=1, seconds=QUICK)
+    assert fast.report.accelerated
+    assert not any("dropped" in note for note in fast.report.notes)
+    assert_close(fast(x).float(), in_float64(network.network, x))
+
+
+@pytest.mark.parametrize(("dtype", "excess"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_outputs_that_are_wrong_for_the_type_that_computes_them_are_caught(dtype: torch.dtype, excess: float) -> None:
+    x = torch.randn(16, 512, dtype=dtype)
+    network = Widened(dtype, excess)
+    fast = accelerate(network, x, threads=1, seconds=QUICK)
+    assert any("its outputs differ by" in note for note in fast.report.notes)
+    assert not fast.report.accelerated
+    assert torch.equal(fast(x), network(x))
+
+
 def _doubled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return 2 * output
 

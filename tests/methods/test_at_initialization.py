@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from lightning_sparse import GMP, SNIP, GraSP, SynFlow
 from lightning_sparse.masks import MaskRegistry, select_weights
 from lightning_sparse.methods.probe import inputs_of, synaptic_flow
 from lightning_sparse.schedules import Linear
-from tests.helpers import ConvToy, ToyModel, make_trainer, within_training
+from tests.helpers import ConvToy, ToyModel, fit_two_processes, make_trainer, within_training
 from tests.methods.hand import Row, layers, prepared, updated
 from tests.methods.test_gmp import layers_of
 
@@ -166,6 +167,72 @@ def test_grasp_computes_the_hessians_product_with_the_gradient(tmp_path: Path) -
     least = scores.topk(86).values.min()
     mask = torch.cat([weight.mask.flatten() for weight in grasp.weights])
     assert torch.equal(mask, scores >= least)
+
+
+class Halves(Quadratic):
+    """In float16, under a loss scaled by 1024, H g is 2^20 h^2 w and overflows; g is at most 2^15."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight = self.layer.weight.half()
+        return 0.5 * (16.0 * self.curvature.half() * weight**2).float().sum()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.zeros(16, 1))  # pyright: ignore[reportArgumentType]
+
+
+def test_grasp_scales_down_a_product_that_overflows_where_gradients_do_not(tmp_path: Path) -> None:
+    model = Halves([0.9, -0.6, 0.5, -0.7, 0.3, 1.0, -0.4, 0.5], [1.0, 1.0, 2.0, -1.0, 1.0, -2.0, 1.0, 1.0])
+    grasp = GraSP(0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    make_trainer(tmp_path, plugins=[precision], callbacks=[grasp], max_epochs=1).fit(model)
+    assert scaler.get_scale() == 2.0**10
+    assert grasp.weights[0].mask.int().tolist() == [[1, 0, 1, 1, 0, 1, 0, 0]]  # as in float32, above
+
+
+class Kinked(ToyModel):
+    """Of the second batch, the gradients are finite, and the second derivative is NaN; on rank 1 if there are two."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step != 1 or self.global_rank != self.trainer.world_size - 1:
+            return loss
+        weight = cast("Tensor", self.network[0].weight)
+        return loss + (weight - weight.detach()).abs().pow(1.5).sum()
+
+
+def test_grasp_waits_for_a_product_that_is_finite_and_counts_no_other(tmp_path: Path) -> None:
+    grasp = GraSP(0.75, batches=2)
+    begun = Begun(grasp)
+    make_trainer(tmp_path, callbacks=[grasp, begun]).fit(Kinked())
+    # Steps 0 and 1 are for the gradient, which is finite in both.
+    assert begun.counts[:5] == [344, 344, 344, 86, 86]
+    grasp = GraSP(0.75)
+    begun = Begun(grasp)
+    make_trainer(tmp_path, callbacks=[grasp, begun]).fit(Kinked())
+    assert begun.counts[:5] == [344, 344, 86, 86, 86]
+    assert all(value.isfinite().all() for state in begun.states for value in state.values())
+
+
+def test_all_processes_wait_where_the_product_of_one_is_not_finite(tmp_path: Path) -> None:
+    first, second = fit_two_processes(Kinked(), tmp_path, [GraSP(0.75)], max_epochs=1)
+    for name, value in first["weights"].items():
+        assert value.isfinite().all()
+        assert torch.equal(value, second["weights"][name])
+    weights = [value for value in first["weights"].values() if value.dim() > 1]
+    assert sum(int(weight.count_nonzero()) for weight in weights) == 86
+
+
+def test_a_product_that_is_never_finite_is_an_error(tmp_path: Path) -> None:
+    class Always(Kinked):
+        @property
+        def global_step(self) -> int:
+            return 1
+
+    with pytest.raises(
+        RuntimeError, match=r"what GraSP computes from gradients, were inf or NaN at 100 steps in a row"
+    ):
+        make_trainer(tmp_path, callbacks=[GraSP(0.75)], max_epochs=20).fit(Always())
 
 
 def test_a_loss_without_a_second_derivative_is_refused_with_a_way_out(tmp_path: Path) -> None:

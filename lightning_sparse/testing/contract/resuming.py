@@ -90,12 +90,23 @@ class ResumeContract(Contract):
             return case.make(), Thawing()
 
         class Thawing(BaseFinetuning):
+            goes_on = False
+
             def freeze_before_training(self, pl_module: Any) -> None:
                 self.freeze(pl_module.network[0])
 
             def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
                 if epoch == 1:
                     self.unfreeze_and_add_param_group(pl_module.network[0], optimizer, lr=0.01)
+
+            def load_state_dict(self, state_dict: Any) -> None:
+                super().load_state_dict(state_dict)
+                self.goes_on = True
+
+            def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+                super().on_fit_start(trainer, pl_module)
+                if self.goes_on:  # Lightning leaves frozen what had thawed, if training goes on within an epoch
+                    self.make_trainable(pl_module.network[0])
 
         def trainable(parameters: Any) -> torch.optim.Optimizer:
             return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1)
