@@ -188,11 +188,11 @@ class _Pull(L.LightningModule):
         super().__init__()
         self.layer = nn.Linear(8, 4)
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return 1e3 * self.layer(batch).square().sum()
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return 1e3 * self.layer(batch[0]).square().sum()
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.randn(40, 8), batch_size=4)
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(40, 8)), batch_size=4)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-6)
