@@ -107,8 +107,8 @@ class _Acceleration:
         self.seconds = seconds
         self.device = device
         self.dense = frozen_copy(module)
-        self.error = _allowed_error([*self.dense.parameters(), *self.dense.buffers(), *_tensors(call.args)])
-        self.error = max(self.error, _allowed_error(_tensors(call.kwargs)))
+        given = (*_tensors(call.args), *_tensors(call.kwargs))
+        self.error = _allowed_error([*self.dense.parameters(), *self.dense.buffers(), *given])
         self.notes: list[str] = []
         self.layers: dict[tuple[bool, int], list[LayerChoice]] = {}  # by whether units are gone, and threads
         self.outputs = self._run_example()

@@ -208,8 +208,7 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
 
     A fused optimizer unscales them itself, inside its step.
     """
-    scaler = scaler_of_step(trainer, optimizer)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+    return 1.0 if scaler_of_step(trainer, optimizer) is None else loss_scale(trainer)
 
 
 def loss_scale(trainer: pl.Trainer) -> float:

@@ -121,11 +121,9 @@ class MEST(GrowingMethod):
     @override
     def drop_scores(self, weight: MaskedWeight) -> Tensor:
         magnitude = weight.value.abs()
-        return (
+        if self.gradient_weight:
             magnitude.add_(self.gradient(weight).abs(), alpha=self.gradient_weight)
-            if self.gradient_weight
-            else magnitude
-        )
+        return magnitude
 
     @override
     def kept(self, group: MaskGroup, budgets: Sequence[int]) -> list[int]:
