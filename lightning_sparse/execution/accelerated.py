@@ -161,12 +161,7 @@ class AcceleratedModule(nn.Module):
             ValueError: An input requires a gradient, or has a type or size that a sparse layer does not take; or the
                 module was traced as one graph, and the arguments differ from those of the example.
         """
-        for held, name, tensor, version, address in self._watched:
-            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                self._refuse_stale(held, name)
-        for parts, then in self._parts:
-            if tuple(parts.values()) != then:
-                self._refuse_other_parts(parts, then)
+        self._refuse_changes()
         if self._arity is not None and (kwargs or len(args) != self._arity or type(args[0]) is not Tensor):
             assert self.recipe is not None
             args, kwargs = tuple(as_traced(self._source[0], self.recipe.arguments, args, kwargs)), {}
@@ -242,12 +237,7 @@ class AcceleratedModule(nn.Module):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        for held, name, tensor, version, address in self._watched:
-            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                self._refuse_stale(held, name)
-        for parts, then in self._parts:
-            if tuple(parts.values()) != then:
-                self._refuse_other_parts(parts, then)
+        self._refuse_changes()
         left_out = ("_watched", "_parts", "_call", "_direct")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
@@ -312,6 +302,15 @@ class AcceleratedModule(nn.Module):
             f"{name!r} of the original module has changed since it was accelerated. Call refresh() to take over its"
             " weights, or accelerate it again if its zeros have changed."
         )
+
+    def _refuse_changes(self) -> None:
+        """Look whether the original's tensors and layers are as they were; part of every call."""
+        for held, name, tensor, version, address in self._watched:
+            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                self._refuse_stale(held, name)
+        for parts, then in self._parts:
+            if tuple(parts.values()) != then:
+                self._refuse_other_parts(parts, then)
 
     def _refuse_other_parts(self, parts: Mapping[str, Any], then: tuple[Any, ...]) -> NoReturn:
         other = next((name for name, part in parts.items() if part not in then), None)
